@@ -1,0 +1,222 @@
+"""The operator as a function: checks its arguments, draws the dropout seed, picks a plan.
+
+y = dropout(act(GroupNorm(x + pre_shift)·(1 + scale) + shift))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from resblock_bench.kernels.dispatch import Plan, plan
+from resblock_bench.kernels.op import Convolution, GroupNormSiLUFunction, NormActConvFunction
+from resblock_bench.kernels.resample import Resample
+from resblock_bench.kernels.spec import Modulation, Spec, memory_format
+
+Activation = Literal["silu"] | None
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    pre_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: Activation = "silu",
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Group norm, adaptive scale and shift, SiLU and dropout in one pass.
+
+    Formula, with mean μ and variance σ² over each group of C/G channels and all positions:
+
+        x̂ = (x + pre_shift − μ) / √(σ² + eps)
+        z = (x̂·weight + bias)·(1 + scale) + shift
+        y = dropout(z·sigmoid(z))
+
+    Arguments:
+
+    - `x`: (N, C, *spatial), 1 to 3 spatial dimensions, contiguous or channels-last, floating point.
+    - `num_groups`: G, a divisor of C.
+    - `weight`, `bias`: (C,), any floating dtype.
+    - `scale`, `shift`, `pre_shift`: (N, C), any floating dtype and strides; each may be absent,
+      which means zero.
+    - `eps`: added to the variance.
+    - `activation`: "silu", or None for y = dropout(z).
+    - `dropout_p`, `training`: probability of zeroing an element, scaled by 1/(1 − p); none unless
+      training. The mask follows from a seed drawn from torch's generator of x's device, so
+      `torch.manual_seed` fixes it; it is drawn again in the backward and never stored.
+
+    Returns y in x's shape, dtype and layout. Everything between is computed in fp32 (fp64 for
+    fp64 x); only x, the fp32 mean and rstd (N, G) and the small tensors are kept for the backward.
+    Differentiable once: a second derivative raises.
+
+    Errors: ValueError, or TypeError for dtypes, naming what was received and what is allowed.
+
+    Source: Wu and He, Group Normalization (arXiv:1803.08494); Nichol and Dhariwal, Improved
+    Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
+    """
+    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    spec, chosen, seed = _prepare(
+        x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype
+    )
+    return _apply(GroupNormSiLUFunction, x, modulation, seed, spec, chosen)
+
+
+def norm_act_conv(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    pre_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: Activation = "silu",
+    dropout_p: float = 0.0,
+    training: bool = True,
+    resample: Literal["up", "down"] | None = None,
+) -> Tensor:
+    """conv(resample(group_norm_silu(x, …))) that keeps no activation but x for the backward.
+
+    The convolution's input is rewritten from x and the saved statistics just before the
+    convolution's backward; the convolution itself is not run again. Arguments as in
+    `group_norm_silu`; `conv` is a zero-padded Conv1d, Conv2d or Conv3d, called by its parameters,
+    so its hooks do not run; `resample` doubles ("up", nearest) or halves ("down", mean) the
+    resolution before it. Under autocast the activation is written in autocast's dtype.
+    """
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"conv pads with padding_mode={conv.padding_mode!r}, padding={conv.padding!r}; allowed "
+            "is 'zeros' with numbers. Call group_norm_silu and the convolution one after the other."
+        )
+    dtype = conv.weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    spec, chosen, seed = _prepare(
+        x, num_groups, modulation, eps, activation, dropout_p, training, dtype
+    )
+    constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
+    kernel_bias = None if conv.bias is None else conv.bias.to(dtype)
+    x = x.contiguous(memory_format=chosen.memory_format)
+    out: Tensor = NormActConvFunction.apply(
+        x, *modulation, conv.weight.to(dtype), kernel_bias, seed, spec, chosen, constants,
+        Resample(resample),
+    )  # fmt: skip
+    return out
+
+
+def explain(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    pre_shift: Tensor | None = None,
+) -> str:
+    """Which implementation, tier and launch `group_norm_silu` takes for this call, and why."""
+    _check(x, num_groups, Modulation(weight, bias, scale, shift, pre_shift), 0.0, "silu")
+    chosen = plan(x, num_groups)
+    layout = str(chosen.memory_format).removeprefix("torch.").removesuffix("_format")
+    dense = x.is_contiguous() or memory_format(x) != torch.contiguous_format
+    lines = [
+        f"group_norm_silu {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}, "
+        f"{num_groups} groups of {x.shape[1] // num_groups} channels",
+        f"  layout:   {layout}" + ("" if dense else " (x is strided: copied once)"),
+        f"  backend:  {chosen.backend}: {chosen.reason}",
+    ]
+    for direction, launch in (("forward", chosen.forward), ("backward", chosen.backward)):
+        if launch is None:
+            continue
+        blocks = -(-x.shape[1] // launch.slab)
+        lines.append(
+            f"  {direction + ':':<9} tier {launch.tier}: {launch.reason}; "
+            f"{x.shape[0] * blocks * launch.splits} programs, tile {launch.block_c}×"
+            f"{launch.block_hw}, {launch.num_warps} warps"
+        )
+    return "\n".join(lines)
+
+
+def _prepare(
+    x: Tensor,
+    num_groups: int,
+    modulation: Modulation,
+    eps: float,
+    activation: Activation,
+    dropout_p: float,
+    training: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Spec, Plan, Tensor | None]:
+    _check(x, num_groups, modulation, dropout_p, activation)
+    dropout_p = dropout_p if training else 0.0
+    seed = None
+    if dropout_p > 0:
+        # On x's device, so that drawing it neither waits for the device nor breaks graph capture,
+        # and checkpoints that restore the generator draw the same one again.
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+    spec = Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
+    return spec, plan(x, num_groups), seed
+
+
+def _apply(
+    function: type[GroupNormSiLUFunction],
+    x: Tensor,
+    modulation: Modulation,
+    seed: Tensor | None,
+    spec: Spec,
+    chosen: Plan,
+) -> Tensor:
+    x = x.contiguous(memory_format=chosen.memory_format)
+    y: Tensor = function.apply(x, *modulation, seed, spec, chosen)
+    return y
+
+
+def _check(
+    x: Tensor,
+    num_groups: int,
+    modulation: Modulation,
+    dropout_p: float,
+    activation: Activation,
+) -> None:
+    if x.dim() not in (3, 4, 5):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected (N, C, *spatial) with 1 to 3 spatial "
+            "dimensions."
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; expected a floating-point tensor. Convert it first.")
+    N, C = x.shape[:2]
+    if num_groups < 1 or C % num_groups:
+        raise ValueError(
+            f"{C} channels cannot be divided into {num_groups} groups; num_groups must be a "
+            f"positive divisor of {C}."
+        )
+    if activation not in ("silu", None):
+        raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None.")
+    if not (0.0 <= dropout_p < 1.0) or math.isnan(dropout_p):
+        raise ValueError(f"dropout_p is {dropout_p}; allowed is 0 ≤ p < 1.")
+    expected = ((C,), (C,), (N, C), (N, C), (N, C))
+    for name, tensor, shape in zip(Modulation._fields, modulation, expected, strict=True):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {shape} for x of shape "
+                f"{tuple(x.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them.")

@@ -1,0 +1,57 @@
+"""The operator as a module: a group norm that also applies the activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from resblock_bench.kernels.functional import Activation, group_norm_silu
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """y = silu((x̂·weight + bias)·(1 + scale) + shift), x̂ the group-normalised x + pre_shift.
+
+    Drop-in for `nn.GroupNorm` or `GroupNorm32` with the SiLU behind it: same parameters, same
+    state-dict keys. The norm is computed in fp32 whatever the dtype of x, and returned in x's.
+
+    num_groups, num_channels, eps, affine: as in `nn.GroupNorm`. activation: "silu", or None for the
+    norm alone. forward: x (N, C, *spatial) or (N, C), scale, shift and pre_shift (N, C) or absent.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        activation: Activation = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        if activation not in ("silu", None):
+            raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None.")
+        self.activation = activation
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        pre_shift: Tensor | None = None,
+    ) -> Tensor:
+        y = group_norm_silu(
+            x[..., None] if x.dim() == 2 else x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            scale,
+            shift,
+            pre_shift=pre_shift,
+            eps=self.eps,
+            activation=self.activation,
+        )
+        return y.reshape(x.shape) if x.dim() == 2 else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -1,0 +1,44 @@
+"""Nearest ×2 upsampling and 2-wide average pooling between the activation and the convolution.
+
+They are each other's adjoint up to a constant: with k = 2^(resampled dims),
+upᵀ = k·pool and poolᵀ = up / k, so neither backward needs what the forward read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Resample(NamedTuple):
+    """mode "up", "down" or None. Volumes are resampled in their inner two dimensions only."""
+
+    mode: str | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.mode == "up":
+            return _repeat(h)
+        return _mean(h) if self.mode == "down" else h
+
+    def backward(self, dh: Tensor) -> Tensor:
+        if self.mode == "up":
+            return _mean(dh) * float(_window(dh)[1])
+        return _repeat(dh) / float(_window(dh)[1]) if self.mode == "down" else dh
+
+
+def _window(h: Tensor) -> tuple[tuple[int, ...], int]:
+    """Factors per spatial dimension, and their product."""
+    spatial = h.dim() - 2
+    return ((1, 2, 2), 4) if spatial == 3 else ((2,) * spatial, 2**spatial)
+
+
+def _repeat(h: Tensor) -> Tensor:
+    size = [s * f for s, f in zip(h.shape[2:], _window(h)[0], strict=True)]
+    return F.interpolate(h, size=size, mode="nearest")
+
+
+def _mean(h: Tensor) -> Tensor:
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[h.dim() - 3]
+    return pool(h, _window(h)[0])

@@ -1,0 +1,100 @@
+"""What one call of the operator is: its constants, and the tensors that modulate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spec(NamedTuple):
+    """The constants of one call.
+
+    num_groups: G. eps: added to the variance. activation: SiLU or none. dropout_p: probability of
+    zeroing an element after the activation, 0 when not training. out_dtype: dtype of the output.
+    """
+
+    num_groups: int
+    eps: float
+    activation: bool
+    dropout_p: float
+    out_dtype: torch.dtype
+
+
+class Modulation(NamedTuple):
+    """The small tensors that shift and scale the activation; any of them may be absent.
+
+    weight, bias: (C,), the affine of the group norm. scale, shift: (N, C), applied after it as
+    (1 + scale)·h + shift. pre_shift: (N, C), added to x before the statistics are taken.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    pre_shift: Tensor | None = None
+
+    def folded(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """γ' = γ(1 + s) and β' = β(1 + s) + t, both (N, C) in `dtype`; z = x̂γ' + β'."""
+        N, C = x.shape[:2]
+        gain = x.new_ones((N, C), dtype=dtype)
+        if self.scale is not None:
+            # 1 + scale in full precision: in 16 bits it would lose scale's low bits.
+            gain = gain + self.scale.to(dtype)
+        offset = x.new_zeros((N, C), dtype=dtype)
+        if self.bias is not None:
+            offset = gain * self.bias.to(dtype)
+        if self.shift is not None:
+            offset = offset + self.shift.to(dtype)
+        if self.weight is not None:
+            gain = gain * self.weight.to(dtype)
+        return gain, offset
+
+    def gradients(
+        self, sums: tuple[Tensor, Tensor, Tensor | None]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the five tensors from the per-(n, c) sums of the backward.
+
+        sums = (S1, S2, db), each (N, C): S1 = Σ dz, S2 = Σ dz·x̂ over the spatial positions, and
+        db = Σ dx, which is only there with a pre_shift. Then
+
+            dshift = S1                dbias   = Σ_n (1 + s)·S1
+            dscale = γ·S2 + β·S1       dweight = Σ_n (1 + s)·S2        dpre_shift = db
+        """
+        s1, s2, db = sums
+        gain = 1 if self.scale is None else 1 + self.scale.to(s1.dtype)
+        dscale = None
+        if self.scale is not None:
+            dscale = s2 if self.weight is None else s2 * self.weight.to(s2.dtype)
+            if self.bias is not None:
+                dscale = dscale + s1 * self.bias.to(s1.dtype)
+        return (
+            _like((gain * s2).sum(0) if self.weight is not None else None, self.weight),
+            _like((gain * s1).sum(0) if self.bias is not None else None, self.bias),
+            _like(dscale, self.scale),
+            _like(s1 if self.shift is not None else None, self.shift),
+            _like(db if self.pre_shift is not None else None, self.pre_shift),
+        )
+
+
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+
+
+def spread(per_channel: Tensor, x: Tensor) -> Tensor:
+    """(N, C) → (N, C, 1, …), so that it broadcasts over the positions of x."""
+    return per_channel.reshape(*per_channel.shape, *(1,) * (x.dim() - 2))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The dense layout of x: contiguous, channels_last or channels_last_3d.
+
+    A tensor that is none of these (a slice, a transpose) counts as contiguous: it is copied once.
+    """
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
