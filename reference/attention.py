@@ -9,10 +9,11 @@ Shapes: N batch, C channels, T positions (the spatial sizes flattened), heads ·
 """
 
 import torch
+from torch import Tensor, nn
+
 from resblock_bench.reference.blocks import check_channels
 from resblock_bench.reference.checkpoint import checkpoint
 from resblock_bench.reference.layers import conv_nd, normalization, zero_module
-from torch import Tensor, nn
 
 
 def qkv_attention(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:

@@ -10,6 +10,8 @@ In three dimensions only the inner two sizes are ever resampled.
 """
 
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from resblock_bench.reference.checkpoint import checkpoint
 from resblock_bench.reference.layers import (
     SiLU,
@@ -19,7 +21,6 @@ from resblock_bench.reference.layers import (
     normalization,
     zero_module,
 )
-from torch import Tensor, nn
 
 
 class TimestepBlock(nn.Module):
@@ -53,8 +54,8 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 def _hidden_block_message(index: int, child: nn.Module, inner: nn.Module) -> str:
     wrapper, block = type(child).__name__, type(inner).__name__
     return (
-        f"TimestepEmbedSequential: child {index} is a {wrapper}, which is not a TimestepBlock but "
-        f"contains one ({block}). Children are told apart by class, so the {block} inside would be "
+        f"TimestepEmbedSequential: child {index} is of class {wrapper}, which is no TimestepBlock "
+        f"but contains one ({block}). Children are told apart by class, so the {block} inside would be "
         "called without its timestep embedding. Compile a block in place (block.compile() instead "
         "of torch.compile(block)), wrap the whole model rather than a block (DDP), nest with "
         "TimestepEmbedSequential instead of nn.Sequential, or let the wrapper subclass "

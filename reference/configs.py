@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from torch import nn
+
 from resblock_bench.reference.edm import EDMUNet
 from resblock_bench.reference.encoder import EncoderUNetModel
 from resblock_bench.reference.unet import SuperResModel, UNetModel
-from torch import nn
 
 Family = Literal["unet", "super_res", "encoder", "edm_adm", "edm_ddpmpp"]
 

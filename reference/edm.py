@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from resblock_bench.reference.blocks import TimestepBlock
 from resblock_bench.reference.edm_block import EDMBlock, edm_group_norm
 from resblock_bench.reference.layers import timestep_embedding, zero_module
-from torch import Tensor, nn
 
 Variant = Literal["adm", "ddpmpp"]
 
@@ -155,18 +156,18 @@ class EDMUNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
+        timesteps: Tensor,
+        y: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """Apply the network.
 
-        x: (N, C, H, W); noise_labels: (N,), log(σ)/4 in the paper; class_labels: (N,) class
+        x: (N, C, H, W); timesteps: (N,), log(σ)/4 in the paper; y: (N,) class
         indices or (N, label_dim) one-hot rows, a zero row standing for no class; augment_labels:
         (N, augment_dim) or None -> (N, out_channels, H, W).
-        Raises ValueError unless class_labels are given exactly where the model has classes.
+        Raises ValueError unless y is given exactly where the model has classes.
         """
-        emb = self._embed(x, noise_labels, class_labels, augment_labels)
+        emb = self._embed(x, timesteps, y, augment_labels)
         skips = []
         for block in self.enc.values():
             x = block(x, emb) if isinstance(block, TimestepBlock) else block(x)
@@ -189,17 +190,17 @@ class EDMUNet(nn.Module):
     def _embed(
         self,
         x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None,
+        timesteps: Tensor,
+        y: Tensor | None,
         augment_labels: Tensor | None,
     ) -> Tensor:
         """(N, E), activated: what every block takes."""
         weight = self.map_layer0.weight
-        labels = self._one_hot(x, class_labels)
+        labels = self._one_hot(x, y)
         if self.variant == "adm":
-            emb = timestep_embedding(noise_labels, self.model_channels).to(weight)
+            emb = timestep_embedding(timesteps, self.model_channels).to(weight)
         else:
-            emb = _sine_first_embedding(noise_labels, self.model_channels).to(weight)
+            emb = _sine_first_embedding(timesteps, self.model_channels).to(weight)
             if labels is not None:
                 # Rows of unit variance: a one-hot row of label_dim entries has 1/label_dim.
                 emb = emb + self.map_label(labels.to(weight) * math.sqrt(self.label_dim))
@@ -212,22 +213,22 @@ class EDMUNet(nn.Module):
             emb = emb + self.map_label(labels.to(weight))
         return F.silu(emb)
 
-    def _one_hot(self, x: Tensor, class_labels: Tensor | None) -> Tensor | None:
-        if (class_labels is None) != (self.label_dim == 0):
+    def _one_hot(self, x: Tensor, y: Tensor | None) -> Tensor | None:
+        if (y is None) != (self.label_dim == 0):
             raise ValueError(
-                f"EDMUNet: the model has label_dim={self.label_dim}, so class_labels must be "
+                f"EDMUNet: the model has label_dim={self.label_dim}, so y must be "
                 f"{'given (zero rows for no class)' if self.label_dim else 'None'}"
             )
-        if class_labels is None:
+        if y is None:
             return None
-        if class_labels.ndim == 1:
-            class_labels = F.one_hot(class_labels, self.label_dim)
-        if class_labels.shape != (x.shape[0], self.label_dim):
+        if y.ndim == 1:
+            y = F.one_hot(y, self.label_dim)
+        if y.shape != (x.shape[0], self.label_dim):
             raise ValueError(
-                f"EDMUNet: class_labels must have shape ({x.shape[0]},) or "
-                f"({x.shape[0]}, {self.label_dim}), got {tuple(class_labels.shape)}"
+                f"EDMUNet: y must have shape ({x.shape[0]},) or "
+                f"({x.shape[0]}, {self.label_dim}), got {tuple(y.shape)}"
             )
-        return class_labels
+        return y
 
 
 def _sine_first_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:

@@ -19,10 +19,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from resblock_bench.reference.blocks import TimestepBlock, check_channels, check_embedding
 from resblock_bench.reference.checkpoint import checkpoint
 from resblock_bench.reference.layers import zero_module
-from torch import Tensor, nn
 
 
 def edm_group_norm(channels: int, eps: float) -> nn.GroupNorm:

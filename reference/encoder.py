@@ -8,6 +8,8 @@ Shapes: N batch, C channels, K outputs, ``*S`` one to three spatial sizes.
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from resblock_bench.reference.attention import AttentionPool
 from resblock_bench.reference.layers import (
     SiLU,
@@ -18,7 +20,6 @@ from resblock_bench.reference.layers import (
     zero_module,
 )
 from resblock_bench.reference.torso import Torso, cast_convolutions
-from torch import Tensor, nn
 
 _HIDDEN = 2048  # width between the two Linears of the spatial pools
 

@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from resblock_bench.reference.attention import AttentionBlock
 from resblock_bench.reference.blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 from resblock_bench.reference.layers import SiLU, conv_nd, linear
-from torch import nn
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from resblock_bench.reference.layers import (
     SiLU,
     conv_nd,
@@ -20,7 +22,6 @@ from resblock_bench.reference.layers import (
     zero_module,
 )
 from resblock_bench.reference.torso import Torso, cast_convolutions
-from torch import Tensor, nn
 
 
 class UNetModel(nn.Module):
