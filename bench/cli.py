@@ -1,0 +1,180 @@
+"""The command line: `resblock-bench VERB`, also `python -m resblock_bench.bench VERB`.
+
+Verbs import what they need themselves, so that --help does not wait for PyTorch.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from resblock_bench.bench import exitcodes
+from resblock_bench.bench.errors import UsageError
+
+app = typer.Typer(
+    name="resblock-bench",
+    help="Measure, compare and profile diffusion U-Net residual blocks.",
+    epilog="Exit codes: 0 fine, 1 regression, 2 usage, 3 incomplete or invalid, 4 inconclusive, "
+    "5 wrong results.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AxisOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-a",
+        "--axis",
+        metavar="NAME=VALUES",
+        help="Values of an axis: a comma list, [16:128:x2] or [16:64:+16]. With --preset or "
+        "--config it replaces that axis; without, the other axes take their defaults.",
+    ),
+]
+PresetOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A preset; see 'resblock-bench list'.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A TOML file in the format of a preset.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
+]
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        from resblock_bench.bench.table import WIDTH
+
+        console = Console(stderr=stderr, width=WIDTH)
+    return console
+
+
+@app.command()
+def run(
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Default: results/runs/MACHINE/RUN under the checkout."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="8m", help="Stop between two cells once this is spent (code 3)."),
+    ] = None,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Take exactly this many samples of each cell.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, inputs and dropout.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cells and predicted bytes; run nothing.")
+    ] = False,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no figures.")] = False,
+) -> None:
+    """Measure a grid of residual blocks; with no argument, the default preset of this machine.
+
+    Writes a run folder (cells.jsonl, environment.json, figures), prints a table. Ctrl-C keeps
+    what was measured and exits with 3.
+    """
+    import dataclasses
+
+    from resblock_bench.bench.devices import default_kind, device_kind
+    from resblock_bench.bench.grid import plan
+    from resblock_bench.bench.listing import planned_cells
+    from resblock_bench.bench.presets import choose
+    from resblock_bench.bench.sweep import Request, carry_out
+    from resblock_bench.bench.units import parse_duration_s
+
+    kind = None if device is None else device_kind(device)
+    sweep = choose(axis or [], preset, config, kind or default_kind())
+    rule = sweep.settings.rule()
+    if max_time is not None:
+        rule = dataclasses.replace(rule, max_time_s=parse_duration_s(max_time))
+    if samples is not None:
+        rule = dataclasses.replace(rule, min_samples=samples, max_samples=samples)
+    budget_s = None if time_budget is None else parse_duration_s(time_budget)
+    planned = plan(sweep.grids)
+    console = _console()
+    if dry_run:
+        console.print(planned_cells(planned))
+        return
+    request = Request(
+        planned=planned,
+        device=kind or sweep.device or default_kind(),
+        rule=rule,
+        seed=seed,
+        output=output,
+        threads=threads,
+        budget_s=budget_s,
+        plots=not no_plots,
+    )
+    raise typer.Exit(carry_out(request, console))
+
+
+@app.command("list")
+def list_(
+    axis: AxisOption = None, preset: PresetOption = None, config: ConfigOption = None
+) -> None:
+    """Show presets, axes, implementations and models; with a selection, its cells and bytes."""
+    from resblock_bench.bench.devices import default_kind
+    from resblock_bench.bench.grid import plan
+    from resblock_bench.bench.listing import choices, planned_cells
+    from resblock_bench.bench.presets import choose
+
+    console = _console()
+    if axis or preset or config:
+        sweep = choose(axis or [], preset, config, default_kind())
+        console.print(planned_cells(plan(sweep.grids)))
+    else:
+        console.print(choices())
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+) -> None:
+    """Draw the figures of run folders again, into their figures/."""
+    from resblock_bench.bench.plots import draw_all
+    from resblock_bench.bench.storage import read_run
+
+    for run_ in [read_run(folder) for folder in runs]:
+        paths = draw_all(run_)
+        if not paths:
+            raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")
+        for path in paths:
+            typer.echo(path)
+
+
+@app.command()
+def env() -> None:
+    """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
+    from resblock_bench.bench import checkup, environment
+    from resblock_bench.bench.listing import machine
+
+    found = checkup.findings()
+    console = _console()
+    console.print(machine(environment.gather(environment.usable_cpus()), found))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: one sentence and exit code 2 for what the user can mend."""
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except UsageError as error:
+        print(f"resblock-bench: {error}", file=sys.stderr)
+        sys.exit(exitcodes.USAGE)
+    sys.exit(exitcodes.OK)

@@ -1,0 +1,72 @@
+"""The one place where a CPU and a GPU differ: timer, memory meter, backend flags, name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from resblock_bench.bench import environment
+from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.memory import CudaMeter, MemoryMeter, TrackerMeter
+from resblock_bench.bench.timing import CpuTimer, CudaTimer, Timer
+
+Kind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a measurement needs of the device it runs on."""
+
+    kind: Kind
+    torch_device: torch.device
+    name: str
+    timer: Timer
+    meter: MemoryMeter
+    backend: str
+
+
+def default_kind() -> Kind:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_kind(name: str) -> Kind:
+    """The kind that a user names."""
+    kinds: dict[str, Kind] = {"cpu": "cpu", "cuda": "cuda"}
+    if name not in kinds:
+        raise unknown("device", name, kinds)
+    return kinds[name]
+
+
+def open_device(kind: Kind, threads: int) -> Device:
+    """Fix the process's threads and backend flags, and return the tools for this device.
+
+    Raises UsageError for "cuda" where PyTorch sees no GPU.
+    """
+    torch.set_num_threads(threads)
+    if kind == "cpu":
+        name = environment.cpu_model() or "CPU"
+        return Device(kind, torch.device("cpu"), name, CpuTimer(), TrackerMeter(), "default")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "device 'cuda' was asked for, but PyTorch sees no GPU: use --device cpu, or install a "
+            "CUDA build of PyTorch and a driver"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Device(
+        kind,
+        device,
+        torch.cuda.get_device_name(device),
+        CudaTimer(device),
+        CudaMeter(device),
+        "TF32 off, cudnn.benchmark on",
+    )
+
+
+def forget_cell(device: Device) -> None:
+    """Give back what a finished cell left in the allocator's cache."""
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,16 @@
+"""What a user can mend: one sentence that says what was received, what is allowed, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(Exception):
+    """A request that cannot be carried out as given; the command line exits with 2."""
+
+
+def unknown(kind: str, received: str, allowed: Iterable[str]) -> UsageError:
+    """The error for a name outside a closed list, with the closest match if one is near."""
+    names = list(allowed)
+    close = difflib.get_close_matches(received, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return UsageError(f"unknown {kind} {received!r}: it is one of {', '.join(names)}{hint}")

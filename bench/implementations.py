@@ -1,0 +1,132 @@
+"""The implementations that a cell can name, each in every checkpoint mode.
+
+What a mode keeps for the backward pass, for every implementation:
+
+    none        whatever autograd saves
+    selective   the outputs of convolutions; everything between them is recomputed
+    full        the block's inputs; all of it is recomputed
+
+so that each mode of the fused block has a peer that makes the same trade.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, nn
+
+from resblock_bench.bench.records import Cell
+from resblock_bench.kernels import ResBlock as FusedResBlock
+from resblock_bench.reference import ResBlock as ReferenceResBlock
+
+Call = Callable[[Tensor, Tensor], Tensor]
+"""(x, emb) -> out."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run a block.
+
+    build(cell)         the module that holds the weights, with reference.ResBlock's state dict
+    wrap(module, cell)  the callable that a step calls; the module itself unless something wraps it
+    unusable(device)    why it cannot run on "cpu" or "cuda" here, or None
+    """
+
+    description: str
+    build: Callable[[Cell], nn.Module]
+    wrap: Callable[[nn.Module, Cell], Call]
+    unusable: Callable[[str], str | None]
+
+
+def block_arguments(cell: Cell) -> dict[str, Any]:
+    """The constructor arguments of reference.ResBlock for a cell's block."""
+    return {
+        "channels": cell.channels,
+        "emb_channels": cell.emb_channels,
+        "dropout": cell.dropout,
+        "out_channels": cell.out_channels,
+        "use_scale_shift_norm": cell.conditioning == "scale_shift",
+        "dims": cell.dims,
+        "up": cell.updown == "up",
+        "down": cell.updown == "down",
+    }
+
+
+def _build_reference(cell: Cell) -> nn.Module:
+    return ReferenceResBlock(**block_arguments(cell), use_checkpoint=cell.checkpoint == "full")
+
+
+def _build_fused(cell: Cell) -> nn.Module:
+    block: nn.Module = FusedResBlock(**block_arguments(cell), checkpoint=cell.checkpoint)
+    return block
+
+
+def _as_it_is(module: nn.Module, cell: Cell) -> Call:
+    return module
+
+
+def _keep_convolutions(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    policy = torch_checkpoint.CheckpointPolicy
+    if op is torch.ops.aten.convolution.default:
+        return policy.MUST_SAVE
+    return policy.PREFER_RECOMPUTE
+
+
+def _wrap_reference(module: nn.Module, cell: Cell) -> Call:
+    if cell.checkpoint != "selective":
+        return module
+    contexts = functools.partial(
+        torch_checkpoint.create_selective_checkpoint_contexts, _keep_convolutions
+    )
+
+    def call(x: Tensor, emb: Tensor) -> Tensor:
+        out: Tensor = torch_checkpoint.checkpoint(
+            module, x, emb, use_reentrant=False, context_fn=contexts
+        )
+        return out
+
+    return call
+
+
+def _wrap_compiled(module: nn.Module, cell: Cell) -> Call:
+    # Without a reset a sweep runs into dynamo's limit of recompilations and silently goes eager.
+    torch._dynamo.reset()
+    return torch.compile(_wrap_reference(module, cell), dynamic=False)
+
+
+def _always_usable(device: str) -> None:
+    return None
+
+
+def _compiler_missing(device: str) -> str | None:
+    if device == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "torch.compile needs triton on a GPU: install triton"
+    named = os.environ.get("CXX", "").split()
+    candidates = named[:1] or ["g++", "clang++", "c++"]
+    if not any(shutil.which(candidate) for candidate in candidates):
+        return f"torch.compile needs a C++ compiler: none of {', '.join(candidates)} was found"
+    return None
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": Implementation(
+        "plain PyTorch, operator by operator", _build_reference, _wrap_reference, _always_usable
+    ),
+    "compiled": Implementation(
+        "the reference under torch.compile", _build_reference, _wrap_compiled, _compiler_missing
+    ),
+    "fused": Implementation("this project's fused block", _build_fused, _as_it_is, _always_usable),
+}
+
+
+def could_not_compile(error: Exception) -> bool:
+    """Whether torch.compile refused or failed to compile, rather than the block failing."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)

@@ -1,0 +1,70 @@
+"""What is shown while cells are measured: a live bar on a terminal, one line a cell elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from resblock_bench.bench.records import Cell, Row, cell_name
+from resblock_bench.bench.units import format_duration
+
+
+class RunProgress:
+    """Told of each cell before and after; prints to the console it is given."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = 0
+        self._started = time.monotonic()
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def begin(self, cell: Cell) -> None:
+        """The cell that is measured next."""
+        self._bar.update(self._task, description=cell_name(cell))
+
+    def finish(self, row: Row) -> None:
+        """The row of the cell that was just measured."""
+        self._done += 1
+        self._bar.advance(self._task)
+        if not self._console.is_terminal:
+            elapsed_s = time.monotonic() - self._started
+            left_s = elapsed_s / self._done * (self._total - self._done)
+            result: str = row.status
+            if row.throughput_images_per_s is not None:
+                result = f"{row.throughput_images_per_s:,.1f} images/s"
+            self._console.print(
+                f"[{self._done}/{self._total}] {cell_name(row.axes)}: {result} "
+                f"({format_duration(left_s)} left)",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)

@@ -1,0 +1,121 @@
+"""The result of a run as a table of at most 100 columns and a one-line summary."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from resblock_bench.bench.records import Cell, Row, site_name, site_of
+from resblock_bench.bench.units import format_mib
+
+WIDTH = 100
+_STYLES = {"ok": "", "skipped": "dim", "failed": "red", "oom": "yellow", "wrong": "bold red"}
+
+
+def by_site(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
+    """The rows of each site, sites in order of first appearance."""
+    groups: dict[Cell, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(site_of(row.axes), []).append(row)
+    return groups
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean of ratios: exp of the mean logarithm."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
+    """Throughput over that of the reference in the same checkpoint mode of the same site."""
+    peer = next(
+        (
+            other
+            for other in rows
+            if other.axes.impl == "reference" and other.axes.checkpoint == row.axes.checkpoint
+        ),
+        None,
+    )
+    if peer is None or peer.median_ms is None or row.median_ms is None:
+        return None
+    return peer.median_ms / row.median_ms
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """One section a site, one line a variant."""
+    table = Table(expand=False, pad_edge=False, width=None)
+    table.add_column("block, variant", max_width=36, overflow="fold")
+    for heading in ("images/s", "±", "×ref", "peak MiB", "saved MiB", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for site, members in by_site(rows).items():
+        title = f"{site_name(site)}"
+        detail = f"{site.dtype} {site.layout} {site.mode}"
+        count = f", {members[0].multiplicity} in the model" if site.model else ""
+        table.add_section()
+        table.add_row(Text(title, style="bold"))
+        table.add_row(Text(f"  {detail}{count}", style="dim"))
+        for row in members:
+            table.add_row(*_line(row, members), style=_STYLES[row.status])
+    return table
+
+
+def _line(row: Row, members: Sequence[Row]) -> list[str | Text]:
+    name = f"  {row.axes.impl} {row.axes.checkpoint}"
+    error = "–"
+    if row.correctness is not None:
+        worst = row.correctness.errors[row.correctness.worst]
+        error = "not finite" if worst is None else f"{worst:.1e}"
+    if row.status != "ok" or row.throughput_images_per_s is None:
+        return [name, row.status, "", "", "", "", error]
+    ratio = speed_ratio(row, members)
+    memory = row.memory
+    return [
+        name,
+        f"{row.throughput_images_per_s:,.1f}",
+        _half_width(row),
+        "–" if ratio is None else f"{ratio:.2f}",
+        "–" if memory is None else format_mib(memory.peak_above_baseline_bytes),
+        "–" if memory is None else format_mib(memory.saved_for_backward_bytes),
+        error,
+    ]
+
+
+def _half_width(row: Row) -> str:
+    """Half the median's confidence interval in per cent of it."""
+    if row.ci_low_ms is None or row.ci_high_ms is None or row.median_ms is None:
+        return "–"
+    return f"{(row.ci_high_ms - row.ci_low_ms) / 2 / row.median_ms:.0%}"
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    """A line for every kind of row that has no measurement, with how often it occurred."""
+    counted = Counter((row.status, row.axes.impl, row.reason) for row in rows if row.status != "ok")
+    return [
+        f"{status}: {impl}, {count} cell{'s' if count > 1 else ''}: {reason}"
+        for (status, impl, reason), count in counted.items()
+    ]
+
+
+def summary(rows: Sequence[Row], planned: int) -> str:
+    """Counts by status, and how each other implementation stands to the reference.
+
+    The ratio is the geometric mean over the cells that both completed, with its range: a mean
+    alone would hide a loss.
+    """
+    counts = Counter(row.status for row in rows)
+    text = f"{len(rows)} of {planned} cells: " + (
+        ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
+    )
+    ratios: dict[str, list[float]] = {}
+    for members in by_site(rows).values():
+        for row in members:
+            ratio = speed_ratio(row, members)
+            if row.axes.impl != "reference" and ratio is not None:
+                ratios.setdefault(row.axes.impl, []).append(ratio)
+    for impl, values in ratios.items():
+        text += (
+            f"; {impl} runs at {geometric_mean(values):.2f}× the reference "
+            f"({min(values):.2f}–{max(values):.2f} over {len(values)})"
+        )
+    return text + "."
