@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from resblock_bench.reference import AttentionBlock
-from resblock_bench.reference.attention import AttentionPool, qkv_attention
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from resblock_bench.reference import AttentionBlock
+from resblock_bench.reference.attention import AttentionPool, qkv_attention
 
 LAYOUTS = {False: "heads, qkv, c", True: "qkv, heads, c"}
 ORDERS = pytest.mark.parametrize("new_order", [False, True], ids=["legacy", "new"])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from resblock_bench.reference import (
     AttentionBlock,
     Downsample,
@@ -10,7 +12,6 @@ from resblock_bench.reference import (
     TimestepEmbedSequential,
     Upsample,
 )
-from torch import Tensor, nn
 
 
 class AddEmbedding(TimestepBlock):

@@ -8,9 +8,10 @@ in the naive version shows up as a test to delete.
 import pytest
 import torch
 import torch.nn.functional as F
-from resblock_bench.reference import ResBlock, checkpoint
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from resblock_bench.reference import ResBlock, checkpoint
 
 
 class _Rerun(torch.autograd.Function):

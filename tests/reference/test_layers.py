@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+
 from resblock_bench.reference import (
     GroupNorm32,
     SiLU,
@@ -12,7 +14,6 @@ from resblock_bench.reference import (
     timestep_embedding,
     zero_module,
 )
-from torch import nn
 
 
 def test_silu_is_x_times_sigmoid(oracle):

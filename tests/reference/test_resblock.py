@@ -5,8 +5,9 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from resblock_bench.reference import ResBlock, TimestepBlock
 from torch import nn
+
+from resblock_bench.reference import ResBlock, TimestepBlock
 
 SIZES = {1: (8,), 2: (4, 6), 3: (2, 4, 2)}
 E = 24
