@@ -55,11 +55,11 @@ def _hidden_block_message(index: int, child: nn.Module, inner: nn.Module) -> str
     wrapper, block = type(child).__name__, type(inner).__name__
     return (
         f"TimestepEmbedSequential: child {index} is of class {wrapper}, which is no TimestepBlock "
-        f"but contains one ({block}). Children are told apart by class, so the {block} inside would be "
-        "called without its timestep embedding. Compile a block in place (block.compile() instead "
-        "of torch.compile(block)), wrap the whole model rather than a block (DDP), nest with "
-        "TimestepEmbedSequential instead of nn.Sequential, or let the wrapper subclass "
-        "TimestepBlock and forward (x, emb)"
+        f"but contains one ({block}). Children are told apart by class, so the {block} inside "
+        "would be called without its timestep embedding. Compile a block in place "
+        "(block.compile() instead of torch.compile(block)), wrap the whole model rather than a "
+        "block (DDP), nest with TimestepEmbedSequential instead of nn.Sequential, or let the "
+        "wrapper subclass TimestepBlock and forward (x, emb)"
     )
 
 

@@ -6,7 +6,7 @@ Sources: the README files of improved-diffusion (IDDPM, arXiv:2102.09672) and gu
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -37,7 +37,8 @@ class UNetConfig:
     trained_in_fp16          whether it was trained with float16 blocks
 
     The last two are facts about the published run; build() does not act on them.
-    The rest are the arguments of the same names.
+    The rest are the arguments of the same names. Raises ValueError for an unknown family, and for
+    an EDM family with another conditioning, resampling or number of heads than its network has.
     """
 
     family: Family
@@ -59,6 +60,22 @@ class UNetConfig:
     augment_dim: int = 0
     train_batch: int | None = None
     trained_in_fp16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            raise ValueError(
+                f"UNetConfig: family must be one of {get_args(Family)}, got {self.family!r}"
+            )
+        if self.family in ("edm_adm", "edm_ddpmpp"):
+            adm = self.family == "edm_adm"
+            fixed: dict[str, int] = {"use_scale_shift_norm": adm, "resblock_updown": True}
+            fixed |= {"num_head_channels": 64} if adm else {"num_heads": 1, "num_head_channels": -1}
+            for field, value in fixed.items():
+                if getattr(self, field) != value:
+                    raise ValueError(
+                        f"UNetConfig: family {self.family!r} always has {field}={value}, "
+                        f"got {getattr(self, field)!r}"
+                    )
 
     @property
     def emb_channels(self) -> int:
@@ -318,6 +335,4 @@ def build(
         return EncoderUNetModel(**arguments, pool=c.pool)
     if c.family == "super_res":
         return SuperResModel(**arguments, num_classes=c.num_classes)
-    if c.family == "unet":
-        return UNetModel(**arguments, num_classes=c.num_classes)
-    raise ValueError(f"build: unknown family {c.family!r}")
+    return UNetModel(**arguments, num_classes=c.num_classes)

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -215,6 +215,23 @@ def test_attention_stands_at_the_resolutions_in_pixels():
     model = build(TINY)
     has = [any(isinstance(m, AttentionBlock) for m in b.modules()) for b in model.input_blocks]
     assert has == [False, False, False, True]  # 8 pixels without, 4 with
+
+
+def test_configs_that_no_network_matches_are_refused():
+    """The sites are read off the config, so the config must not say what the network is not."""
+    with pytest.raises(ValueError, match=r"family must be one of \('unet', .*got 'vit'"):
+        replace(TINY, family="vit")
+    edm = PUBLISHED["edm-cifar10-ddpmpp-cond"]
+    for field, value in [
+        ("use_scale_shift_norm", True),
+        ("resblock_updown", False),
+        ("num_heads", 2),
+        ("num_head_channels", 64),
+    ]:
+        with pytest.raises(ValueError, match=f"'edm_ddpmpp' always has {field}=.*, got {value}"):
+            replace(edm, **{field: value})
+    with pytest.raises(ValueError, match="'edm_adm' always has use_scale_shift_norm=True"):
+        replace(PUBLISHED["edm-imagenet64-adm"], use_scale_shift_norm=False)
 
 
 def test_float16_blocks_are_refused_for_edm():
