@@ -3,6 +3,7 @@
 import csv
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ MODELS = {row["model"]: row for row in rows("published_models.csv")}
 SHAPES = rows("resblock_shapes.csv")
 
 
+@cache
 def on_meta(name):
+    """Built once for all tests, which leave it as it is."""
     with torch.device("meta"):
         return build(name)
 
@@ -121,9 +124,8 @@ def test_sites_are_the_shapes_seen_when_the_model_runs(name):
             (c_in, block.out_channels, *x.shape[2:], emb.shape[1], scale_shift, block.dropout, how)
         )
 
-    for m in model.modules():
-        if isinstance(m, ResBlock | EDMBlock):
-            m.register_forward_pre_hook(watch)
+    blocks = [m for m in model.modules() if isinstance(m, ResBlock | EDMBlock)]
+    hooks = [block.register_forward_pre_hook(watch) for block in blocks]
     size = config.image_size
     inputs = {"x": torch.empty(2, 3, size, size, device="meta"), "timesteps": torch.zeros(2)}
     if config.num_classes:
@@ -133,6 +135,8 @@ def test_sites_are_the_shapes_seen_when_the_model_runs(name):
     inputs["timesteps"] = inputs["timesteps"].to("meta")
     with torch.no_grad():
         out = model(**inputs)
+    for hook in hooks:
+        hook.remove()
     classifies = config.family == "encoder"
     assert out.shape == ((2, 1000) if classifies else (2, config.out_channels, size, size))
 
