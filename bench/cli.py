@@ -171,10 +171,15 @@ def env() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The entry point: one sentence and exit code 2 for what the user can mend."""
+    """The entry point: one sentence and exit code 2 for what the user can mend.
+
+    Ctrl-C ends with INCOMPLETE wherever it strikes; 130 is typer's code for it.
+    """
     try:
         app(args=None if arguments is None else list(arguments))
     except UsageError as error:
         print(f"resblock-bench: {error}", file=sys.stderr)
         sys.exit(exitcodes.USAGE)
+    except SystemExit as ending:
+        sys.exit(exitcodes.INCOMPLETE if ending.code == 130 else ending.code)
     sys.exit(exitcodes.OK)

@@ -73,7 +73,7 @@ def carry_out(request: Request, console: Console) -> int:
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
     _show(console, rows, len(request.planned))
-    if request.plots and ending is None and rows:
+    if request.plots and rows:
         _draw(console, folder)
     if ending is not None:
         _say(console, f"{ending}: {saved} rows are in {folder}, {left} cells are left")

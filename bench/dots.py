@@ -1,0 +1,156 @@
+"""Dot plots of one quantity: a panel a checkpoint mode, a line a site, a dot an implementation.
+
+A cell that failed or ran out of memory is written out in its place.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from resblock_bench.bench.figures import (
+    MODE_TITLES,
+    colour_of,
+    finish,
+    handle,
+    marker_of,
+    site_labels,
+)
+from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.storage import Run
+from resblock_bench.bench.table import by_site
+from resblock_bench.bench.units import MIB
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a dot plot shows of a row; `value` is None where the row has no such number."""
+
+    name: str
+    title: str
+    label: str
+    value: Callable[[Row], float | None]
+    interval: Callable[[Row], tuple[float, float] | None]
+
+
+def _throughput_interval(row: Row) -> tuple[float, float] | None:
+    if row.ci_low_ms is None or row.ci_high_ms is None:
+        return None
+    return row.axes.batch / row.ci_high_ms * 1e3, row.axes.batch / row.ci_low_ms * 1e3
+
+
+def _peak_mib(row: Row) -> float | None:
+    return row.memory.peak_above_baseline_bytes / MIB if row.memory else None
+
+
+QUANTITIES = (
+    Quantity(
+        "throughput",
+        "Throughput of one residual block",
+        "images / s (log scale; more is better)",
+        lambda row: row.throughput_images_per_s,
+        _throughput_interval,
+    ),
+    Quantity(
+        "memory",
+        "Peak memory of one residual block, above parameters and inputs",
+        "MiB (log scale; less is better)",
+        _peak_mib,
+        lambda row: None,
+    ),
+)
+
+
+def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
+    """One panel a checkpoint mode, one line a site, one dot an implementation.
+
+    Beside a dot stands its ratio to the reference. None where no row has the quantity.
+    """
+    if all(quantity.value(row) is None for row in run.rows):
+        return None
+    sites = sorted(by_site(run.rows), key=_site_order)
+    impls = list(dict.fromkeys(row.axes.impl for row in run.rows))
+    modes = [mode for mode in MODE_TITLES if any(r.axes.checkpoint == mode for r in run.rows)]
+    lanes = len(sites) * (len(impls) + 1)
+    figure, grid = plt.subplots(
+        1,
+        len(modes),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        figsize=(2.2 + 3.0 * len(modes), 1.7 + 0.15 * lanes),
+        layout="constrained",
+    )
+    labels = site_labels(sites)
+    for mode, ax in zip(modes, grid[0], strict=True):
+        ax.set_title(MODE_TITLES[mode])
+        for line, site in enumerate(sites):
+            if line % 2 == 0:
+                ax.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", linewidth=0, zorder=0)
+            rows = [r for r in by_site(run.rows)[site] if r.axes.checkpoint == mode]
+            _draw_line(ax, line, rows, impls, quantity)
+        ax.set_xscale("log")
+        ax.set_xlabel(quantity.label)
+        ax.set_yticks(range(len(sites)), [labels[site] for site in sites])
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", which="major", color="#cccccc", linewidth=0.6, zorder=0)
+        ax.set_axisbelow(True)
+    grid[0][0].set_ylim(len(sites) - 0.5, -0.5)
+    _widen(grid[0][0])
+    handles = [handle(impl, colour_of(impl, impls), marker_of(impl, impls)) for impl in impls]
+    finish(figure, run, quantity.title, handles)
+    return figure
+
+
+def _draw_line(
+    ax: Axes, line: int, rows: Sequence[Row], impls: Sequence[str], quantity: Quantity
+) -> None:
+    values = {row.axes.impl: quantity.value(row) for row in rows}
+    for row in rows:
+        impl = row.axes.impl
+        height = line + (impls.index(impl) - (len(impls) - 1) / 2) / (len(impls) + 1)
+        colour, value = colour_of(impl, impls), values[impl]
+        if value is None:
+            note = "not measured" if row.status == "ok" else row.status
+            ax.text(
+                0.01, height, note, color=colour, va="center", fontsize=7, style="italic",
+                transform=ax.get_yaxis_transform(),
+            )  # fmt: skip
+            continue
+        interval = quantity.interval(row) or (value, value)
+        ax.plot(interval, [height, height], color=colour, linewidth=2, alpha=0.4)
+        ax.plot(value, height, marker_of(impl, impls), color=colour, markersize=5, zorder=3)
+        reference = values.get("reference")
+        if impl != "reference" and reference:
+            ax.annotate(
+                f"{value / reference:.2f}×",
+                (max(value, interval[1]), height),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=colour,
+            )
+
+
+def _site_order(site: Cell) -> tuple[object, ...]:
+    return (
+        site.mode, site.dtype, site.layout, str(site.model), -site.resolution, site.channels,
+        site.out_channels, site.updown, site.batch,
+    )  # fmt: skip
+
+
+def _widen(ax: Axes) -> None:
+    """Room for the ratios on the right, and plain numbers on a log axis."""
+    low, high = ax.get_xlim()
+    span = math.log10(high / low)
+    ax.set_xlim(low, high * 10 ** (0.22 * max(span, 0.5)))
+    few = span < 1.8
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
