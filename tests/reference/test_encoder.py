@@ -116,3 +116,8 @@ def test_impossible_pools_are_refused():
         EncoderUNetModel(**TORSO, out_channels=10, pool="max")
     with pytest.raises(ValueError, match='pool="attention" needs num_head_channels'):
         EncoderUNetModel(**(TORSO | {"num_head_channels": -1}), out_channels=10, pool="attention")
+
+
+def test_a_fresh_adaptive_pool_gives_zero():
+    model = EncoderUNetModel(**TORSO, out_channels=10, pool="adaptive")
+    assert not model(torch.randn(2, 3, 8, 8), torch.tensor([1, 9])).any()
