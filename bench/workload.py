@@ -68,8 +68,9 @@ def _output_size(cell: Cell) -> tuple[int, ...]:
 
 
 def _formatted(tensor: Tensor, cell: Cell) -> Tensor:
+    """In the cell's dtype; images and kernels also in its layout, which a bias does not have."""
     tensor = tensor.to(DTYPES[cell.dtype])
-    if cell.layout == "nhwc":
+    if cell.layout == "nhwc" and tensor.ndim == cell.dims + 2:
         return tensor.contiguous(memory_format=_CHANNELS_LAST[cell.dims])
     return tensor
 
@@ -92,6 +93,22 @@ def draw_weights(cell: Cell, seed: int) -> dict[str, Tensor]:
     return state
 
 
+def _converted(
+    weights: dict[str, Tensor], block: nn.Module, cell: Cell, device: torch.device
+) -> dict[str, Tensor]:
+    """The weights on the device, those of convolutions in the cell's dtype and layout."""
+    convolutions = {
+        f"{prefix}.{name}"
+        for prefix, module in block.named_modules()
+        if isinstance(module, _CONVOLUTIONS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return {
+        name: (_formatted(tensor, cell) if name in convolutions else tensor).to(device)
+        for name, tensor in weights.items()
+    }
+
+
 class Workload:
     """A block, its inputs and its step, ready to be run any number of times."""
 
@@ -101,13 +118,8 @@ class Workload:
         implementation = IMPLEMENTATIONS[cell.impl]
         self.mode = cell.mode
         block = implementation.build(cell)
-        block.load_state_dict(weights)
-        for module in block.modules():
-            if isinstance(module, _CONVOLUTIONS):
-                module.to(DTYPES[cell.dtype])
-        block.to(device)
-        if cell.layout == "nhwc":
-            block.to(memory_format=_CHANNELS_LAST[cell.dims])  # type: ignore[call-overload]
+        # Assigned, not copied: fake parameters cannot be converted in place.
+        block.load_state_dict(_converted(weights, block, cell, device), assign=True)
         block.train(cell.mode != "inference")
         self.block = block
         self.call: Call = implementation.wrap(block, cell)

@@ -1,0 +1,99 @@
+"""Tiny cells, a fast session, a command line in this process, and a block that is wrong."""
+
+import gc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from resblock_bench.bench import cli, environment
+from resblock_bench.bench.devices import open_device
+from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure import Session, measure_cell
+from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.timing import Rule
+
+TINY = Cell(
+    model=None,
+    dims=2,
+    resolution=8,
+    channels=32,
+    out_channels=32,
+    emb_channels=16,
+    conditioning="scale_shift",
+    dropout=0.0,
+    updown="none",
+    batch=2,
+    dtype="fp32",
+    layout="nchw",
+    mode="train",
+    impl="reference",
+    checkpoint="none",
+)
+FAST = Rule(warmup_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> None:
+    """As a sweep does: what is imported need not be walked by every collection."""
+    gc.freeze()
+
+
+@pytest.fixture
+def make_cell() -> Callable[..., Cell]:
+    """A tiny cell with some fields changed."""
+    return lambda **changes: msgspec.structs.replace(TINY, **changes)
+
+
+@pytest.fixture
+def session() -> Session:
+    threads = torch.get_num_threads()
+    return Session(open_device("cpu", threads), environment.gather(threads), FAST, seed=0)
+
+
+@pytest.fixture
+def measure(session: Session, make_cell: Callable[..., Cell]) -> Callable[..., Row]:
+    """The row of a tiny cell with some fields changed."""
+    return lambda **changes: measure_cell(PlannedCell(make_cell(**changes), 1), session)
+
+
+@pytest.fixture
+def add_implementation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Register the reference under another name, with a hook around its call or other parts."""
+
+    def add(name: str, around: Callable[..., torch.Tensor] | None = None, **parts: object) -> None:
+        reference = IMPLEMENTATIONS["reference"]
+        if around is not None:
+
+            def wrap(module: nn.Module, cell: Cell) -> Callable[..., torch.Tensor]:
+                return lambda x, emb: around(module, x, emb)
+
+            parts["wrap"] = wrap
+        fields = {**vars(reference), **parts}
+        monkeypatch.setitem(IMPLEMENTATIONS, name, type(reference)(**fields))
+
+    return add
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as ending:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        code = ending.value.code
+        return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,316 @@
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resblock_bench.bench import devices
+from resblock_bench.bench.storage import read_run
+
+TINY = ("-a", "channels=32", "-a", "resolution=8", "-a", "batch=1", "--samples", "6")
+
+
+def test_the_smoke_preset_runs_from_end_to_end(run_cli: Callable, tmp_path: Path) -> None:
+    done = run_cli("run", "--preset", "smoke", "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    run = read_run(tmp_path / "run")
+    assert [row.status for row in run.rows] == ["ok"] * 6
+    assert len(list((tmp_path / "run" / "figures").iterdir())) == 6
+    assert "6 of 6 cells: 6 ok; fused runs at" in done.out
+    assert str(tmp_path / "run") in done.out
+    assert max(len(line) for line in done.out.splitlines() if "│" in line) <= 100
+
+
+def test_without_output_the_folder_is_under_here(
+    run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RESBLOCK_BENCH_MACHINE", "box")
+    assert run_cli("run", *TINY, "-a", "impl=reference", "--no-plots").code == 0
+    (folder,) = (tmp_path / "results" / "runs" / "box").iterdir()
+    assert len(read_run(folder).rows) == 1
+    assert list((folder / "figures").iterdir()) == []
+
+
+def test_a_wrong_implementation_ends_with_5(
+    run_cli: Callable, tmp_path: Path, add_implementation: Callable
+) -> None:
+    add_implementation("wrong", lambda module, x, emb: module(x, emb) * 1.01)
+    done = run_cli("run", *TINY, "-a", "impl=reference,wrong", "--output", tmp_path / "run")
+    assert done.code == 5
+    rows = read_run(tmp_path / "run").rows
+    assert [row.status for row in rows] == ["ok", "wrong"]
+    assert rows[1].samples_ms is None
+    assert "wrong: wrong, 1 cell:" in done.out
+
+
+def test_a_failing_cell_does_not_end_the_sweep(
+    run_cli: Callable, tmp_path: Path, add_implementation: Callable
+) -> None:
+    def fail(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        raise RuntimeError("illegal access [of memory]")
+
+    add_implementation("failing", fail)
+    done = run_cli(
+        "run", *TINY, "-a", "impl=failing,reference", "--no-plots", "--output", tmp_path / "run"
+    )
+    assert done.code == 3
+    assert [row.status for row in read_run(tmp_path / "run").rows] == ["failed", "ok"]
+    assert "illegal access [of memory]" in done.out
+
+
+def test_out_of_memory_and_skipped_are_results(
+    run_cli: Callable, tmp_path: Path, add_implementation: Callable
+) -> None:
+    def exhaust(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    add_implementation("greedy", exhaust)
+    selection = ["run", *TINY, "--no-plots", "-a", "impl=greedy,reference"]
+    done = run_cli(*selection, "-a", "dims=1,2", "-a", "layout=nhwc", "--output", tmp_path / "a")
+    assert done.code == 0
+    statuses = [row.status for row in read_run(tmp_path / "a").rows]
+    assert statuses == ["skipped", "skipped", "oom", "ok"]
+    assert run_cli(*selection[:-1], "impl=greedy", "--output", tmp_path / "b").code == 3
+
+
+def test_a_spent_budget_says_what_is_left_and_ends_with_3(
+    run_cli: Callable, tmp_path: Path
+) -> None:
+    done = run_cli(
+        "run", *TINY, "-a", "batch=1,2,3", "--time-budget", "1ms", "--output", tmp_path / "run"
+    )
+    assert done.code == 2  # batch twice
+    done = run_cli(
+        "run", *TINY, "-a", "mode=inference,forward", "--time-budget", "1ms",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 3
+    left = re.search(r"time budget is spent: (\d) rows are in (.+), (\d) cells are left", done.out)
+    assert left is not None
+    assert len(read_run(tmp_path / "run").rows) == int(left[1])
+    assert int(left[1]) + int(left[3]) == 4
+
+
+def test_options_reach_the_contract(run_cli: Callable, tmp_path: Path) -> None:
+    run_cli(
+        "run", "-a", "channels=32", "-a", "resolution=8", "-a", "impl=reference", "--no-plots",
+        "--samples", 7, "--max-time", "3s", "--seed", 5, "--threads", 1, "--output", tmp_path / "r",
+    )  # fmt: skip
+    (row,) = read_run(tmp_path / "r").rows
+    contract = row.contract
+    assert (contract.min_samples, contract.max_samples, contract.max_time_s) == (7, 7, 3.0)
+    assert (contract.seed, row.seed, contract.threads) == (5, 5, 1)
+    assert len(row.samples_ms or []) == 7
+
+
+def test_a_configuration_file_runs(run_cli: Callable, tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text(
+        "[settings]\nmax_samples = 8\n[[grid]]\nchannels = 32\nresolution = 8\nbatch = [1, 2]\n"
+        "impl = 'reference'\nmode = 'inference'\n"
+    )
+    assert run_cli("run", "--config", config, "--no-plots", "--output", tmp_path / "r").code == 0
+    assert [row.axes.batch for row in read_run(tmp_path / "r").rows] == [1, 2]
+
+
+def test_a_dry_run_predicts_and_writes_nothing(
+    run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("run", *TINY, "-a", "checkpoint=none,full", "--dry-run")
+    assert done.code == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "4 cells" in done.out
+    assert "predicted to need" in done.out
+
+
+def test_the_dry_run_shows_what_a_run_then_measures(run_cli: Callable, tmp_path: Path) -> None:
+    dry = run_cli("run", *TINY, "-a", "impl=fused", "--dry-run").out
+    run_cli("run", *TINY, "-a", "impl=fused", "--no-plots", "--output", tmp_path / "r")
+    (row,) = read_run(tmp_path / "r").rows
+    assert row.memory is not None
+    assert f"{row.memory.peak_above_baseline_bytes / 2**20:.2f}" in dry
+
+
+def test_list_shows_every_choice(run_cli: Callable) -> None:
+    out = run_cli("list").out
+    for name in ("smoke", "resolution", "selective", "compiled", "adm-imagenet256-cond"):
+        assert name in out
+
+
+def test_list_says_why_an_implementation_is_not_usable(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no: torch.compile needs a C++ compiler" in " ".join(run_cli("list").out.split())
+
+
+def test_list_with_a_selection_shows_its_cells(run_cli: Callable) -> None:
+    out = run_cli("list", "-a", "model=iddpm-cifar10-uncond", "-a", "resolution=4").out
+    assert "256 4² b8 p=0.3" in out
+    assert "512→256 4² b8 p=0.3" in out
+    assert "4 cells" in out
+
+
+def test_env_shows_the_machine(run_cli: Callable) -> None:
+    done = run_cli("env")
+    assert done.code == 0
+    assert "usable_cpus" in done.out
+    assert torch.__version__ in done.out
+    assert "mend" in done.out
+
+
+def test_plot_draws_again(run_cli: Callable, tmp_path: Path) -> None:
+    run_cli("run", *TINY, "--no-plots", "--output", tmp_path / "run")
+    done = run_cli("plot", tmp_path / "run")
+    assert done.code == 0
+    assert (tmp_path / "run" / "figures" / "throughput.png").stat().st_size > 1000
+    assert "throughput.svg" in done.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_refused(run_cli: Callable, tmp_path: Path) -> None:
+    done = run_cli("run", *TINY, "--device", "cuda", "--output", tmp_path / "run")
+    assert done.code == 2
+    assert "use --device cpu" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "-a", "resolutoin=8"], "did you mean 'resolution'"),
+        (["run", "-a", "dtype=fp8"], "fp32, bf16, fp16"),
+        (["run", "-a", "impl=fusd"], "did you mean 'fused'"),
+        (["run", "-a", "model=adm"], "unknown value of axis 'model'"),
+        (["run", "-a", "channels=48"], "multiple of 32"),
+        (["run", "-a", "resolution=[8:4:x2]"], "does not ascend"),
+        (["run", "-a", "mode=inference", "-a", "checkpoint=full"], "has no cell"),
+        (["run", "--preset", "cup"], "did you mean 'cpu'"),
+        (["run", "--preset", "cpu", "-a", "resolution=17"], "no block of"),
+        (["run", "--config", "absent.toml"], "cannot read absent.toml"),
+        (["run", "--config", "bad.toml"], "bad.toml is not valid TOML"),
+        (["run", "--device", "tpu"], "unknown device 'tpu': it is one of cpu, cuda"),
+        (["run", "--time-budget", "8"], "'8' is not a duration"),
+        (["run", "--max-time", "fast"], "'fast' is not a duration"),
+        (["run", "--samples", "0"], "'--samples'"),
+        (["run", "--nonsense"], "--nonsense"),
+        (["run", *TINY, "--output", "file"], "file"),
+        (["run", *TINY, "--output", "file/run"], "cannot write to file/run"),
+        (["run", *TINY, "--output", "old"], "old already holds a run"),
+        (["list", "-a", "dtype=fp8"], "fp32, bf16, fp16"),
+        (["plot", "absent"], "absent is not a run folder"),
+        (["plot", "old"], "old is not a run folder: environment.json"),
+        (["plot"], "RUN"),
+        (["measure"], "measure"),
+    ],
+    ids=lambda value: " ".join(value).replace("/", "_") if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_2(
+    run_cli: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "cells.jsonl").touch()
+    (tmp_path / "bad.toml").write_text("[[grid]\n")
+    before = sorted(tmp_path.rglob("*"))
+    done = run_cli(*arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert "╭" not in done.err
+    if done.err.startswith("resblock-bench: "):
+        assert done.err.count("\n") == 1
+    assert [p for p in sorted(tmp_path.rglob("*")) if p.name != "figures"] == before
+
+
+def test_help_does_not_wait_for_pytorch() -> None:
+    code = "import sys, resblock_bench.bench.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def started(folder: Path, *more: str, **options: object) -> "subprocess.Popen[str]":
+    """A sweep of two thousand cells in a process of its own."""
+    command = [sys.executable, "-m", "resblock_bench.bench", "run", "-a", "channels=32"]
+    command += ["-a", "resolution=4", "-a", "batch=[1:1000:+1]", "-a", "mode=inference"]
+    command += ["--samples", "6", "--output", str(folder), *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    process = started(folder)
+    try:
+        deadline = time.monotonic() + 60
+        cells = folder / "cells.jsonl"
+        while not cells.exists() or cells.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3, err
+    assert "Traceback" not in err
+    message = re.search(r"interrupted: (\d+) rows are in (.+), (\d+) cells are left", out)
+    assert message is not None, out
+    rows = read_run(folder).rows
+    assert len(rows) == int(message[1]) >= 3
+    assert int(message[1]) + int(message[3]) == 2000
+
+
+def test_a_full_disk_keeps_what_fitted(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    limit = 8000  # about four rows
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = started(folder, "--no-plots", preexec_fn=fill)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert "Traceback" not in err
+    assert re.search(r"cannot be written \(File too large\): [1-9] rows are in", out), out
+    assert 1 <= len(read_run(folder).rows) <= 9
+
+
+def test_the_rows_of_an_installed_package_outside_git_have_no_commit(
+    run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resblock_bench.bench.environment._git", lambda *arguments: None)
+    arguments = ("-a", "impl=reference", "--no-plots", "--output", tmp_path / "run")
+    assert run_cli("run", *TINY, *arguments).code == 0
+    row = json.loads((tmp_path / "run" / "cells.jsonl").read_text())
+    assert (row["commit"], row["dirty"]) == (None, None)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["commit"] is None
+
+
+def test_opening_a_device_fixes_the_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        devices.open_device("cpu", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert os.environ.get("OMP_NUM_THREADS") != "1"

@@ -1,0 +1,89 @@
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
+from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
+
+CPU = torch.device("cpu")
+
+
+class Counter(TorchDispatchMode):
+    """Counts calls of operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "convolutions", "norms"),
+    [("none", 3, 2), ("selective", 3, 4), ("full", 6, 4)],
+)
+def test_reference_modes_recompute_what_they_say(
+    make_cell: Callable[..., Cell], checkpoint: str, convolutions: int, norms: int
+) -> None:
+    """Selective keeps convolutions and recomputes norms; full recomputes both."""
+    cell = make_cell(checkpoint=checkpoint, out_channels=64)
+    made = Workload(cell, draw_weights(cell, 0), draw_inputs(cell, CPU, 0), CPU)
+    with Counter() as counter:
+        made.step()
+    forward = counter.calls["convolution"]
+    # Non-reentrant checkpointing stops recomputing early, once everything needed is there.
+    assert forward in (convolutions, convolutions - 1)
+    assert counter.calls["native_group_norm"] == norms
+
+
+def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = IMPLEMENTATIONS["compiled"]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert "g++, clang++, c++ was found" in (compiled.unusable("cpu") or "")
+    monkeypatch.setenv("CXX", "mycc -O2")
+    assert "none of mycc was found" in (compiled.unusable("cpu") or "")
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert compiled.unusable("cpu") is None
+
+
+def test_a_cell_without_a_compiler_is_skipped_with_the_reason(
+    measure: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    row = measure(impl="compiled")
+    assert row.status == "skipped"
+    assert "C++ compiler" in (row.reason or "")
+
+
+def test_a_refusal_of_torch_compile_is_not_a_failure(
+    measure: Callable[..., Row], add_implementation: Callable[..., None]
+) -> None:
+    def refuse(module: torch.nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        raise torch._dynamo.exc.Unsupported("cannot trace this")
+
+    add_implementation("refusing", refuse)
+    row = measure(impl="refusing")
+    assert (row.status, could_not_compile(ValueError())) == ("skipped", False)
+    assert "cannot trace this" in (row.reason or "")
+
+
+@pytest.mark.skipif(
+    IMPLEMENTATIONS["compiled"].unusable("cpu") is not None, reason="needs a C++ compiler"
+)
+def test_compiled_cells_are_right_and_say_why_their_memory_is_unknown(
+    measure: Callable[..., Row],
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        row = measure(impl="compiled", mode="inference")
+    assert (row.status, row.memory) == ("ok", None)
+    assert "torch.compile" in (row.memory_note or "")

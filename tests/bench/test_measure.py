@@ -1,0 +1,159 @@
+import re
+import statistics
+from collections.abc import Callable
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench.measure import Session, contract_of, measure_cell
+from resblock_bench.bench.records import Cell, Row, cell_id
+from resblock_bench.bench.stats import median_interval
+
+
+def test_a_row_is_self_describing(measure: Callable[..., Row], session: Session) -> None:
+    row = measure(batch=3)
+    assert row.status == "ok"
+    assert row.axes.batch == 3
+    assert row.contract == contract_of(row.axes, session)
+    assert row.id == cell_id(row.axes, row.contract)
+    assert row.versions["torch"] == torch.__version__
+    assert row.started_at.endswith("+00:00")
+
+
+def test_its_numbers_follow_from_its_samples(measure: Callable[..., Row]) -> None:
+    row = measure(batch=3)
+    assert row.samples_ms is not None
+    assert len(row.samples_ms) == 6
+    assert row.median_ms == statistics.median(row.samples_ms)
+    assert (row.ci_low_ms, row.ci_high_ms) == median_interval(row.samples_ms, 0.95)
+    assert row.throughput_images_per_s == pytest.approx(3 / (row.median_ms / 1000))
+
+
+def test_the_contract_says_what_the_mode_s_step_contains(
+    session: Session, make_cell: Callable[..., Cell]
+) -> None:
+    steps = {
+        mode: contract_of(make_cell(mode=mode), session).step
+        for mode in ("inference", "forward", "train")
+    }
+    assert "no_grad" in steps["inference"]
+    assert "backward" not in steps["forward"]
+    assert "backward(cotangent)" in steps["train"]
+
+
+def test_multiplicity_is_recorded_and_no_part_of_the_identity(
+    session: Session, make_cell: Callable[..., Cell]
+) -> None:
+    cell = make_cell(mode="inference")
+    rows = [measure_cell(PlannedCell(cell, count), session) for count in (1, 7)]
+    assert [row.multiplicity for row in rows] == [1, 7]
+    assert rows[0].id == rows[1].id
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (ValueError("first line\nsecond"), "failed", r"ValueError: first line \(line \d+ of"),
+        (RuntimeError(), "failed", "RuntimeError: no message"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom", "OutOfMemoryError"),
+        (MemoryError("no more"), "oom", "MemoryError"),
+        (RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: ..."), "oom", "allocate"),
+    ],
+    ids=["error", "silent", "gpu", "python", "cpu"],
+)
+def test_an_exception_becomes_a_status_with_its_reason(
+    measure: Callable[..., Row],
+    add_implementation: Callable[..., None],
+    error: Exception,
+    status: str,
+    reason: str,
+) -> None:
+    def fail(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        raise error
+
+    add_implementation("failing", fail)
+    row = measure(impl="failing")
+    assert row.status == status
+    assert re.search(reason, row.reason or "")
+    assert row.samples_ms is None
+
+
+def test_memory_that_is_not_there_is_a_result(measure: Callable[..., Row]) -> None:
+    """2^16 squared pixels are 1 PiB of input: the allocator itself refuses."""
+    row = measure(resolution=2**16, batch=2**11, mode="inference")
+    assert row.status == "oom", row.reason
+
+
+def test_an_interrupt_is_not_swallowed(
+    measure: Callable[..., Row], add_implementation: Callable[..., None]
+) -> None:
+    def interrupt(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    add_implementation("interrupted", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(impl="interrupted")
+
+
+def test_a_cell_that_torch_does_not_have_is_skipped(measure: Callable[..., Row]) -> None:
+    row = measure(layout="nhwc", dims=1)
+    assert (row.status, row.samples_ms) == ("skipped", None)
+    assert "one spatial dimension" in (row.reason or "")
+
+
+def test_the_seed_decides_the_inputs(
+    session: Session, make_cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Session(session.device, session.environment, session.rule, seed=1)
+    cell = make_cell(mode="inference")
+    first, second = (measure_cell(PlannedCell(cell, 1), s) for s in (session, other))
+    assert first.id != second.id
+    assert first.correctness is not None
+    assert second.correctness is not None
+    assert first.correctness.errors != second.correctness.errors
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch": 3}, {"dtype": "bf16"}, {"impl": "fused"}, {"model": "x"}], ids=str
+)
+def test_the_id_depends_on_every_axis(
+    session: Session, make_cell: Callable[..., Cell], change: dict[str, object]
+) -> None:
+    contract = contract_of(make_cell(), session)
+    assert cell_id(make_cell(**change), contract) != cell_id(make_cell(), contract)
+
+
+def test_the_id_depends_on_the_contract(session: Session, make_cell: Callable[..., Cell]) -> None:
+    contract = contract_of(make_cell(), session)
+    ids = {cell_id(make_cell(), contract)}
+    for field in ("threads", "max_samples", "min_samples"):
+        ids.add(cell_id(make_cell(), msgspec.structs.replace(contract, **{field: 77})))
+    assert len(ids) == 4
+
+
+def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[..., Cell]) -> None:
+    """Stored baselines are found by id: a change here is a change of the schema version."""
+    from resblock_bench.bench.records import SCHEMA_VERSION, Contract
+
+    contract = Contract(
+        device="cpu",
+        timer="perf_counter",
+        threads=2,
+        warmup_s=0.1,
+        warmup_min_steps=2,
+        confidence=0.95,
+        rel_half_width=0.02,
+        min_samples=8,
+        max_samples=1000,
+        max_time_s=1.0,
+        l2="not flushed",
+        backend="default",
+        seed=0,
+        step="step",
+        precision="precision",
+        inputs="inputs",
+    )
+    assert (SCHEMA_VERSION, cell_id(make_cell(), contract)) == (1, "d3de3f5cb677e0d9")

@@ -1,0 +1,182 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import msgspec
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from resblock_bench.bench.dots import QUANTITIES, draw_dots
+from resblock_bench.bench.figures import site_labels
+from resblock_bench.bench.front import draw_front
+from resblock_bench.bench.measure import Session
+from resblock_bench.bench.plots import draw_all
+from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.storage import Run
+
+MODES = ("none", "selective", "full")
+
+
+@pytest.fixture
+def run(measure: Callable[..., Row], session: Session, tmp_path: Path) -> Run:
+    """Two sites in every variant; timings made up, so that positions are known."""
+    base = measure()
+    rows = []
+    for batch in (2, 4):
+        for position, (mode, impl) in enumerate(
+            (mode, impl) for mode in MODES for impl in ("reference", "fused")
+        ):
+            cell = msgspec.structs.replace(base.axes, batch=batch, impl=impl, checkpoint=mode)
+            median = 10.0 + position
+            rows.append(
+                msgspec.structs.replace(
+                    base,
+                    axes=cell,
+                    median_ms=median,
+                    ci_low_ms=median * 0.9,
+                    ci_high_ms=median * 1.1,
+                    throughput_images_per_s=batch / median * 1e3,
+                )
+            )
+    return Run(tmp_path / "a-run", session.environment, rows)
+
+
+def texts(figure: Figure) -> list[str]:
+    found = [text.get_text() for ax in figure.axes for text in ax.texts]
+    titles = [ax.get_title() for ax in figure.axes]
+    return [*found, *titles, *(text.get_text() for text in figure.texts)]
+
+
+def test_all_figures_are_drawn_in_both_formats(run: Run) -> None:
+    run.folder.mkdir()
+    paths = draw_all(run)
+    assert {path.name for path in paths} == {
+        f"{name}.{suffix}"
+        for name in ("throughput", "memory", "front")
+        for suffix in ("png", "svg")
+    }
+    for path in paths:
+        if path.suffix == ".png":
+            pixels = plt.imread(path)
+            assert pixels[..., :3].std() > 0.05, "an empty picture"
+        else:
+            assert path.read_text().count("<path") > 20
+    assert plt.get_fignums() == []
+
+
+def test_the_same_run_gives_the_same_vector_graphics(run: Run) -> None:
+    run.folder.mkdir()
+    draw_all(run)
+    first = (run.folder / "figures" / "front.svg").read_bytes()
+    draw_all(run)
+    assert (run.folder / "figures" / "front.svg").read_bytes() == first
+
+
+def test_a_dot_stands_at_its_value(run: Run) -> None:
+    figure = draw_dots(run, QUANTITIES[0])
+    assert figure is not None
+    dots = {
+        (panel, line.get_color(), round(float(line.get_xdata()[0]), 3))
+        for panel, ax in enumerate(figure.axes)
+        for line in ax.lines
+        if line.get_marker() in ("o", "D")
+    }
+    expected = {
+        (
+            MODES.index(row.axes.checkpoint),
+            {"reference": "#000000", "fused": "#D55E00"}[row.axes.impl],
+            round(row.throughput_images_per_s or 0, 3),
+        )
+        for row in run.rows
+    }
+    assert dots == expected
+    assert f"{10 / 11:.2f}×" in texts(figure)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("status", ["oom", "failed", "wrong", "skipped"])
+def test_a_cell_without_a_number_is_written_out(run: Run, status: str) -> None:
+    empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None}
+    rows = [msgspec.structs.replace(run.rows[0], status=status, **empty), *run.rows[1:]]
+    broken = run._replace(rows=rows)
+    for quantity in QUANTITIES:
+        figure = draw_dots(broken, quantity)
+        assert figure is not None
+        assert texts(figure).count(status) == 1
+        plt.close(figure)
+    # The site without a reference has nothing to be divided by; the other one remains.
+    front = draw_front(broken)
+    assert front is not None
+    assert "each of 1 blocks" in " ".join(supxlabels(front))
+    plt.close(front)
+
+
+def supxlabels(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(plt.Text)]
+
+
+def test_nothing_measured_draws_nothing(run: Run) -> None:
+    empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None}
+    rows = [msgspec.structs.replace(row, status="oom", **empty) for row in run.rows]
+    broken = run._replace(rows=rows)
+    broken.folder.mkdir()
+    assert draw_all(broken) == []
+
+
+def test_the_front_is_relative_to_the_reference_without_checkpointing(run: Run) -> None:
+    figure = draw_front(run)
+    assert figure is not None
+    for ax in figure.axes:
+        offsets = [tuple(map(float, c.get_offsets()[0])) for c in ax.collections]
+        assert (1.0, 1.0) in offsets
+        assert {round(y, 6) for _, y in offsets} == {
+            round(10 / (10 + position), 6) for position in range(6)
+        }
+    plt.close(figure)
+
+
+def test_the_caption_says_where_the_numbers_are_from(run: Run) -> None:
+    for figure in (*(draw_dots(run, quantity) for quantity in QUANTITIES), draw_front(run)):
+        assert figure is not None
+        text = " ".join(supxlabels(figure))
+        for fact in (run.rows[0].device_name, "torch 2", "triton", "run a-run", "fp32"):
+            assert fact in text
+        plt.close(figure)
+
+
+def overlapping(figure: Figure, ax: Axes) -> list[tuple[str, str]]:
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    labels = [*ax.get_yticklabels(), *ax.get_xticklabels(), *ax.texts, ax.title, ax.xaxis.label]
+    low, high = sorted(ax.get_xlim())
+    boxes = [
+        (label.get_text(), label.get_window_extent(renderer))
+        for label in labels
+        if label.get_text() and (label not in ax.get_xticklabels() or low <= label._x <= high)
+    ]
+    return [
+        (a, b)
+        for i, (a, first) in enumerate(boxes)
+        for b, second in boxes[i + 1 :]
+        if first.overlaps(second)
+    ]
+
+
+def test_no_label_covers_another(run: Run) -> None:
+    for figure in (*(draw_dots(run, quantity) for quantity in QUANTITIES), draw_front(run)):
+        assert figure is not None
+        figure.canvas.draw()
+        for ax in figure.axes:
+            assert overlapping(figure, ax) == []
+        plt.close(figure)
+
+
+def test_labels_name_only_what_differs(make_cell: Callable[..., Cell]) -> None:
+    sites = [make_cell(), make_cell(batch=4), make_cell(resolution=16, out_channels=64)]
+    assert list(site_labels(sites).values()) == ["32, 8²\nb2", "32, 8²\nb4", "32→64, 16²\nb2"]
+    assert list(site_labels(sites[:1]).values()) == ["32, 8²"]
+
+
+def test_what_only_the_model_changes_is_left_to_its_name(make_cell: Callable[..., Cell]) -> None:
+    sites = [make_cell(model="a", dropout=0.3), make_cell(model="b", dropout=0.1)]
+    assert list(site_labels(sites).values()) == ["32, 8²\na", "32, 8²\nb"]

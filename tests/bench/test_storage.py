@@ -1,0 +1,189 @@
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pytest
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.measure import Session
+from resblock_bench.bench.records import Row
+from resblock_bench.bench.storage import RunWriter, default_output, read_run
+
+Measure = Callable[..., Row]
+
+
+@pytest.fixture
+def rows(measure: Measure) -> list[Row]:
+    ok = measure(mode="inference")
+    skipped = measure(dims=1, layout="nhwc")
+    return [ok, skipped]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rows: list[Row], session: Session) -> Path:
+    with RunWriter(tmp_path / "run", session.environment) as writer:
+        for row in rows:
+            writer.append(row)
+    return tmp_path / "run"
+
+
+def test_what_is_written_is_read_back(folder: Path, rows: list[Row], session: Session) -> None:
+    run = read_run(folder)
+    assert run.rows == rows
+    assert run.environment == session.environment
+
+
+def test_pandas_reads_the_rows(folder: Path, rows: list[Row]) -> None:
+    frame = pandas.read_json(folder / "cells.jsonl", lines=True)
+    assert list(frame["status"]) == ["ok", "skipped"]
+    assert frame["samples_ms"][0] == pytest.approx(rows[0].samples_ms, rel=1e-14)
+    assert frame["axes"][0]["channels"] == 32
+    assert frame["median_ms"][0] == pytest.approx(rows[0].median_ms, rel=1e-14)
+
+
+def test_a_row_is_on_disk_before_append_returns(
+    tmp_path: Path, rows: list[Row], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = tmp_path / "run" / "cells.jsonl"
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(cells.read_bytes())))
+    with RunWriter(tmp_path / "run", session.environment) as writer:
+        for row in rows:
+            writer.append(row)
+            assert synced[-1] == len(cells.read_bytes()) > 0
+    assert len(synced) == 2
+
+
+def test_a_full_disk_leaves_whole_rows(
+    tmp_path: Path, rows: list[Row], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+
+    def half(file: int, data: bytes) -> int:
+        if len(data) < 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[: len(data) - 50])
+
+    with RunWriter(tmp_path / "run", session.environment) as writer:
+        writer.append(rows[0])
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space left"):
+            writer.append(rows[1])
+        assert writer.count == 1
+    assert read_run(tmp_path / "run").rows == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"), [("write", 1), ("fsync", 2)], ids=["before the row", "after the row"]
+)
+def test_an_interrupt_leaves_whole_rows(
+    tmp_path: Path,
+    rows: list[Row],
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    kept: int,
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with RunWriter(tmp_path / "run", session.environment) as writer:
+        writer.append(rows[0])
+        monkeypatch.setattr(os, where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            writer.append(rows[1])
+        assert writer.count == kept
+    assert read_run(tmp_path / "run").rows == rows[:kept]
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
+    folder: Path, session: Session
+) -> None:
+    before = (folder / "cells.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="already holds a run: give another --output"):
+        RunWriter(folder, session.environment)
+    assert (folder / "cells.jsonl").read_bytes() == before
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path, session: Session) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UsageError, match="give an"):
+            RunWriter(place, session.environment)
+
+
+def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+    """Rewrite the second line."""
+    cells = folder / "cells.jsonl"
+    first, second = cells.read_text().splitlines()
+    changed = change(json.loads(second))
+    second = changed if isinstance(changed, str) else json.dumps(changed)
+    cells.write_text(f"{first}\n{second}\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: json.dumps(row)[:-20], "line 2 is damaged"),
+        (lambda row: "", "line 2 is damaged"),
+        (lambda row: "[1, 2]", "line 2 is damaged"),
+        (lambda row: {**row, "colour": "red"}, "line 2 is damaged.*colour"),
+        (lambda row: {k: v for k, v in row.items() if k != "status"}, "line 2 is damaged.*status"),
+        (lambda row: {**row, "status": "great"}, "line 2 is damaged.*great"),
+        (lambda row: {**row, "multiplicity": "1"}, "line 2 is damaged.*multiplicity"),
+        (lambda row: {**row, "schema_version": 2}, "line 2 has schema version 2.*reads 1"),
+        (lambda row: {**row, "axes": {**row["axes"], "batch": 9}}, "line 2 was changed"),
+        (lambda row: {**row, "id": "0" * 16}, "line 2 was changed"),
+    ],
+    ids=[
+        "torn", "empty", "not a row", "unknown key", "missing key", "unknown status", "wrong type",
+        "other schema", "edited axis", "edited id",
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(
+    folder: Path, change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    damaged(folder, change)
+    with pytest.raises(UsageError, match=message) as refusal:
+        read_run(folder)
+    assert str(folder / "cells.jsonl") in str(refusal.value)
+
+
+def test_a_cell_twice_is_damage(folder: Path) -> None:
+    cells = folder / "cells.jsonl"
+    cells.write_text(cells.read_text() + cells.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UsageError, match="line 3 repeats the cell of line 1"):
+        read_run(folder)
+
+
+def test_bytes_that_are_no_text_are_damage(folder: Path) -> None:
+    with (folder / "cells.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    with pytest.raises(UsageError, match="line 3 is damaged"):
+        read_run(folder)
+
+
+def test_a_damaged_environment_is_named(folder: Path) -> None:
+    (folder / "environment.json").write_text('{"machine": 3}')
+    with pytest.raises(UsageError, match=r"environment\.json is damaged"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("missing", ["cells.jsonl", "environment.json"])
+def test_what_is_no_run_folder_is_refused(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(UsageError, match=f"is not a run folder: {missing} cannot be read"):
+        read_run(folder)
+
+
+def test_the_default_folder_lies_in_the_checkout_around_here(tmp_path: Path) -> None:
+    inside = tmp_path / "checkout" / "docs"
+    inside.mkdir(parents=True)
+    assert default_output("box", inside).parent == inside / "results" / "runs" / "box"
+    (tmp_path / "checkout" / "pyproject.toml").write_text('[project]\nname = "resblock-bench"\n')
+    found = default_output("box", inside)
+    assert found.parent == tmp_path / "checkout" / "results" / "runs" / "box"
+    assert default_output("box", inside) != found
