@@ -5,6 +5,7 @@ import gc
 import statistics
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,5 +167,5 @@ def _reason(error: Exception) -> str:
     """Class, first line, and the innermost line of code, which is where a reader starts."""
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
+    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
     return f"{type(error).__name__}: {first_line}{place}"

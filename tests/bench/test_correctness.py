@@ -48,6 +48,26 @@ def test_the_truth_in_parts_is_the_truth(
         torch.testing.assert_close(parts[name], tensor, rtol=1e-11, atol=1e-12, msg=name)
 
 
+def test_where_eager_does_not_fit_its_error_is_found_in_parts(
+    make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that needs less memory may fit where eager does not, and still needs a limit."""
+    cell = make_cell(batch=4, channels=64)
+    whole = compute_truth(cell, CPU, 0)
+
+    class Tight(Workload):
+        def results(self) -> dict[str, Tensor]:
+            if self.x.shape[0] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().results()
+
+    monkeypatch.setattr(correctness, "Workload", Tight)
+    monkeypatch.setattr(correctness, "_PART_ELEMENTS", 2 * 64 * 8 * 8)
+    parts = compute_truth(cell, CPU, 0)
+    assert parts.limits == pytest.approx(whole.limits, rel=0.5)
+    assert parts.limits["out"] > 0
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_limits_are_twice_the_eager_error_or_the_floor(make_cell: MakeCell, dtype: str) -> None:
     cell = make_cell(dtype=dtype, channels=64)
