@@ -2,8 +2,8 @@
 
 Adaptive group norm is one call of ATen's group norm: N samples of C channels in G groups are one
 sample of N·C channels in N·G groups, whose per-channel affine may then differ from sample to
-sample. Channels-last tensors cannot be viewed so and go sample by sample. The backward recomputes
-z = x̂γ' + β' from x and the saved statistics, so nothing else is kept.
+sample. Channels-last tensors cannot be viewed so and go sample by sample. Everything the backward
+needs is computed again from x, so nothing but x and the small tensors is kept.
 """
 
 from __future__ import annotations
@@ -18,86 +18,75 @@ from resblock_bench.kernels.spec import Modulation, Spec, memory_format, spread
 aten = torch.ops.aten
 
 
-def forward(
-    x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = dropout(act(norm(x + pre_shift)·γ' + β')), and every group's mean and rstd (N, G)."""
+def forward(x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec) -> Tensor:
+    """y = dropout(act(norm(x + pre_shift)·γ' + β'))."""
+    if x.numel() == 0:
+        return torch.zeros_like(x, dtype=spec.out_dtype)
     h = _input(x, modulation)
     gain, offset = modulation.folded(x, _statistics_dtype(h))
-    parts, means, rstds = [], [], []
-    for rows, R in _batches(h):
-        z, mean, rstd = aten.native_group_norm(
-            _view(h[rows], R),
-            gain[rows].reshape(-1),
-            offset[rows].reshape(-1),
-            1,
-            R * h.shape[1],
-            h[0, 0].numel(),
-            R * spec.num_groups,
-            spec.eps,
-        )
-        parts.append(_unview(z, h))
-        means.append(mean.view(-1, spec.num_groups))
-        rstds.append(rstd.view(-1, spec.num_groups))
-    y = _finish(_join(parts, x), seed, spec)
-    return y, torch.cat(means), torch.cat(rstds)
-
-
-def recompute(
-    x: Tensor, mean: Tensor, rstd: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec
-) -> Tensor:
-    """The forward's output once more, from the saved statistics."""
-    return _finish(_normalised(_input(x, modulation), mean, rstd, modulation, spec), seed, spec)
+    parts = []
+    for rows, part in _calls(h):
+        z, _, _ = _group_norm(part, gain[rows], offset[rows], spec)
+        if spec.activation:
+            z = aten.silu_(z)
+        parts.append(z)
+    y = _join(parts, h)
+    if seed is not None and spec.dropout_p > 0:
+        y = y.mul_(keep_mask(seed, y, spec.dropout_p))
+    return y.to(spec.out_dtype)
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    modulation: Modulation,
-    seed: Tensor | None,
-    spec: Spec,
+    dy: Tensor, x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """dx, and the sums (S1, S2, db) of `Modulation.gradients`."""
+    N, C = x.shape[:2]
+    if x.numel() == 0:
+        empty = x.new_zeros((N, C), dtype=_statistics_dtype(x))
+        return torch.zeros_like(x), (empty, empty, empty)
     h = _input(x, modulation)
-    gain, _ = modulation.folded(x, mean.dtype)
-    dz = dy.to(h.dtype)
+    gain, offset = modulation.folded(x, _statistics_dtype(h))
+    zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
+    dy = dy.to(h.dtype)
     if seed is not None and spec.dropout_p > 0:
-        dz = dz * keep_mask(seed, dz, spec.dropout_p)
-    if spec.activation:
-        z = _normalised(h, mean, rstd, modulation, spec)
-        dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
-        del z
+        dy = dy * keep_mask(seed, dy, spec.dropout_p)
     parts, s1, s2 = [], [], []
-    for rows, R in _batches(h):
+    for (rows, part), (_, dz) in zip(_calls(h), _calls(dy), strict=True):
+        # The backward is taken about the normalised x̂, whose mean is 0 and rstd 1: about x itself
+        # ATen's sums would cancel where |mean| ≫ std. dx is linear in the gain, so the true rstd
+        # goes there.
+        x_hat, _, rstd = _group_norm(part, ones[rows], zeros[rows], spec)
+        if spec.activation:
+            z = _affine(x_hat, gain[rows], offset[rows])
+            dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
+        groups = rstd.numel()
         dx, dgain, doffset = aten.native_group_norm_backward(
-            _view(dz[rows], R),
-            _view(h[rows], R),
-            mean[rows].reshape(-1, R * spec.num_groups),
-            rstd[rows].reshape(-1, R * spec.num_groups),
-            gain[rows].reshape(-1),
+            dz,
+            x_hat,
+            zeros.view(-1)[:groups].view(1, -1),
+            ones.view(-1)[:groups].view(1, -1),
+            (gain[rows].view(groups, -1) * rstd.view(groups, 1)).view(-1),
             1,
-            R * h.shape[1],
-            h[0, 0].numel(),
-            R * spec.num_groups,
+            part.shape[1],
+            part[0, 0].numel(),
+            groups,
             [True, True, True],
         )
-        parts.append(_unview(dx, h))
-        s1.append(doffset.view(-1, h.shape[1]))
-        s2.append(dgain.view(-1, h.shape[1]))
-    dx = _join(parts, x)
+        parts.append(dx)
+        s1.append(doffset)
+        s2.append(dgain)
+    dh = _join(parts, h)
     db = None
     if modulation.pre_shift is not None:
-        db = dx.sum(tuple(range(2, dx.dim())), dtype=mean.dtype)
-    return dx.to(x.dtype), (torch.cat(s1), torch.cat(s2), db)
+        db = dh.sum(tuple(range(2, dh.dim())), dtype=gain.dtype)
+    return dh.to(x.dtype), (torch.cat(s1).view(N, C), torch.cat(s2).view(N, C), db)
 
 
 def _input(x: Tensor, modulation: Modulation) -> Tensor:
     """x + pre_shift, in the dtype in which group norm is computed on this device."""
     # On the CPU ATen's group norm reads 16-bit x beside fp32 affine and statistics; elsewhere
-    # both must have one dtype.
-    if x.dtype.itemsize < 4 and (x.device.type != "cpu" or modulation.pre_shift is not None):
+    # both must have one dtype. The sum with pre_shift is not rounded to 16 bits.
+    if x.element_size() < 4 and (x.device.type != "cpu" or modulation.pre_shift is not None):
         x = x.float()
     if modulation.pre_shift is not None:
         x = x + spread(modulation.pre_shift.to(x.dtype), x)
@@ -108,65 +97,52 @@ def _statistics_dtype(h: Tensor) -> torch.dtype:
     return torch.float64 if h.dtype == torch.float64 else torch.float32
 
 
-def _batches(h: Tensor) -> Iterator[tuple[slice, int]]:
-    """The samples that one ATen call takes, and how many of them it sees as one."""
-    N = h.shape[0]
+def _calls(h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What one ATen call takes: the samples, and h over them as one sample."""
+    N, C = h.shape[:2]
     if memory_format(h) == torch.contiguous_format:
-        yield slice(0, N), N
+        yield slice(None), h.reshape(1, N * C, -1)
     else:
         for n in range(N):
-            yield slice(n, n + 1), 1
+            yield slice(n, n + 1), h[n : n + 1]
 
 
-def _view(h: Tensor, R: int) -> Tensor:
-    """(R, C, *spatial) → (1, R·C, HW); a single channels-last sample stays as it is."""
-    return h if memory_format(h) != torch.contiguous_format else h.reshape(1, R * h.shape[1], -1)
+def _join(parts: list[Tensor], h: Tensor) -> Tensor:
+    """The results of all calls in the shape and layout of h."""
+    # A lone channels-last sample is not viewed as itself: that would change the stride of its
+    # batch dimension, and torch.cat no longer see the layout.
+    return parts[0].view_as(h) if memory_format(h) == torch.contiguous_format else torch.cat(parts)
 
 
-def _unview(z: Tensor, h: Tensor) -> Tensor:
-    # Only where _view changed the shape: viewing a lone channels-last sample as itself changes
-    # the stride of its batch dimension, after which torch.cat no longer sees the layout.
-    return z.view_as(h) if memory_format(h) == torch.contiguous_format else z
+def _group_norm(
+    part: Tensor, gain: Tensor, offset: Tensor, spec: Spec
+) -> tuple[Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor] = aten.native_group_norm(
+        part,
+        gain.reshape(-1),
+        offset.reshape(-1),
+        1,
+        part.shape[1],
+        part[0, 0].numel(),
+        gain.shape[0] * spec.num_groups,
+        spec.eps,
+    )
+    return out
 
 
-def _join(parts: list[Tensor], x: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _normalised(
-    h: Tensor, mean: Tensor, rstd: Tensor, modulation: Modulation, spec: Spec
-) -> Tensor:
-    """z = (h − μ)·r·γ' + β' from saved statistics: batch norm's inference form, with a channel's
-    mean and variance replaced by its group's."""
-    C = h.shape[1]
-    gain, offset = modulation.folded(h, mean.dtype)
-    channel_rstd = rstd.repeat_interleave(C // spec.num_groups, dim=1)
-    channel_mean = mean.repeat_interleave(C // spec.num_groups, dim=1)
-    gain = gain * channel_rstd
-    parts = []
-    for rows, R in _batches(h):
-        z = torch.batch_norm(
-            _view(h[rows], R),
-            gain[rows].reshape(-1),
-            offset[rows].reshape(-1),
-            channel_mean[rows].reshape(-1),
-            gain.new_ones(R * C),
-            training=False,
-            momentum=0.0,
-            eps=0.0,
-            cudnn_enabled=False,
-        )
-        parts.append(_unview(z, h))
-    return _join(parts, h)
-
-
-def _finish(z: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
-    """Activation and dropout, in place: z is ours."""
-    if spec.activation:
-        z = aten.silu_(z)
-    if seed is not None and spec.dropout_p > 0:
-        z = z.mul_(keep_mask(seed, z, spec.dropout_p))
-    return z.to(spec.out_dtype)
+def _affine(part: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """part·gain + offset by channel: batch norm's inference form at mean 0 and variance 1."""
+    return torch.batch_norm(
+        part,
+        gain.reshape(-1),
+        offset.reshape(-1),
+        torch.zeros_like(gain).view(-1),
+        torch.ones_like(gain).view(-1),
+        training=False,
+        momentum=0.0,
+        eps=0.0,
+        cudnn_enabled=False,
+    )
 
 
 @torch.library.custom_op("resblock_bench::keep_mask", mutates_args=())

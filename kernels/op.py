@@ -8,12 +8,12 @@ convolution runs twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from resblock_bench.kernels import aten
 from resblock_bench.kernels.dispatch import Plan
@@ -25,35 +25,37 @@ Gradients = tuple[Tensor | None, ...]
 
 def forward(
     x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, and what the implementation wants back beside x: Triton mean and rstd (N, G)."""
     if plan.backend == "triton":
         from resblock_bench.kernels import launch
 
-        return launch.forward(x, modulation, seed, spec, plan)
-    return aten.forward(x, modulation, seed, spec)
+        y, mean, rstd = launch.forward(x, modulation, seed, spec, plan)
+        return y, (mean, rstd)
+    return aten.forward(x, modulation, seed, spec), ()
 
 
 def recompute(
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: tuple[Tensor, ...],
     modulation: Modulation,
     seed: Tensor | None,
     spec: Spec,
     plan: Plan,
 ) -> Tensor:
+    """The forward's output once more."""
     if plan.backend == "triton":
         from resblock_bench.kernels import launch
 
+        mean, rstd = statistics
         return launch.recompute(x, mean, rstd, modulation, seed, spec, plan)
-    return aten.recompute(x, mean, rstd, modulation, seed, spec)
+    return aten.forward(x, modulation, seed, spec)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: tuple[Tensor, ...],
     modulation: Modulation,
     seed: Tensor | None,
     spec: Spec,
@@ -65,9 +67,10 @@ def backward(
     if plan.backend == "triton":
         from resblock_bench.kernels import launch
 
+        mean, rstd = statistics
         dx, sums = launch.backward(dy, x, mean, rstd, modulation, seed, spec, plan)
     else:
-        dx, sums = aten.backward(dy, x, mean, rstd, modulation, seed, spec)
+        dx, sums = aten.backward(dy, x, modulation, seed, spec)
     return dx, modulation.gradients(sums)
 
 
@@ -88,19 +91,21 @@ class GroupNormSiLUFunction(Function):
         plan: Plan,
     ) -> Tensor:
         modulation = Modulation(weight, bias, scale, shift, pre_shift)
-        y, mean, rstd = forward(x, modulation, seed, spec, plan)
-        ctx.save_for_backward(x, mean, rstd, seed, *modulation)
-        ctx.spec, ctx.plan = spec, plan
+        y, statistics = forward(x, modulation, seed, spec, plan)
+        ctx.save_for_backward(x, seed, *modulation, *statistics)
+        ctx.constants = spec, plan
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, mean, rstd, seed, *modulation = ctx.saved_tensors
-        dx, gradients = backward(
-            dy, x, mean, rstd, Modulation(*modulation), seed, ctx.spec, ctx.plan
-        )
-        return dx, *gradients, None, None, None
+        x, seed, *rest = ctx.saved_tensors
+        modulation, statistics = Modulation(*rest[:5]), tuple(rest[5:])
+
+        def compute() -> Gradients:
+            dx, gradients = backward(dy, x, statistics, modulation, seed, *ctx.constants)
+            return dx, *gradients
+
+        return *differentiated_once(compute, (dy, x, *modulation)), None, None, None
 
 
 class Convolution(NamedTuple):
@@ -133,35 +138,73 @@ class NormActConvFunction(Function):
         resample: Resample,
     ) -> Tensor:
         modulation = Modulation(weight, bias, scale, shift, pre_shift)
-        y, mean, rstd = forward(x, modulation, seed, spec, plan)
+        y, statistics = forward(x, modulation, seed, spec, plan)
         out = _convolve(resample.forward(y), kernel, kernel_bias, convolution)
-        ctx.save_for_backward(x, mean, rstd, seed, kernel, *modulation)
-        ctx.constants = spec, plan, convolution, resample, kernel_bias is not None
+        ctx.save_for_backward(x, seed, kernel, *modulation, *statistics)
+        ctx.constants = spec, plan
+        ctx.convolution, ctx.resample, ctx.has_bias = convolution, resample, kernel_bias is not None
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Gradients:
-        x, mean, rstd, seed, kernel, *tensors = ctx.saved_tensors
-        modulation = Modulation(*tensors)
-        spec, plan, convolution, resample, has_bias = ctx.constants
-        y = recompute(x, mean, rstd, modulation, seed, spec, plan)
-        dy, dkernel, dkernel_bias = torch.ops.aten.convolution_backward(
-            dout,
-            resample.forward(y),
-            kernel,
-            [kernel.shape[0]] if has_bias else None,
-            convolution.stride,
-            convolution.padding,
-            convolution.dilation,
-            False,
-            [0] * len(convolution.stride),
-            convolution.groups,
-            [True, ctx.needs_input_grad[6], has_bias and ctx.needs_input_grad[7]],
+        x, seed, kernel, *rest = ctx.saved_tensors
+        modulation, statistics = Modulation(*rest[:5]), tuple(rest[5:])
+        convolution: Convolution = ctx.convolution
+        resample: Resample = ctx.resample
+
+        def compute() -> Gradients:
+            y = recompute(x, statistics, modulation, seed, *ctx.constants)
+            dy, dkernel, dkernel_bias = torch.ops.aten.convolution_backward(
+                dout,
+                resample.forward(y),
+                kernel,
+                [kernel.shape[0]] if ctx.has_bias else None,
+                convolution.stride,
+                convolution.padding,
+                convolution.dilation,
+                False,
+                [0] * len(convolution.stride),
+                convolution.groups,
+                [True, ctx.needs_input_grad[6], ctx.has_bias and ctx.needs_input_grad[7]],
+            )
+            del y
+            dx, gradients = backward(
+                resample.backward(dy), x, statistics, modulation, seed, *ctx.constants
+            )
+            return dx, *gradients, dkernel, dkernel_bias
+
+        return *differentiated_once(compute, (dout, x, *modulation, kernel)), *(None,) * 5
+
+
+class _Underivable(Function):
+    """Passes gradients on, and raises where a second derivative is taken through them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Gradients:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Gradients:
+        raise RuntimeError(
+            "group_norm_silu and the fused blocks can be differentiated once, and a second "
+            "derivative was asked for. Use resblock_bench.reference for that part of the model."
         )
-        del y
-        dx, gradients = backward(resample.backward(dy), x, mean, rstd, modulation, seed, spec, plan)
-        return dx, *gradients, dkernel, dkernel_bias, *(None,) * 5
+
+
+def differentiated_once(
+    compute: Callable[[], Gradients], inputs: tuple[Tensor | None, ...]
+) -> Gradients:
+    """compute(), tied to `inputs` so that a second derivative raises.
+
+    Without the tie the gradients would count as constants in a graph that is built with
+    create_graph=True, and a gradient penalty would silently be wrong.
+    """
+    with torch.no_grad():
+        gradients = compute()
+    if not torch.is_grad_enabled():
+        return gradients
+    tied: Gradients = _Underivable.apply(len(gradients), *gradients, *inputs)
+    return tied
 
 
 def _convolve(y: Tensor, kernel: Tensor, bias: Tensor | None, convolution: Convolution) -> Tensor:

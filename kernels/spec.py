@@ -38,15 +38,13 @@ class Modulation(NamedTuple):
     def folded(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """γ' = γ(1 + s) and β' = β(1 + s) + t, both (N, C) in `dtype`; z = x̂γ' + β'."""
         N, C = x.shape[:2]
-        gain = x.new_ones((N, C), dtype=dtype)
-        if self.scale is not None:
-            # 1 + scale in full precision: in 16 bits it would lose scale's low bits.
-            gain = gain + self.scale.to(dtype)
-        offset = x.new_zeros((N, C), dtype=dtype)
+        # 1 + scale in full precision: in 16 bits it would lose scale's low bits.
+        one = x.new_ones((N, C), dtype=dtype)
+        gain = one if self.scale is None else one + self.scale
+        zero = x.new_zeros((N, C), dtype=dtype)
+        offset = zero if self.shift is None else zero + self.shift
         if self.bias is not None:
-            offset = gain * self.bias.to(dtype)
-        if self.shift is not None:
-            offset = offset + self.shift.to(dtype)
+            offset = torch.addcmul(offset, gain, self.bias.to(dtype))
         if self.weight is not None:
             gain = gain * self.weight.to(dtype)
         return gain, offset

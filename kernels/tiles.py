@@ -25,10 +25,13 @@ def tile_offsets(
 @triton.jit
 def load_channels(p_vector, i_n, o_c, m_c, stride_n, stride_c, ABSENT: tl.constexpr):
     """Row i_n of an (N, C) tensor with any strides, in fp32; ABSENT where there is no tensor."""
+    # One return at the end: the compiler goes on past a return inside a branch.
     if p_vector is None:
-        return tl.full(o_c.shape, ABSENT, tl.float32)
-    p_row = p_vector + i_n.to(tl.int64) * stride_n
-    return tl.load(p_row + o_c * stride_c, mask=m_c, other=0.0).to(tl.float32)
+        b_row = tl.full(o_c.shape, ABSENT, tl.float32)
+    else:
+        p_row = p_vector + i_n.to(tl.int64) * stride_n
+        b_row = tl.load(p_row + o_c * stride_c, mask=m_c, other=0.0).to(tl.float32)
+    return b_row
 
 
 @triton.jit
@@ -79,6 +82,8 @@ def activation_gradient(z):
 def fold_groups(per_channel, o_i, m_c, CG, ONE_GROUP: tl.constexpr):
     """For every channel of a slab, the sum of `per_channel` over the channels of its group."""
     if ONE_GROUP:
-        return tl.zeros_like(per_channel) + tl.sum(tl.where(m_c, per_channel, 0.0), axis=0)
-    same = (o_i[:, None] // CG == o_i[None, :] // CG) & m_c[None, :]
-    return tl.sum(tl.where(same, per_channel[None, :], 0.0), axis=1)
+        total = tl.zeros_like(per_channel) + tl.sum(tl.where(m_c, per_channel, 0.0), axis=0)
+    else:
+        same = (o_i[:, None] // CG == o_i[None, :] // CG) & m_c[None, :]
+        total = tl.sum(tl.where(same, per_channel[None, :], 0.0), axis=1)
+    return total

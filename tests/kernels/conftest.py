@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from running import Runner, force_tier, run_operator
+
+from resblock_bench.kernels import dispatch
+
+
+@pytest.fixture(params=["aten", "A", "B", "D"])
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    """The operator in ATen, and in Triton's interpreter in each tier."""
+    if request.param == "aten":
+        with dispatch.prefer("aten"):
+            yield run_operator
+        return
+    pytest.importorskip("triton")
+    force_tier(monkeypatch, request.param)
+    with dispatch.prefer("triton"):
+        yield run_operator
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """torch.empty is full of NaN, so an element that nobody writes is noticed."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

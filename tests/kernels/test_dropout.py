@@ -1,0 +1,78 @@
+"""Dropout by seed: no mask is kept, and the backward draws the same one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import gradients, problem
+from running import Runner, run_operator
+
+from resblock_bench.kernels import dispatch, group_norm_silu
+
+
+@pytest.fixture
+def dropping(run: Runner) -> Runner:
+    return lambda p: run_operator(p, dropout_p=0.4)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_zeroes_p_of_the_elements_and_scales_the_rest(
+    dropping: Runner, channels_last: bool
+) -> None:
+    p = problem(2, 6, 16, 16, groups=2, channels_last=channels_last)
+    kept = run_operator(p)
+    dropped = dropping(p)
+    mask = dropped != 0
+    torch.testing.assert_close(dropped, torch.where(mask, kept / 0.6, 0.0))
+    assert 0.35 < 1 - float(mask.double().mean()) < 0.45
+
+
+def test_backward_draws_the_mask_of_the_forward(dropping: Runner) -> None:
+    """The gradient of the offset is Σ dz: elements that were dropped must not be in it."""
+    p = problem(2, 6, 8, 8, groups=2, pre_shift=True, activation=None)
+    torch.manual_seed(1)
+    outcome = gradients(dropping, p)
+    mask = (outcome["y"] != 0).double() / 0.6
+    torch.testing.assert_close(outcome["shift"], (p.dy * mask).sum((2, 3)).float())
+    masked = gradients(run_operator, replace(p, dy=(p.dy * mask.float())))
+    for name in ("x", "weight", "bias", "scale", "pre_shift"):
+        torch.testing.assert_close(outcome[name], masked[name], msg=name)
+
+
+def test_manual_seed_fixes_the_mask(dropping: Runner) -> None:
+    p = problem(2, 6, 8, 8, groups=2)
+    torch.manual_seed(7)
+    first, second = dropping(p), dropping(p)
+    torch.manual_seed(7)
+    assert torch.equal(first, dropping(p))
+    assert not torch.equal(first, second)
+
+
+def test_mask_differs_between_samples_and_channels(dropping: Runner) -> None:
+    p = problem(2, 6, 16, 16, groups=2)
+    mask = dropping(p) != 0
+    assert not torch.equal(mask[0], mask[1])
+    assert not torch.equal(mask[:, 0], mask[:, 1])
+
+
+def test_mask_depends_on_neither_layout_nor_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from running import force_tier
+
+    masks = []
+    for channels_last in (False, True):
+        for tier in ("A", "B", "D"):
+            with monkeypatch.context() as patch, dispatch.prefer("triton"):
+                force_tier(patch, tier)
+                torch.manual_seed(3)
+                p = problem(2, 6, 8, 8, groups=2, channels_last=channels_last)
+                masks.append(run_operator(p, dropout_p=0.4) != 0)
+    assert all(torch.equal(masks[0], mask) for mask in masks)
+
+
+def test_none_unless_training(run: Runner) -> None:
+    p = problem(2, 6, 8, 8, groups=2)
+    y = group_norm_silu(p.x, 2, p.weight, p.bias, dropout_p=0.4, training=False)
+    assert torch.equal(y, group_norm_silu(p.x, 2, p.weight, p.bias))
