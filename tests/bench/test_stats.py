@@ -53,3 +53,9 @@ def test_outliers_are_those_beyond_tukeys_fences() -> None:
     assert outlier_count([1, 2, 3, 4, 5]) == 0
     assert outlier_count([-1.5, 2, 2, 3, 4, 4, 7.5]) == 2
     assert outlier_count([1, 2, 3, 4, 7]) == 0
+
+
+def test_a_rank_that_covers_exactly_as_often_as_asked_is_taken() -> None:
+    """Both of two samples on one side of the median: 1/4 each way, exactly."""
+    assert interval_rank(2, 0.5) == 1
+    assert interval_rank(6, 1 - 2 / 64) == 1

@@ -31,6 +31,8 @@ def test_nothing_is_trivial(make_cell: MakeCell) -> None:
     cell = make_cell(out_channels=64)
     for name, tensor in draw_weights(cell, 0).items():
         assert tensor.std() > 0, name
+        gain = name.endswith("layers.0.weight")
+        assert tensor.mean() == pytest.approx(1 if gain else 0, abs=0.1), name
     block = workload(cell).block
     x = torch.randn(2, 32, 8, 8)
     branch = block(x, torch.randn(2, 16)) - block.skip_connection(x)
