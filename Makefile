@@ -1,0 +1,66 @@
+# Everything runs from .venv, which is made and filled with the locked set (constraints.txt) when it
+# is missing or when pyproject.toml or constraints.txt have changed since. `make help` lists the rest.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN = .venv/bin
+INSTALLED = .venv/.installed
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# One pytest worker a core, at most 8. Empty means: count the cores in the recipe.
+WORKERS ?=
+CORES = nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
+
+.DELETE_ON_ERROR:
+.PHONY: help bench test lint install clean
+
+help:
+	@echo "make bench    run the benchmark           ARGS='...' goes to resblock-bench run"
+	@echo "make test     run the tests               ARGS='...' goes to pytest, WORKERS=N sets how many run at once"
+	@echo "make lint     ruff and mypy --strict"
+	@echo "make install  make .venv with the locked set; the three above do so when it is needed"
+	@echo "make clean    remove .venv, builds and caches; results stay"
+	@echo "PYTHON=...    the interpreter a new .venv is made with (3.10 or newer; default: python3)"
+
+bench: $(INSTALLED)
+	@$(BIN)/resblock-bench run $(ARGS)
+
+# The workers share the cores, so each gets one thread. Torch's builds with MKL read MKL_NUM_THREADS;
+# OMP_NUM_THREADS=1 would do it too, but a test checks that nothing leaves that in the environment.
+test: $(INSTALLED)
+	@workers='$(WORKERS)'; \
+	if [ -z "$$workers" ]; then workers=`$(CORES)`; [ "$$workers" -le 8 ] || workers=8; fi; \
+	MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} $(BIN)/python -m pytest -n "$$workers" $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict -p resblock_bench.reference -p resblock_bench.kernels -p resblock_bench.bench
+
+install: $(INSTALLED)
+
+# The stamp appears by the last command only, so an interrupted install leaves none; it bears the time
+# of the start, so a file edited meanwhile installs again. Setuptools comes first and builds without
+# isolation: pip's isolated build would take a setuptools that the lock does not name.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		command -v $(PYTHON) >/dev/null 2>&1 || { \
+			echo "resblock-bench needs Python 3.10 or newer, and there is no '$(PYTHON)' here: name one with make PYTHON=..." >&2; \
+			exit 1; }; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+			echo "resblock-bench needs Python 3.10 or newer, and '$(PYTHON)' is `$(PYTHON) --version 2>&1`: name another with make PYTHON=..." >&2; \
+			exit 1; }; \
+		echo "Making .venv with `$(PYTHON) --version`."; \
+		$(PYTHON) -m venv --clear .venv || exit 1; \
+	fi
+	@rm -f $@ && touch $@.part
+	@echo "Installing the locked set into .venv: a few minutes the first time, torch is large."
+	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) --no-build-isolation -e '.[test,lint]'
+	@mv $@.part $@
+	@echo "Installed."
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find bench kernels reference tests -name __pycache__ -type d -prune -exec rm -rf {} +
