@@ -46,30 +46,25 @@ def backward(
         return torch.zeros_like(x), (empty, empty, empty)
     h = _input(x, modulation)
     gain, offset = modulation.folded(x, _statistics_dtype(h))
-    zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
     dy = dy.to(h.dtype)
     if seed is not None and spec.dropout_p > 0:
         dy = dy * keep_mask(seed, dy, spec.dropout_p)
     parts, s1, s2 = [], [], []
     for (rows, part), (_, dz) in zip(_calls(h), _calls(dy), strict=True):
-        # The backward is taken about the normalised x̂, whose mean is 0 and rstd 1: about x itself
-        # ATen's sums would cancel where |mean| ≫ std. dx is linear in the gain, so the true rstd
-        # goes there.
-        x_hat, _, rstd = _group_norm(part, ones[rows], zeros[rows], spec)
+        normalise = _about_x if modulation.scale is None else _about_x_hat
+        about, z, mean, rstd, row_gain = normalise(part, gain[rows], offset[rows], spec)
         if spec.activation:
-            z = _affine(x_hat, gain[rows], offset[rows])
             dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
-        groups = rstd.numel()
         dx, dgain, doffset = aten.native_group_norm_backward(
             dz,
-            x_hat,
-            zeros.view(-1)[:groups].view(1, -1),
-            ones.view(-1)[:groups].view(1, -1),
-            (gain[rows].view(groups, -1) * rstd.view(groups, 1)).view(-1),
+            about,
+            mean,
+            rstd,
+            row_gain.reshape(-1),
             1,
             part.shape[1],
             part[0, 0].numel(),
-            groups,
+            rstd.numel(),
             [True, True, True],
         )
         parts.append(dx)
@@ -130,19 +125,40 @@ def _group_norm(
     return out
 
 
-def _affine(part: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    """part·gain + offset by channel: batch norm's inference form at mean 0 and variance 1."""
-    return torch.batch_norm(
-        part,
+# What a backward is taken about: (its input, z, mean, rstd, gain).
+_About = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _about_x(part: Tensor, gain: Tensor, offset: Tensor, spec: Spec) -> _About:
+    """As eager PyTorch takes it, and as accurate."""
+    z, mean, rstd = _group_norm(part, gain, offset, spec)
+    return part, z, mean, rstd, gain
+
+
+def _about_x_hat(part: Tensor, gain: Tensor, offset: Tensor, spec: Spec) -> _About:
+    """About the normalised x̂, whose mean is 0 and rstd 1.
+
+    Eager takes the gradient of scale from the normalised activation; about x, ATen's sums would
+    cancel where |mean| ≫ std and that gradient be less accurate than eager's. dx is linear in the
+    gain, so the true rstd goes there.
+    """
+    zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
+    x_hat, _, rstd = _group_norm(part, ones, zeros, spec)
+    # x̂·gain + offset: batch norm's inference form at mean 0 and variance 1.
+    z = torch.batch_norm(
+        x_hat,
         gain.reshape(-1),
         offset.reshape(-1),
-        torch.zeros_like(gain).view(-1),
-        torch.ones_like(gain).view(-1),
+        zeros.view(-1),
+        ones.view(-1),
         training=False,
         momentum=0.0,
         eps=0.0,
         cudnn_enabled=False,
     )
+    groups = rstd.numel()
+    scaled_gain = gain.view(groups, -1) * rstd.view(groups, 1)
+    return x_hat, z, zeros.view(-1)[:groups], ones.view(-1)[:groups], scaled_gain
 
 
 @torch.library.custom_op("resblock_bench::keep_mask", mutates_args=())
