@@ -149,8 +149,8 @@ def _widen(ax: Axes) -> None:
     low, high = ax.get_xlim()
     span = math.log10(high / low)
     ax.set_xlim(low, high * 10 ** (0.22 * max(span, 0.5)))
-    few = span < 1.8
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ticks = (1, 1.5, 2, 3, 5, 7) if span < 0.9 else (1, 2, 5) if span < 1.8 else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=ticks))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())

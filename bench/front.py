@@ -23,7 +23,8 @@ def draw_front(run: Run) -> Figure | None:
     sites = 0
     for rows in by_site(run.rows).values():
         base = next((row for row in rows if variant_name(row.axes) == "reference/none"), None)
-        if base is None or base.memory is None or base.median_ms is None or len(rows) == 1:
+        if base is None or base.memory is None or base.median_ms is None:
+            missing["without a reference"] += len(rows)
             continue
         sites += 1
         for row in rows:
@@ -36,7 +37,7 @@ def draw_front(run: Run) -> Figure | None:
                 base.median_ms / row.median_ms,
             )
             points.setdefault((row.axes.impl, row.axes.checkpoint), []).append(point)
-    if not points:
+    if len(points) < 2:
         return None
     impls = list(dict.fromkeys(row.axes.impl for row in run.rows))
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(9.5, 4.6), layout="constrained")

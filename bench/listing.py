@@ -1,5 +1,6 @@
 """What `list`, `run --dry-run` and `env` show: choices, the cells of a selection, the machine."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -72,8 +73,14 @@ def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
     for heading in ("×model", "peak MiB", "above base", "saved"):
         table.add_column(heading, justify="right", no_wrap=True)
     largest = 0
+    unpredicted: Counter[tuple[str, str]] = Counter()
     for item in planned:
-        memory = predict_memory(item.cell)
+        try:
+            memory = predict_memory(item.cell)
+        except Exception as error:  # an implementation's; the list is of use without it
+            memory = None
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            unpredicted[item.cell.impl, first_line] += 1
         numbers = ["–", "–", "–"]
         if memory is not None:
             largest = max(largest, memory.peak_bytes)
@@ -84,8 +91,12 @@ def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
             ]
         count = str(item.multiplicity) if item.cell.model else ""
         table.add_row(Text(cell_name(item.cell)), count, *numbers)
-    note = f"{len(planned)} cells; the largest is predicted to need {format_bytes(largest)}."
-    return Group(table, Text(note))
+    notes = [
+        f"no prediction for {impl} ({count} cell{'s' if count > 1 else ''}): {reason}"
+        for (impl, reason), count in unpredicted.items()
+    ]
+    notes.append(f"{len(planned)} cells; the largest is predicted to need {format_bytes(largest)}.")
+    return Group(table, *map(Text, notes))
 
 
 def machine(found: Environment, findings: Sequence[Finding]) -> RenderableType:

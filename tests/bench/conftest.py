@@ -43,6 +43,12 @@ def _quick_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from a second thread, and lose much where the machine is busy."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def make_cell() -> Callable[..., Cell]:
     """A tiny cell with some fields changed."""
