@@ -95,7 +95,8 @@ def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
         f"no prediction for {impl} ({count} cell{'s' if count > 1 else ''}): {reason}"
         for (impl, reason), count in unpredicted.items()
     ]
-    notes.append(f"{len(planned)} cell(s); the largest is predicted to need {format_bytes(largest)}.")
+    count = f"{len(planned)} cell(s)"
+    notes.append(f"{count}; the largest is predicted to need {format_bytes(largest)}.")
     return Group(table, *map(Text, notes))
 
 
