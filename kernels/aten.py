@@ -74,7 +74,7 @@ def backward(
     db = None
     if modulation.pre_shift is not None:
         db = dh.sum(tuple(range(2, dh.dim())), dtype=gain.dtype)
-    return dh.to(x.dtype), (torch.cat(s1).view(N, C), torch.cat(s2).view(N, C), db)
+    return dh.to(x.dtype), (_rows(s1, N, C), _rows(s2, N, C), db)
 
 
 def _input(x: Tensor, modulation: Modulation) -> Tensor:
@@ -100,6 +100,10 @@ def _calls(h: Tensor) -> Iterator[tuple[slice, Tensor]]:
     else:
         for n in range(N):
             yield slice(n, n + 1), h[n : n + 1]
+
+
+def _rows(parts: list[Tensor], N: int, C: int) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(N, C)
 
 
 def _join(parts: list[Tensor], h: Tensor) -> Tensor:
@@ -158,7 +162,8 @@ def _about_x_hat(part: Tensor, gain: Tensor, offset: Tensor, spec: Spec) -> _Abo
     )
     groups = rstd.numel()
     scaled_gain = gain.view(groups, -1) * rstd.view(groups, 1)
-    return x_hat, z, zeros.view(-1)[:groups], ones.view(-1)[:groups], scaled_gain
+    mean_0, rstd_1 = zeros.view(1, -1)[:, :groups], ones.view(1, -1)[:, :groups]
+    return x_hat, z, mean_0, rstd_1, scaled_gain
 
 
 @torch.library.custom_op("resblock_bench::keep_mask", mutates_args=())

@@ -39,12 +39,14 @@ class Modulation(NamedTuple):
         """γ' = γ(1 + s) and β' = β(1 + s) + t, both (N, C) in `dtype`; z = x̂γ' + β'."""
         N, C = x.shape[:2]
         # 1 + scale in full precision: in 16 bits it would lose scale's low bits.
-        one = x.new_ones((N, C), dtype=dtype)
-        gain = one if self.scale is None else one + self.scale
-        zero = x.new_zeros((N, C), dtype=dtype)
-        offset = zero if self.shift is None else zero + self.shift
+        gain = x.new_ones((N, C), dtype=dtype) if self.scale is None else self.scale.to(dtype) + 1
         if self.bias is not None:
-            offset = torch.addcmul(offset, gain, self.bias.to(dtype))
+            shift = gain.new_zeros(()) if self.shift is None else self.shift.to(dtype)
+            offset = torch.addcmul(shift, gain, self.bias.to(dtype))
+        elif self.shift is not None:
+            offset = self.shift.to(dtype).contiguous()
+        else:
+            offset = torch.zeros_like(gain)
         if self.weight is not None:
             gain = gain * self.weight.to(dtype)
         return gain, offset
@@ -61,15 +63,16 @@ class Modulation(NamedTuple):
             dscale = γ·S2 + β·S1       dweight = Σ_n (1 + s)·S2        dpre_shift = db
         """
         s1, s2, db = sums
-        gain = 1 if self.scale is None else 1 + self.scale.to(s1.dtype)
-        dscale = None
+        dscale, of_weight, of_bias = None, s2, s1
         if self.scale is not None:
             dscale = s2 if self.weight is None else s2 * self.weight.to(s2.dtype)
             if self.bias is not None:
-                dscale = dscale + s1 * self.bias.to(s1.dtype)
+                dscale = torch.addcmul(dscale, s1, self.bias.to(s1.dtype))
+            one_plus_scale = 1 + self.scale.to(s1.dtype)
+            of_weight, of_bias = one_plus_scale * s2, one_plus_scale * s1
         return (
-            _like((gain * s2).sum(0) if self.weight is not None else None, self.weight),
-            _like((gain * s1).sum(0) if self.bias is not None else None, self.bias),
+            _like(of_weight.sum(0) if self.weight is not None else None, self.weight),
+            _like(of_bias.sum(0) if self.bias is not None else None, self.bias),
             _like(dscale, self.scale),
             _like(s1 if self.shift is not None else None, self.shift),
             _like(db if self.pre_shift is not None else None, self.pre_shift),
