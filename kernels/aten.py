@@ -174,8 +174,13 @@ def keep_mask(seed: Tensor, like: Tensor, p: float) -> Tensor:
     cannot follow otherwise. Drawn in logical order, so a mask does not depend on the layout.
     """
     generator = torch.Generator(device=like.device).manual_seed(int(seed.item()))
-    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
+    # Four elements to a 64-bit draw: on the CPU the mask so costs a quarter of F.dropout's, and it
+    # is drawn again where F.dropout's is kept. p is met to within 2⁻¹⁶.
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    draws.random_(-(2**63), None, generator=generator)
+    uniform = draws.view(torch.int16)[: like.numel()].view(like.shape)
+    threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
+    mask = (uniform >= threshold).to(like.dtype).mul_(1 / (1 - p))
     return mask.contiguous(memory_format=memory_format(like))
 
 
