@@ -63,7 +63,7 @@ def group_norm_silu(
     Source: Wu and He, Group Normalization (arXiv:1803.08494); Nichol and Dhariwal, Improved
     Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
     """
-    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    modulation = Modulation(weight, bias, scale, shift, pre_shift).dense()
     spec, chosen, seed = _prepare(
         x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype
     )
@@ -102,7 +102,7 @@ def norm_act_conv(
     dtype = conv.weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    modulation = Modulation(weight, bias, scale, shift, pre_shift).dense()
     spec, chosen, seed = _prepare(
         x, num_groups, modulation, eps, activation, dropout_p, training, dtype
     )

@@ -30,7 +30,8 @@ def forward(
     if plan.backend == "triton":
         from resblock_bench.kernels import launch
 
-        y, mean, rstd = launch.forward(x, modulation, seed, spec, plan)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever x's is
+            y, mean, rstd = launch.forward(x, modulation, seed, spec, plan)
         return y, (mean, rstd)
     return aten.forward(x, modulation, seed, spec), ()
 
@@ -48,7 +49,8 @@ def recompute(
         from resblock_bench.kernels import launch
 
         mean, rstd = statistics
-        return launch.recompute(x, mean, rstd, modulation, seed, spec, plan)
+        with torch.cuda.device_of(x):
+            return launch.recompute(x, mean, rstd, modulation, seed, spec, plan)
     return aten.forward(x, modulation, seed, spec)
 
 
@@ -68,7 +70,8 @@ def backward(
         from resblock_bench.kernels import launch
 
         mean, rstd = statistics
-        dx, sums = launch.backward(dy, x, mean, rstd, modulation, seed, spec, plan)
+        with torch.cuda.device_of(x):
+            dx, sums = launch.backward(dy, x, mean, rstd, modulation, seed, spec, plan)
     else:
         dx, sums = aten.backward(dy, x, modulation, seed, spec)
     return dx, modulation.gradients(sums)

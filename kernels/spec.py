@@ -35,6 +35,11 @@ class Modulation(NamedTuple):
     shift: Tensor | None = None
     pre_shift: Tensor | None = None
 
+    def dense(self) -> Modulation:
+        """With contiguous weight and bias, as the Triton kernels read them; rows may be strided."""
+        weight, bias = (None if t is None else t.contiguous() for t in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
+
     def folded(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """γ' = γ(1 + s) and β' = β(1 + s) + t, both (N, C) in `dtype`; z = x̂γ' + β'."""
         N, C = x.shape[:2]

@@ -146,6 +146,20 @@ def test_strided_input_is_copied_not_misread(run: Runner) -> None:
     check(run, replace(p, x=p.x[:, :, ::2], dy=p.dy[:, :, ::2]))
 
 
+def test_strided_and_expanded_modulation(run: Runner) -> None:
+    p = problem(2, 6, 4, 5, groups=2, pre_shift=True)
+    check(
+        run,
+        replace(
+            p,
+            weight=torch.stack([p.weight, p.bias], dim=1)[:, 0],
+            bias=torch.ones(1).expand(6),
+            scale=torch.ones(2, 1).expand(2, 6),
+            pre_shift=p.pre_shift.t().contiguous().t(),
+        ),
+    )
+
+
 def test_one_tensor_as_scale_and_shift(run: Runner) -> None:
     """Both gradients must reach a tensor that is passed twice."""
     p = problem(2, 6, 4, 4, groups=2)
