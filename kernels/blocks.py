@@ -96,7 +96,8 @@ class ResBlock(_FusedBlock, reference.ResBlock):
             )
         else:
             h = self._norm_act_conv(h, out_norm, out_conv, pre_shift=e, dropout_p=out_drop.p)
-        return _residual(h, self.skip_connection(self.x_upd(x)))
+        skip: Tensor = self.skip_connection(self.x_upd(x))
+        return skip + h
 
 
 class EDMBlock(_FusedBlock, reference.EDMBlock):
@@ -121,13 +122,8 @@ class EDMBlock(_FusedBlock, reference.EDMBlock):
         else:
             h = self._norm_act_conv(h, self.norm1, self.conv1, pre_shift=e, dropout_p=self.dropout)
         x = self._resampled(x)
-        y = _residual(h, x if self.skip is None else self.skip(x)) * self.skip_scale
+        y: Tensor = ((x if self.skip is None else self.skip(x)) + h) * self.skip_scale
         return self._attend(y) if self.num_heads else y
-
-
-def _residual(h: Tensor, skip: Tensor) -> Tensor:
-    """skip + h, in place where it can be: h is a convolution's output, which nobody keeps."""
-    return h.add_(skip) if h.dtype == skip.dtype else skip + h
 
 
 def check_mode(mode: CheckpointMode) -> None:

@@ -12,7 +12,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,8 +23,8 @@ Backend = Literal["triton", "aten"]
 Tier = Literal["A", "B", "D"]
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Elements of one register-resident tile, padding included: 64 KiB in fp32, 64 registers a thread
-# at 256 threads. The backward keeps two such tiles, so it gets half.
+# Elements of one register-resident tile, padding included: 64 KiB in fp32, 32 registers a thread
+# at 512 threads. The backward keeps two such tiles, so it gets half.
 RESIDENT_ELEMENTS = {"forward": 16384, "backward": 8192}
 # Above this a group no longer has a fair share of L2 to be read from a second time.
 TWO_READ_BYTES = 128 * 1024
@@ -35,7 +34,11 @@ SLAB_CHANNELS = 64
 # Programs that fill a GPU when there is none to ask (interpreter, cross-compilation): an H100's.
 DEFAULT_SM_COUNT = 132
 
-_preferred: ContextVar[Backend | None] = ContextVar("preferred_backend", default=None)
+# Found out once, at import: torch.compile traces neither these look-ups nor a cache around them.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# A plain global, not a ContextVar: torch.compile cannot trace reading the latter.
+_preferred: Backend | None = None
 
 
 class Launch(NamedTuple):
@@ -68,18 +71,19 @@ class Plan(NamedTuple):
 
 @contextmanager
 def prefer(backend: Backend) -> Iterator[None]:
-    """Within the block, calls take `backend`, or raise where it cannot run.
+    """Within the block, all calls of the process take `backend`, or raise where it cannot run.
 
     "aten" measures or debugs without Triton. "triton" on CPU tensors runs the kernels in Triton's
     interpreter and needs TRITON_INTERPRET=1 in the environment before Python starts.
     """
     if backend not in ("triton", "aten"):
         raise ValueError(f"backend is 'triton' or 'aten', not {backend!r}.")
-    token = _preferred.set(backend)
+    global _preferred
+    before, _preferred = _preferred, backend
     try:
         yield
     finally:
-        _preferred.reset(token)
+        _preferred = before
 
 
 def plan(x: Tensor, num_groups: int, tier: Tier | None = None) -> Plan:
@@ -102,11 +106,10 @@ def plan(x: Tensor, num_groups: int, tier: Tier | None = None) -> Plan:
 
 def choose_backend(x: Tensor) -> tuple[Backend, str]:
     """Triton or ATen, and why."""
-    preferred = _preferred.get()
     obstacle = triton_obstacle(x)
-    if preferred == "aten":
+    if _preferred == "aten":
         return "aten", "asked for with prefer('aten')"
-    if preferred == "triton":
+    if _preferred == "triton":
         if obstacle is not None:
             raise RuntimeError(f"prefer('triton') was asked for, but {obstacle}.")
         return "triton", "asked for with prefer('triton')"
@@ -130,14 +133,13 @@ def triton_obstacle(x: Tensor) -> str | None:
     return None
 
 
-@functools.cache
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
-@functools.cache
 def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether kernels are interpreted: Triton reads the variable when it defines them."""
+    return _INTERPRETING
 
 
 @functools.cache
@@ -211,7 +213,7 @@ def plan_launch(
 
 
 def _warps(elements: int) -> int:
-    """16 elements a thread, 1 to 16 warps."""
+    """16 elements a thread, from 1 to 16 warps; more elements a thread beyond that."""
     return max(1, min(16, power_of_2(elements) // 512))
 
 

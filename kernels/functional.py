@@ -54,9 +54,10 @@ def group_norm_silu(
       training. The mask follows from a seed drawn from torch's generator of x's device, so
       `torch.manual_seed` fixes it; it is drawn again in the backward and never stored.
 
-    Returns y in x's shape, dtype and layout. Everything between is computed in fp32 (fp64 for
-    fp64 x); only x, the fp32 mean and rstd (N, G) and the small tensors are kept for the backward.
-    Differentiable once: a second derivative raises.
+    Returns y in x's shape, dtype and layout. Statistics and modulation are computed in fp32 (fp64
+    for fp64 x); Triton keeps everything between in fp32, ATen on the CPU rounds the intermediate
+    activations of 16-bit x to x's dtype. Only x, Triton's fp32 mean and rstd (N, G) and the small
+    tensors are kept for the backward. Differentiable once: a second derivative raises.
 
     Errors: ValueError, or TypeError for dtypes, naming what was received and what is allowed.
 
@@ -67,7 +68,9 @@ def group_norm_silu(
     spec, chosen, seed = _prepare(
         x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype
     )
-    return _apply(GroupNormSiLUFunction, x, modulation, seed, spec, chosen)
+    x = x.contiguous(memory_format=chosen.memory_format)
+    y: Tensor = GroupNormSiLUFunction.apply(x, *modulation, seed, spec, chosen)
+    return y
 
 
 def norm_act_conv(
@@ -94,14 +97,20 @@ def norm_act_conv(
     so its hooks do not run; `resample` doubles ("up", nearest) or halves ("down", mean) the
     resolution before it. Under autocast the activation is written in autocast's dtype.
     """
+    if conv.transposed:
+        raise TypeError(
+            f"conv is a {type(conv).__name__}; expected Conv1d, Conv2d or Conv3d. Call "
+            "group_norm_silu and the transposed convolution one after the other."
+        )
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise ValueError(
             f"conv pads with padding_mode={conv.padding_mode!r}, padding={conv.padding!r}; allowed "
             "is 'zeros' with numbers. Call group_norm_silu and the convolution one after the other."
         )
     dtype = conv.weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     modulation = Modulation(weight, bias, scale, shift, pre_shift).dense()
     spec, chosen, seed = _prepare(
         x, num_groups, modulation, eps, activation, dropout_p, training, dtype
@@ -168,19 +177,6 @@ def _prepare(
         seed = torch.randint(2**63 - 1, (), device=x.device)
     spec = Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
     return spec, plan(x, num_groups), seed
-
-
-def _apply(
-    function: type[GroupNormSiLUFunction],
-    x: Tensor,
-    modulation: Modulation,
-    seed: Tensor | None,
-    spec: Spec,
-    chosen: Plan,
-) -> Tensor:
-    x = x.contiguous(memory_format=chosen.memory_format)
-    y: Tensor = function.apply(x, *modulation, seed, spec, chosen)
-    return y
 
 
 def _check(

@@ -37,9 +37,10 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
     """Replace the residual blocks and group norms of a model of this project, in place.
 
     Modules change class and stay the same objects: parameters are shared with every optimizer that
-    holds them, hooks and state-dict keys remain. `ResBlock` and `EDMBlock` become their fused
-    forms; a group norm directly followed by a SiLU in a Sequential takes the SiLU in; the other
-    group norms (of attention) become `GroupNormSiLU` without activation.
+    holds them, and state-dict keys remain. `ResBlock` and `EDMBlock` become their fused forms; the
+    norm of an output head takes in the SiLU behind it; the other group norms (of attention) become
+    `GroupNormSiLU` without activation. Hooks of blocks and convolutions still run, but those on a
+    block's inner norms and activations no longer do, nor, with "selective", its convolutions'.
 
     checkpoint: the mode of every block, or None to leave each as it is (`use_checkpoint` means
     "full"). Subclasses are left alone, since they may compute something else. Returns the report.
@@ -48,6 +49,7 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
         check_mode(checkpoint)
     report = FuseReport()
     inside: set[nn.Module] = set()  # norms whose block reads their parameters itself
+    heads: set[str] = set()  # norms of output heads, which take their SiLU in
     for name, module in model.named_modules():
         fused = _FUSED.get(type(module))
         if fused is not None or isinstance(module, ResBlock | EDMBlock):
@@ -63,22 +65,32 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
         elif isinstance(module, reference.ResBlock | reference.EDMBlock):
             report.left[name] = f"{type(module).__name__} is a subclass that may compute otherwise"
             inside.update(_own_norms(module))
-        elif isinstance(module, nn.Sequential):
-            for i in range(len(module) - 1):
-                norm, activation = module[i], module[i + 1]
-                if type(norm) in _NORMS and type(activation) is nn.SiLU and norm not in inside:
-                    _swap_norm(norm, "silu")
-                    module[i + 1] = nn.Identity()
-                    report.fused[f"{name}.{i}" if name else f"{i}"] = "GroupNormSiLU"
         elif type(module) in _NORMS and module not in inside:
-            _swap_norm(module, None)
-            report.fused[name] = "GroupNormSiLU without activation"
+            activation = "silu" if name in heads else None
+            module.__class__ = GroupNormSiLU
+            module.activation = activation
+            report.fused[name] = "GroupNormSiLU" + ("" if activation else " without activation")
+        elif isinstance(module, nn.GroupNorm) and not isinstance(module, GroupNormSiLU):
+            if module not in inside:
+                report.left[name] = f"{type(module).__name__} is a subclass"
+        elif isinstance(module, reference.UNetModel | reference.EncoderUNetModel):
+            heads.update(_take_in_activation(module.out, f"{name}.out" if name else "out"))
     return report
 
 
-def _swap_norm(norm: nn.Module, activation: str | None) -> None:
-    norm.__class__ = GroupNormSiLU
-    norm.activation = activation  # type: ignore[assignment]
+def _take_in_activation(out: nn.Module, prefix: str) -> list[str]:
+    """Remove the SiLU behind a norm of an output head; returns the names of such norms.
+
+    In this project's models alone, which run their heads as they stand: elsewhere a model may
+    index into its Sequential and use the norm without its activation.
+    """
+    names = []
+    if isinstance(out, nn.Sequential):
+        for i in range(len(out) - 1):
+            if type(out[i]) in _NORMS and type(out[i + 1]) is nn.SiLU:
+                out[i + 1] = nn.Identity()
+                names.append(f"{prefix}.{i}")
+    return names
 
 
 def _own_norms(block: nn.Module) -> list[nn.Module]:

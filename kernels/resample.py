@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,4 +42,8 @@ def _repeat(h: Tensor) -> Tensor:
 
 def _mean(h: Tensor) -> Tensor:
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[h.dim() - 3]
-    return pool(h, _window(h)[0])
+    if h.dim() < 5:
+        return pool(h, _window(h)[0])
+    # The CPU pools no volumes in 16 bits, and autocast would return fp32.
+    compute = torch.promote_types(h.dtype, torch.float32)
+    return pool(h.to(compute), _window(h)[0]).to(h.dtype)

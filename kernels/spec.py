@@ -49,12 +49,13 @@ class Modulation(NamedTuple):
             shift = gain.new_zeros(()) if self.shift is None else self.shift.to(dtype)
             offset = torch.addcmul(shift, gain, self.bias.to(dtype))
         elif self.shift is not None:
-            offset = self.shift.to(dtype).contiguous()
+            offset = self.shift.to(dtype)
         else:
             offset = torch.zeros_like(gain)
         if self.weight is not None:
             gain = gain * self.weight.to(dtype)
-        return gain, offset
+        # ATen's kernels read affine vectors as contiguous, whatever strides the rows came with.
+        return gain.contiguous(), offset.contiguous()
 
     def gradients(
         self, sums: tuple[Tensor, Tensor, Tensor | None]

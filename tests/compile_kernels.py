@@ -1,7 +1,7 @@
 """Cross-compile every kernel for NVIDIA GPUs, with no GPU: run as a script, prints JSON.
 
 A process of its own, since kernels that were defined under TRITON_INTERPRET=1 cannot be compiled.
-Usage: python compile_kernels.py ARCH…   (80, 90, 100)
+Usage: python compile_kernels.py ARCH LAYOUT DTYPE OPTIONS   (90 nchw fp16 everything)
 """
 
 from __future__ import annotations

@@ -266,3 +266,54 @@ def test_mode_can_be_changed_and_is_checked() -> None:
         fused.checkpoint = "some"
     with pytest.raises(ValueError, match="checkpoint is 'some'"):
         kernels.ResBlock(64, 24, 0.0, checkpoint="some")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("direction", ["none", "up", "down"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_autocast_with_an_identity_skip(dims: int, direction: str, mode: str) -> None:
+    """x in fp32 beside a branch in bf16: the sum is fp32, as the reference's."""
+    options = {} if direction == "none" else {direction: True}
+    block, fused = pair(mode, dims=dims, **options)
+    x, emb = inputs(dims, size=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        e, o = block(x, emb), fused(x, emb)
+    assert o.dtype == e.dtype
+    torch.testing.assert_close(o, e, rtol=0.05, atol=0.05)
+    o.float().sum().backward()
+
+
+def test_hook_on_a_convolution_sees_its_output() -> None:
+    block, fused = pair("none")
+    seen = []
+    for module in (block, fused):
+        module.out_layers[3].register_forward_hook(lambda m, i, o: seen.append(o))
+    x, emb = inputs()
+    for module in (block, fused):
+        module(x, emb)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize(
+    "options", [{"use_scale_shift_norm": True}, {}], ids=["scale-shift", "add"]
+)
+def test_selective_is_none_in_triton(options: dict[str, Any], dropout: float) -> None:
+    """The activation that the backward writes again is the forward's."""
+    pytest.importorskip("triton")
+    x, emb = inputs(dims=1, size=4)
+    with prefer("triton"):
+        runs = [
+            outcome(pair(mode, dropout, dims=1, **options)[1], x, emb)
+            for mode in ("none", "selective")
+        ]
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_without_a_graph_break(mode: str) -> None:
+    _, fused = pair(mode, use_scale_shift_norm=True)
+    x, emb = inputs()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, emb), fused(x, emb))

@@ -113,10 +113,25 @@ def test_a_block_alone_and_a_norm_in_a_sequence() -> None:
     assert "(model): ResBlock" in str(fuse_(block))
     head = nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 3, 3))
     x = torch.randn(2, 16, 4, 4)
-    y = head(x)
+    y, normalised = head(x), head[0](x)
     fuse_(head)
-    assert isinstance(head[0], GroupNormSiLU) and head[0].activation == "silu"
+    assert isinstance(head[0], GroupNormSiLU)
     torch.testing.assert_close(head(x), y)
+    # A model may use the norm without what follows it: only this project's heads lose their SiLU.
+    torch.testing.assert_close(head[0](x), normalised)
+
+
+def test_head_of_a_unet_takes_its_activation_in() -> None:
+    model = unet()
+    fuse_(model)
+    assert model.out[0].activation == "silu" and isinstance(model.out[1], nn.Identity)
+
+
+def test_norm_subclass_is_left_and_reported() -> None:
+    class Norm(nn.GroupNorm):
+        pass
+
+    assert fuse_(nn.Sequential(Norm(2, 4))).left == {"0": "Norm is a subclass"}
 
 
 def test_pool_head_norm_of_vectors() -> None:

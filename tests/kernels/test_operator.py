@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import check, eager, error, gradients, problem
-from running import Runner, run_operator
+from running import Runner, force_tier, run_operator
 
 from resblock_bench.kernels import dispatch
 
@@ -146,16 +146,18 @@ def test_strided_input_is_copied_not_misread(run: Runner) -> None:
     check(run, replace(p, x=p.x[:, :, ::2], dy=p.dy[:, :, ::2]))
 
 
-def test_strided_and_expanded_modulation(run: Runner) -> None:
-    p = problem(2, 6, 4, 5, groups=2, pre_shift=True)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_strided_and_expanded_modulation(run: Runner, channels_last: bool) -> None:
+    p = problem(3, 6, 4, 5, groups=2, pre_shift=True, channels_last=channels_last)
+    columns = {name: getattr(p, name).t().contiguous().t() for name in ("scale", "shift")}
+    check(run, replace(p, **columns, pre_shift=p.pre_shift.t().contiguous().t()))
     check(
         run,
         replace(
             p,
             weight=torch.stack([p.weight, p.bias], dim=1)[:, 0],
             bias=torch.ones(1).expand(6),
-            scale=torch.ones(2, 1).expand(2, 6),
-            pre_shift=p.pre_shift.t().contiguous().t(),
+            scale=torch.ones(3, 1).expand(3, 6),
         ),
     )
 
@@ -227,6 +229,35 @@ def test_scale_is_added_to_one_in_full_precision(run: Runner) -> None:
     # The factor on y, from all of its elements, so that the rounding of each averages out.
     factor = float((run(p).double() * unscaled).sum() / unscaled.square().sum())
     assert abs(factor - (1 + 2.0**-12)) < 2.0**-15
+    # And its gradients: dweight = Σ (1 + s)·S2 in fp32.
+    found = gradients(run, p)["weight"]
+    unscaled_gradient = gradients(run, replace(p, scale=torch.zeros_like(p.scale)))["weight"]
+    torch.testing.assert_close(found / unscaled_gradient, torch.full((4,), 1 + 2.0**-12))
+
+
+def test_several_tiles_to_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that every program loops, in tiers B and D and both layouts."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "STREAM_ELEMENTS", 64)
+    monkeypatch.setattr(dispatch, "DEFAULT_SM_COUNT", 1)
+    dispatch.plan_launch.cache_clear()
+    try:
+        for tier in ("B", "D"):
+            for channels_last in (False, True):
+                p = problem(1, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last)
+                with monkeypatch.context() as patch, dispatch.prefer("triton"):
+                    launch = dispatch.plan(p.x, 2, tier).forward
+                    assert launch.block_hw < (9 * 17 if tier == "B" else launch.chunk)
+                    force_tier(patch, tier)
+                    check(run_operator, p)
+                    torch.manual_seed(0)
+                    dropped = run_operator(p, dropout_p=0.5) != 0
+                    torch.manual_seed(0)
+                with monkeypatch.context() as patch, dispatch.prefer("triton"):
+                    force_tier(patch, "A")
+                    assert torch.equal(dropped, run_operator(p, dropout_p=0.5) != 0)
+    finally:
+        dispatch.plan_launch.cache_clear()
 
 
 def test_float64_is_computed_in_float64() -> None:
