@@ -311,6 +311,8 @@ def test_selective_is_none_in_triton(options: dict[str, Any], dropout: float) ->
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+# Dynamo instantiates autograd functions, and warns of itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_without_a_graph_break(mode: str) -> None:
     _, fused = pair(mode, use_scale_shift_norm=True)
