@@ -239,7 +239,7 @@ def test_several_tiles_to_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that every program loops, in tiers B and D and both layouts."""
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "STREAM_ELEMENTS", 64)
-    monkeypatch.setattr(dispatch, "DEFAULT_SM_COUNT", 1)
+    monkeypatch.setattr(dispatch, "sm_count", lambda device: 1)
     dispatch.plan_launch.cache_clear()
     try:
         for tier in ("B", "D"):
