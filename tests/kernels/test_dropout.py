@@ -10,6 +10,7 @@ from oracle import gradients, problem
 from running import Runner, run_operator
 
 from resblock_bench.kernels import dispatch, group_norm_silu
+from resblock_bench.kernels.aten import keep_mask
 
 
 @pytest.fixture
@@ -76,3 +77,9 @@ def test_none_unless_training(run: Runner) -> None:
     p = problem(2, 6, 8, 8, groups=2)
     y = group_norm_silu(p.x, 2, p.weight, p.bias, dropout_p=0.4, training=False)
     assert torch.equal(y, group_norm_silu(p.x, 2, p.weight, p.bias))
+
+
+def test_mask_operator_is_registered_right() -> None:
+    """Its schema, its fake form, and that it draws the same under every kind of dispatch."""
+    like = torch.empty(2, 4, 3, 3)
+    torch.library.opcheck(keep_mask, (torch.tensor(3), like, 0.4))
