@@ -1,4 +1,4 @@
-"""Backward kernels: dx and the per-(n, c) sums from which every parameter's gradient follows.
+"""Backward kernels: dx, and the gradient of every parameter.
 
 With x̂ = (x − μ)r, z = x̂γ' + β' and dz = dy·dropout·act'(z), all recomputed from x, the sums are
 S1 = Σ dz and S2 = Σ dz·x̂ over the positions of a channel, and
@@ -6,9 +6,9 @@ S1 = Σ dz and S2 = Σ dz·x̂ over the positions of a channel, and
     c2 = Σ_{c∈g} γ'S1 / M,   c1 = Σ_{c∈g} γ'S2 / M,   dx = r(γ'dz − c2 − x̂c1).
 
 The pre-norm add needs db = Σ dx = r(γ'S1 − HW·c2 − c1·S3) with S3 = Σ x̂, so it costs no pass.
-Tiers as in the forward: `group_backward_kernel` (A, B); `sums_kernel`, `fold_sums_kernel`,
-`input_gradient_kernel` (D). No atomics: partial sums have a place of their own, and every sum has
-one order.
+`backward_kernel` has the forward's phases, "sums" in the place of "statistics";
+`parameter_gradients_kernel` turns the sums into gradients. No atomics: partial sums have a place of
+their own, and every sum has one order.
 """
 
 from __future__ import annotations
@@ -18,96 +18,69 @@ import triton.language as tl
 
 from resblock_bench.kernels.tiles import (
     activation_gradient,
+    down_channels,
     dropout_gain,
     fold_groups,
     load_channels,
-    load_gain,
-    load_offset,
+    load_modulation,
+    load_partials,
+    load_statistics,
+    strides,
     tile_offsets,
+    wait_for,
 )
 
 
 @triton.jit
 def normalised_and_gradient(
-    b_x,
-    b_dy,
-    m_tile,
-    b_mean,
-    b_rstd,
-    b_gain,
-    b_offset,
-    p_seed,
-    dropout_p,
-    i_n,
-    o_c,
-    o_hw,
-    HW,
+    b_x, b_dy, m_tile, mean, rstd, gain, offset, p_seed, dropout_p, i_n, o_c, o_hw, HW,
     ACTIVATION: tl.constexpr,
-):
+):  # fmt: skip
     """x̂ and dz of a tile; both 0 outside it."""
-    x_hat = tl.where(m_tile, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
+    x_hat = tl.where(m_tile, (b_x - mean) * rstd, 0.0)
     dz = b_dy
     if p_seed is not None:
         dz *= dropout_gain(p_seed, dropout_p, i_n, o_c, o_hw, HW)
     if ACTIVATION:
-        dz *= activation_gradient(x_hat * b_gain[:, None] + b_offset[:, None])
+        dz *= activation_gradient(x_hat * gain + offset)
     return x_hat, tl.where(m_tile, dz, 0.0)
 
 
 @triton.jit
-def group_backward_kernel(
-    p_dy,
-    p_x,
-    p_dx,
-    p_mean,
-    p_rstd,
-    p_s1,
-    p_s2,
-    p_db,
-    p_weight,
-    p_bias,
-    p_scale,
-    p_shift,
-    p_pre,
-    p_seed,
-    C,
-    HW,
-    CG,
-    slabs,
-    stride_c,
-    stride_hw,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
-    pre_n,
-    pre_c,
-    dropout_p,
-    SLAB: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    ONE_GROUP: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Program (n, slab): SLAB channels, a whole number of groups, over all positions."""
-    i_n = tl.program_id(0) // slabs
-    i_slab = tl.program_id(0) % slabs
-    o_i = tl.arange(0, BLOCK_C)
+def backward_unit(
+    i_unit, i_slot, i_part, parts, p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2, p_db, p_weight,
+    p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_s1, p_partial_s2, p_partial_s3, p_barrier,
+    C, HW, splits, chunk, scale_n, shift_n, pre_n, dropout_p, PHASE: tl.constexpr,
+    CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    RESIDENT: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Part (channel block, split) of unit (n, slab)."""
+    ONE_GROUP: tl.constexpr = SLAB == CG
+    stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
+    slabs = tl.cdiv(C, SLAB)
+    i_n = i_unit // slabs
+    i_slab = i_unit % slabs
+    i_split = i_part % splits
+    o_i = i_part // splits * BLOCK_C + tl.arange(0, BLOCK_C)
     o_j = tl.arange(0, BLOCK_HW)
     o_c = i_slab * SLAB + o_i
     m_c = (o_i < SLAB) & (o_c < C)
-    corner = i_n.to(tl.int64) * C * HW + (i_slab * SLAB).to(tl.int64) * stride_c
-    o_tile = tile_offsets(o_i, o_j, stride_c, stride_hw)
+    i_c = i_slab * SLAB + i_part // splits * BLOCK_C
+    corner = i_n.to(tl.int64) * C * HW + i_c.to(tl.int64) * stride_c
+    o_tile = tile_offsets(tl.arange(0, BLOCK_C), o_j, stride_c, stride_hw)
+    begin = i_split * chunk
+    end = tl.minimum(HW, begin + chunk)
 
-    o_group = i_n.to(tl.int64) * (C // CG) + o_c // CG
-    b_mean = tl.load(p_mean + o_group, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_group, mask=m_c, other=0.0)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, pre_c, 0.0)
-    b_gain = load_gain(p_weight, p_scale, i_n, o_c, m_c, scale_n, scale_c)
-    b_offset = load_offset(
-        p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, scale_c, shift_n, shift_c
+    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
+    b_gain, b_offset = load_modulation(
+        p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, shift_n
     )
+    gain = b_gain[:, None]
+    offset = b_offset[:, None]
+    mean, rstd = load_statistics(p_mean, p_rstd, i_n, i_slab, o_c, m_c, C, CG, ONE_GROUP)
+    column_mean = down_channels(mean, ONE_GROUP)
+    column_rstd = down_channels(rstd, ONE_GROUP)
 
     s1 = tl.zeros([BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_C], tl.float32)
@@ -117,243 +90,158 @@ def group_backward_kernel(
         b_x = tl.load(p_x + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_dy = tl.load(p_dy + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         x_hat, dz = normalised_and_gradient(
-            b_x + b_pre[:, None], b_dy, m_tile, b_mean, b_rstd, b_gain, b_offset,
+            b_x + b_pre[:, None], b_dy, m_tile, column_mean, column_rstd, gain, offset,
             p_seed, dropout_p, i_n, o_c, o_j, HW, ACTIVATION,
         )  # fmt: skip
         s1 += tl.sum(dz, axis=1)
         s2 += tl.sum(dz * x_hat, axis=1)
-        s3 += tl.sum(x_hat, axis=1)
-    else:
-        for hw in range(0, HW, BLOCK_HW):
-            m_tile = m_c[:, None] & (hw + o_j < HW)[None, :]
+        if p_pre is not None:
+            s3 += tl.sum(x_hat, axis=1)
+    elif PHASE != "apply":
+        for hw in range(begin, end, BLOCK_HW):
+            m_t = m_c[:, None] & (hw + o_j < end)[None, :]
             o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-            b_t = tl.load(p_x + o_corner, mask=m_tile, other=0.0, eviction_policy="evict_last")
-            b_dt = tl.load(p_dy + o_corner, mask=m_tile, other=0.0, eviction_policy="evict_last")
+            b_t = tl.load(p_x + o_corner, mask=m_t, other=0.0, eviction_policy="evict_last")
+            b_dt = tl.load(p_dy + o_corner, mask=m_t, other=0.0, eviction_policy="evict_last")
             t_hat, dz_t = normalised_and_gradient(
-                b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_tile, b_mean, b_rstd,
-                b_gain, b_offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
+                b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_t, column_mean,
+                column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
             )  # fmt: skip
             s1 += tl.sum(dz_t, axis=1)
             s2 += tl.sum(dz_t * t_hat, axis=1)
-            s3 += tl.sum(t_hat, axis=1)
+            if p_pre is not None:
+                s3 += tl.sum(t_hat, axis=1)
+    if PHASE == "sums" or PHASE == "cooperative":
+        o_partial = (i_n.to(tl.int64) * splits + i_split) * C + o_c
+        tl.store(p_partial_s1 + o_partial, s1, mask=m_c)
+        tl.store(p_partial_s2 + o_partial, s2, mask=m_c)
+        if p_pre is not None:
+            tl.store(p_partial_s3 + o_partial, s3, mask=m_c)
 
-    elements = HW * 1.0 * CG
-    c2 = fold_groups(b_gain * s1, o_i, m_c, CG, ONE_GROUP) / elements
-    c1 = fold_groups(b_gain * s2, o_i, m_c, CG, ONE_GROUP) / elements
-    o_channel = i_n.to(tl.int64) * C + o_c
-    tl.store(p_s1 + o_channel, s1, mask=m_c)
-    tl.store(p_s2 + o_channel, s2, mask=m_c)
-    if p_db is not None:
-        tl.store(p_db + o_channel, b_rstd * (b_gain * s1 - c2 * HW - c1 * s3), mask=m_c)
+    if PHASE == "cooperative":
+        wait_for(p_barrier + i_slot, i_part == 0, parts)
 
-    if RESIDENT:
-        b_dx = b_rstd[:, None] * (b_gain[:, None] * dz - c2[:, None] - x_hat * c1[:, None])
-        tl.store(p_dx + corner + o_tile, b_dx, mask=m_tile)
-    else:
-        for hw in range(0, HW, BLOCK_HW):
-            m_tile = m_c[:, None] & (hw + o_j < HW)[None, :]
-            o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-            b_t = tl.load(p_x + o_corner, mask=m_tile, other=0.0, eviction_policy="evict_first")
-            b_dt = tl.load(p_dy + o_corner, mask=m_tile, other=0.0, eviction_policy="evict_first")
-            t_hat, dz_t = normalised_and_gradient(
-                b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_tile, b_mean, b_rstd,
-                b_gain, b_offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
+    if PHASE != "sums":
+        # The channels of the whole slab, of which a part may have some.
+        o_k = tl.arange(0, BLOCK_SLAB)
+        o_slab = i_slab * SLAB + o_k
+        m_slab = (o_k < SLAB) & (o_slab < C)
+        if PHASE == "whole":
+            slab_gain = b_gain
+        else:
+            s1 = tl.sum(
+                load_partials(p_partial_s1, i_n, o_slab, m_slab, C, splits, BLOCK_S), axis=1
+            )
+            s2 = tl.sum(
+                load_partials(p_partial_s2, i_n, o_slab, m_slab, C, splits, BLOCK_S), axis=1
+            )
+            slab_gain, _ = load_modulation(
+                p_weight, None, p_scale, None, i_n, o_slab, m_slab, scale_n, 0
+            )
+        elements = HW * 1.0 * CG
+        c2 = fold_groups(slab_gain * s1, o_k, m_slab, CG, ONE_GROUP) / elements
+        c1 = fold_groups(slab_gain * s2, o_k, m_slab, CG, ONE_GROUP) / elements
+        o_channel = i_n.to(tl.int64) * C + o_slab
+        m_first = m_slab & (i_part == 0)
+        tl.store(p_s1 + o_channel, s1, mask=m_first)
+        tl.store(p_s2 + o_channel, s2, mask=m_first)
+        if p_pre is not None:
+            if PHASE != "whole":
+                s3 = tl.sum(
+                    load_partials(p_partial_s3, i_n, o_slab, m_slab, C, splits, BLOCK_S), axis=1
+                )
+            tl.store(p_db + o_channel, rstd * (slab_gain * s1 - c2 * HW - c1 * s3), mask=m_first)
+
+        column_c1 = down_channels(c1, ONE_GROUP)
+        column_c2 = down_channels(c2, ONE_GROUP)
+        if RESIDENT:
+            b_dx = column_rstd * (gain * dz - column_c2 - x_hat * column_c1)
+            tl.store(p_dx + corner + o_tile, b_dx, mask=m_tile)
+        else:
+            for hw in range(begin, end, BLOCK_HW):
+                m_t = m_c[:, None] & (hw + o_j < end)[None, :]
+                o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
+                b_t = tl.load(p_x + o_corner, mask=m_t, other=0.0, eviction_policy="evict_first")
+                b_dt = tl.load(p_dy + o_corner, mask=m_t, other=0.0, eviction_policy="evict_first")
+                t_hat, dz_t = normalised_and_gradient(
+                    b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_t, column_mean,
+                    column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW,
+                    ACTIVATION,
+                )  # fmt: skip
+                b_dx = column_rstd * (gain * dz_t - column_c2 - t_hat * column_c1)
+                tl.store(p_dx + o_corner, b_dx, mask=m_t)
+
+
+@triton.jit
+def backward_kernel(
+    p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2, p_db, p_weight, p_bias, p_scale, p_shift, p_pre,
+    p_seed, p_partial_s1, p_partial_s2, p_partial_s3, p_barrier, C, HW, splits, chunk, first, end,
+    scale_n, shift_n, pre_n, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
+    BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Units first … end − 1, one program a part; a cooperative grid goes round until the end."""
+    parts = tl.cdiv(SLAB, BLOCK_C) * splits
+    i_program = tl.program_id(0)
+    if PHASE == "apply":
+        # Last first: what was read last is still in L2.
+        i_program = tl.num_programs(0) - 1 - i_program
+    i_slot = i_program // parts
+    i_part = i_program % parts
+    if PHASE == "cooperative":
+        for i_unit in range(first + i_slot, end, tl.num_programs(0) // parts):
+            backward_unit(
+                i_unit, i_slot, i_part, parts, p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2, p_db,
+                p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_s1, p_partial_s2,
+                p_partial_s3, p_barrier, C, HW, splits, chunk, scale_n, shift_n, pre_n, dropout_p,
+                PHASE, CG, SLAB, BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT,
+                ACTIVATION,
             )  # fmt: skip
-            b_dx = b_rstd[:, None] * (b_gain[:, None] * dz_t - c2[:, None] - t_hat * c1[:, None])
-            tl.store(p_dx + o_corner, b_dx, mask=m_tile)
-
-
-@triton.jit
-def sums_kernel(
-    p_dy,
-    p_x,
-    p_mean,
-    p_rstd,
-    p_partial_s1,
-    p_partial_s2,
-    p_partial_s3,
-    p_weight,
-    p_bias,
-    p_scale,
-    p_shift,
-    p_pre,
-    p_seed,
-    C,
-    HW,
-    CG,
-    blocks_c,
-    splits,
-    chunk,
-    stride_c,
-    stride_hw,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
-    pre_n,
-    pre_c,
-    dropout_p,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Program (n, channel block, split): S1, S2 and, with a pre_shift, S3 over its positions."""
-    i_split = tl.program_id(0) % splits
-    i_block = tl.program_id(0) // splits % blocks_c
-    i_n = tl.program_id(0) // splits // blocks_c
-    o_i = tl.arange(0, BLOCK_C)
-    o_j = tl.arange(0, BLOCK_HW)
-    o_c = i_block * BLOCK_C + o_i
-    m_c = o_c < C
-    corner = i_n.to(tl.int64) * C * HW + (i_block * BLOCK_C).to(tl.int64) * stride_c
-    o_tile = tile_offsets(o_i, o_j, stride_c, stride_hw)
-
-    o_group = i_n.to(tl.int64) * (C // CG) + o_c // CG
-    b_mean = tl.load(p_mean + o_group, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_group, mask=m_c, other=0.0)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, pre_c, 0.0)
-    b_gain = load_gain(p_weight, p_scale, i_n, o_c, m_c, scale_n, scale_c)
-    b_offset = load_offset(
-        p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, scale_c, shift_n, shift_c
-    )
-
-    s1 = tl.zeros([BLOCK_C], tl.float32)
-    s2 = tl.zeros([BLOCK_C], tl.float32)
-    s3 = tl.zeros([BLOCK_C], tl.float32)
-    end = tl.minimum(HW, (i_split + 1) * chunk)
-    for hw in range(i_split * chunk, end, BLOCK_HW):
-        m_tile = m_c[:, None] & (hw + o_j < end)[None, :]
-        o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-        b_x = tl.load(p_x + o_corner, mask=m_tile, other=0.0).to(tl.float32) + b_pre[:, None]
-        b_dy = tl.load(p_dy + o_corner, mask=m_tile, other=0.0).to(tl.float32)
-        x_hat, dz = normalised_and_gradient(
-            b_x, b_dy, m_tile, b_mean, b_rstd, b_gain, b_offset,
-            p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
+    else:
+        backward_unit(
+            first + i_slot, i_slot, i_part, parts, p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2,
+            p_db, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_s1, p_partial_s2,
+            p_partial_s3, p_barrier, C, HW, splits, chunk, scale_n, shift_n, pre_n, dropout_p,
+            PHASE, CG, SLAB, BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT,
+            ACTIVATION,
         )  # fmt: skip
-        s1 += tl.sum(dz, axis=1)
-        s2 += tl.sum(dz * x_hat, axis=1)
-        s3 += tl.sum(x_hat, axis=1)
-    o_partial = (i_n * splits + i_split).to(tl.int64) * C + o_c
-    tl.store(p_partial_s1 + o_partial, s1, mask=m_c)
-    tl.store(p_partial_s2 + o_partial, s2, mask=m_c)
-    if p_partial_s3 is not None:
-        tl.store(p_partial_s3 + o_partial, s3, mask=m_c)
 
 
 @triton.jit
-def fold_sums_kernel(
-    p_partial_s1,
-    p_partial_s2,
-    p_partial_s3,
-    p_rstd,
-    p_weight,
-    p_scale,
-    p_s1,
-    p_s2,
-    p_db,
-    p_c1,
-    p_c2,
-    C,
-    HW,
-    CG,
-    splits,
-    scale_n,
-    scale_c,
-    BLOCK_CG: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Program (n, g): the splits' sums of each channel, and the group's c1 and c2."""
-    i_n = tl.program_id(0) // (C // CG)
-    i_g = tl.program_id(0) % (C // CG)
-    o_i = tl.arange(0, BLOCK_CG)
-    o_s = tl.arange(0, BLOCK_S)
-    o_c = i_g * CG + o_i
-    m_c = o_i < CG
-    m_part = m_c[:, None] & (o_s < splits)[None, :]
-    o_row = (i_n * splits).to(tl.int64) * C + i_g * CG
-    o_part = o_s[None, :].to(tl.int64) * C + o_i[:, None]
-    s1 = tl.sum(tl.load(p_partial_s1 + o_row + o_part, mask=m_part, other=0.0), axis=1)
-    s2 = tl.sum(tl.load(p_partial_s2 + o_row + o_part, mask=m_part, other=0.0), axis=1)
-    b_gain = load_gain(p_weight, p_scale, i_n, o_c, m_c, scale_n, scale_c)
-    elements = HW * 1.0 * CG
-    c2 = tl.sum(tl.where(m_c, b_gain * s1, 0.0), axis=0) / elements
-    c1 = tl.sum(tl.where(m_c, b_gain * s2, 0.0), axis=0) / elements
-    tl.store(p_c1 + tl.program_id(0), c1)
-    tl.store(p_c2 + tl.program_id(0), c2)
-    o_channel = i_n.to(tl.int64) * C + o_c
-    tl.store(p_s1 + o_channel, s1, mask=m_c)
-    tl.store(p_s2 + o_channel, s2, mask=m_c)
-    if p_db is not None:
-        s3 = tl.sum(tl.load(p_partial_s3 + o_row + o_part, mask=m_part, other=0.0), axis=1)
-        rstd = tl.load(p_rstd + tl.program_id(0))
-        tl.store(p_db + o_channel, rstd * (b_gain * s1 - c2 * HW - c1 * s3), mask=m_c)
+def parameter_gradients_kernel(
+    p_s1, p_s2, p_db, p_weight, p_bias, p_scale, p_dweight, p_dbias, p_dscale, p_dshift, p_dpre,
+    N, C, scale_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program: a block of channels, over all samples in order.
 
-
-@triton.jit
-def input_gradient_kernel(
-    p_dy,
-    p_x,
-    p_dx,
-    p_mean,
-    p_rstd,
-    p_c1,
-    p_c2,
-    p_weight,
-    p_bias,
-    p_scale,
-    p_shift,
-    p_pre,
-    p_seed,
-    C,
-    HW,
-    CG,
-    blocks_c,
-    splits,
-    chunk,
-    stride_c,
-    stride_hw,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
-    pre_n,
-    pre_c,
-    dropout_p,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Program (n, channel block, split), last first: dx = r(γ'dz − c2 − x̂c1)."""
-    i = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_split = i % splits
-    i_block = i // splits % blocks_c
-    i_n = i // splits // blocks_c
-    o_i = tl.arange(0, BLOCK_C)
-    o_j = tl.arange(0, BLOCK_HW)
-    o_c = i_block * BLOCK_C + o_i
+    dshift = S1, dscale = γS2 + βS1, dbias = Σ_n (1 + s)S1, dweight = Σ_n (1 + s)S2.
+    """
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    corner = i_n.to(tl.int64) * C * HW + (i_block * BLOCK_C).to(tl.int64) * stride_c
-    o_tile = tile_offsets(o_i, o_j, stride_c, stride_hw)
-
-    o_group = i_n.to(tl.int64) * (C // CG) + o_c // CG
-    b_mean = tl.load(p_mean + o_group, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_group, mask=m_c, other=0.0)
-    b_c1 = tl.load(p_c1 + o_group, mask=m_c, other=0.0)
-    b_c2 = tl.load(p_c2 + o_group, mask=m_c, other=0.0)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, pre_c, 0.0)
-    b_gain = load_gain(p_weight, p_scale, i_n, o_c, m_c, scale_n, scale_c)
-    b_offset = load_offset(
-        p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, scale_c, shift_n, shift_c
-    )
-    end = tl.minimum(HW, (i_split + 1) * chunk)
-    for hw in range(i_split * chunk, end, BLOCK_HW):
-        m_tile = m_c[:, None] & (hw + o_j < end)[None, :]
-        o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-        b_x = tl.load(p_x + o_corner, mask=m_tile, other=0.0, eviction_policy="evict_first")
-        b_dy = tl.load(p_dy + o_corner, mask=m_tile, other=0.0, eviction_policy="evict_first")
-        x_hat, dz = normalised_and_gradient(
-            b_x.to(tl.float32) + b_pre[:, None], b_dy.to(tl.float32), m_tile, b_mean, b_rstd,
-            b_gain, b_offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
-        )  # fmt: skip
-        b_dx = b_rstd[:, None] * (b_gain[:, None] * dz - b_c2[:, None] - x_hat * b_c1[:, None])
-        tl.store(p_dx + o_corner, b_dx, mask=m_tile)
+    b_weight = load_channels(p_weight, tl.program_id(0), o_c, m_c, 0, 1.0)[None, :]
+    b_bias = load_channels(p_bias, tl.program_id(0), o_c, m_c, 0, 0.0)[None, :]
+    dweight = tl.zeros([BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_C], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        mask = (o_n < N)[:, None] & m_c[None, :]
+        o_row = o_n.to(tl.int64)[:, None]
+        o_sum = o_row * C + o_c[None, :]
+        s1 = tl.load(p_s1 + o_sum, mask=mask, other=0.0)
+        s2 = tl.load(p_s2 + o_sum, mask=mask, other=0.0)
+        if p_dshift is not None:
+            tl.store(p_dshift + o_sum, s1, mask=mask)
+        if p_dpre is not None:
+            tl.store(p_dpre + o_sum, tl.load(p_db + o_sum, mask=mask, other=0.0), mask=mask)
+        if p_scale is not None:
+            tl.store(p_dscale + o_sum, b_weight * s2 + b_bias * s1, mask=mask)
+            b_scale = tl.load(p_scale + o_row * scale_n + o_c[None, :], mask=mask, other=0.0)
+            s1 *= 1.0 + b_scale.to(tl.float32)
+            s2 *= 1.0 + b_scale.to(tl.float32)
+        dweight += tl.sum(s2, axis=0)
+        dbias += tl.sum(s1, axis=0)
+    if p_dweight is not None:
+        tl.store(p_dweight + o_c, dweight, mask=m_c)
+    if p_dbias is not None:
+        tl.store(p_dbias + o_c, dbias, mask=m_c)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from resblock_bench import reference
+from resblock_bench.kernels.dispatch import choose_backend
 from resblock_bench.kernels.functional import group_norm_silu, norm_act_conv
+from resblock_bench.kernels.op import residual_add
 from resblock_bench.kernels.resample import Resample
 
 CheckpointMode = Literal["none", "selective", "full"]
@@ -52,6 +54,7 @@ class _FusedBlock(reference.TimestepBlock):
         pre_shift: Tensor | None = None,
         dropout_p: float = 0.0,
         resample: Literal["up", "down"] | None = None,
+        conv_bias: bool = True,
     ) -> Tensor:
         arguments: dict[str, Any] = {
             "scale": scale,
@@ -63,11 +66,47 @@ class _FusedBlock(reference.TimestepBlock):
         }
         if self.checkpoint == "selective" and torch.is_grad_enabled():
             return norm_act_conv(
-                x, norm.num_groups, norm.weight, norm.bias, conv, resample=resample, **arguments
-            )
+                x, norm.num_groups, norm.weight, norm.bias, conv, resample=resample,
+                conv_bias=conv_bias, **arguments,
+            )  # fmt: skip
         h = group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, **arguments)
-        out: Tensor = conv(Resample(resample).forward(h))
+        h = Resample(resample).forward(h)
+        out: Tensor = conv(h) if conv_bias else conv._conv_forward(h, conv.weight, None)
         return out
+
+    def _residual_branch(
+        self,
+        x: Tensor,
+        e: Tensor,
+        first: tuple[nn.GroupNorm, ConvNd],
+        second: tuple[nn.GroupNorm, ConvNd],
+        *,
+        modulated: bool,
+        dropout_p: float,
+        resample: Literal["up", "down"] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """conv(norm(conv(norm(x)))) modulated by e, and the last bias if it is still to be added.
+
+        On the GPU a convolution's bias is a pass over its output. There the first one becomes part
+        of the add before the second norm, and the second one part of the residual addition.
+        """
+        folds = choose_backend(x)[0] == "triton"
+        fold_first, fold_second = folds and _is_plain(first[1]), folds and _is_plain(second[1])
+        h = self._norm_act_conv(x, *first, resample=resample, conv_bias=not fold_first)
+        scale, shift, pre_shift = (*e.chunk(2, dim=1), None) if modulated else (None, None, e)
+        if fold_first:
+            bias = cast(Tensor, first[1].bias)
+            pre_shift = bias.expand(len(x), -1) if pre_shift is None else pre_shift.float() + bias
+        h = self._norm_act_conv(
+            h,
+            *second,
+            scale=scale,
+            shift=shift,
+            pre_shift=pre_shift,
+            dropout_p=dropout_p,
+            conv_bias=not fold_second,
+        )
+        return h, second[1].bias if fold_second else None
 
 
 class ResBlock(_FusedBlock, reference.ResBlock):
@@ -87,17 +126,16 @@ class ResBlock(_FusedBlock, reference.ResBlock):
         out_norm, _, out_drop, out_conv = cast(
             "tuple[nn.GroupNorm, Any, nn.Dropout, ConvNd]", tuple(self.out_layers)
         )
-        h = self._norm_act_conv(x, in_norm, in_conv, resample=_direction(self.h_upd))
-        e: Tensor = self.emb_layers(emb)  # (N, C_out or 2·C_out)
-        if self.use_scale_shift_norm:
-            scale, shift = e.chunk(2, dim=1)
-            h = self._norm_act_conv(
-                h, out_norm, out_conv, scale=scale, shift=shift, dropout_p=out_drop.p
-            )
-        else:
-            h = self._norm_act_conv(h, out_norm, out_conv, pre_shift=e, dropout_p=out_drop.p)
-        skip: Tensor = self.skip_connection(self.x_upd(x))
-        return skip + h
+        h, bias = self._residual_branch(
+            x,
+            self.emb_layers(emb),  # (N, C_out or 2·C_out)
+            (in_norm, in_conv),
+            (out_norm, out_conv),
+            modulated=self.use_scale_shift_norm,
+            dropout_p=out_drop.p,
+            resample=_direction(self.h_upd),
+        )
+        return _add(self.skip_connection(self.x_upd(x)), h, bias)
 
 
 class EDMBlock(_FusedBlock, reference.EDMBlock):
@@ -112,18 +150,30 @@ class EDMBlock(_FusedBlock, reference.EDMBlock):
         self.checkpoint = "full" if self.use_checkpoint else checkpoint
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self._norm_act_conv(x, self.norm0, self.conv0, resample=self.resample)
-        e = self.affine(emb)
-        if self.adaptive_scale:
-            scale, shift = e.chunk(2, dim=1)
-            h = self._norm_act_conv(
-                h, self.norm1, self.conv1, scale=scale, shift=shift, dropout_p=self.dropout
-            )
-        else:
-            h = self._norm_act_conv(h, self.norm1, self.conv1, pre_shift=e, dropout_p=self.dropout)
+        h, bias = self._residual_branch(
+            x,
+            self.affine(emb),
+            (self.norm0, self.conv0),
+            (self.norm1, self.conv1),
+            modulated=self.adaptive_scale,
+            dropout_p=self.dropout,
+            resample=self.resample,
+        )
         x = self._resampled(x)
-        y: Tensor = ((x if self.skip is None else self.skip(x)) + h) * self.skip_scale
+        y = _add(x if self.skip is None else self.skip(x), h, bias, self.skip_scale)
         return self._attend(y) if self.num_heads else y
+
+
+def _add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    if bias is not None:
+        return residual_add(skip, h, bias, scale)
+    return skip + h if scale == 1.0 else (skip + h) * scale
+
+
+def _is_plain(conv: ConvNd) -> bool:
+    """Whether the convolution may be called by its parameters, without its bias."""
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks)
+    return type(conv) in get_args(ConvNd) and conv.bias is not None and not any(hooks)
 
 
 def check_mode(mode: CheckpointMode) -> None:

@@ -1,11 +1,14 @@
-"""Forward kernels: group norm, modulation, SiLU and dropout in one read of x where it fits.
+"""Forward kernel: group norm, modulation, SiLU and dropout.
 
-Two ways over the activation (docs/kernels.md). `group_forward_kernel` gives whole groups to one
-program, which keeps them in registers (tier A) or reads them twice, the second time from L2
-(tier B). `statistics_kernel`, `fold_statistics_kernel` and `apply_kernel` split a group over many
-programs (tier D); `apply_kernel` alone rewrites an output from saved statistics.
+One kernel, in phases that a launch picks (docs/kernels.md):
 
-Statistics are centred: every tile takes squares about its own mean, and tiles, channels and splits
+    "whole"        a program owns a unit: statistics and output in one go (tiers A and B)
+    "statistics"   a program stores mean and M2 of its part of a unit (C and D, first launch)
+    "apply"        it folds what all parts stored and writes its part of the output (second launch)
+    "cooperative"  both in one launch, programs waiting for each other between the two (C)
+    "rewrite"      the output once more, from saved statistics
+
+Statistics are centred: every tile takes squares about its own mean, and tiles, splits and channels
 are merged with Chan's formula. E[x²] − μ² is used nowhere.
 """
 
@@ -16,12 +19,16 @@ import triton.language as tl
 
 from resblock_bench.kernels.tiles import (
     activate,
+    down_channels,
     dropout_gain,
     fold_groups,
     load_channels,
-    load_gain,
-    load_offset,
+    load_modulation,
+    load_partials,
+    load_statistics,
+    strides,
     tile_offsets,
+    wait_for,
 )
 
 
@@ -39,247 +46,165 @@ def merge_tile(b_x, m_tile, tile_count, mean, m2, count):
 
 
 @triton.jit
-def group_forward_kernel(
-    p_x,
-    p_y,
-    p_mean,
-    p_rstd,
-    p_weight,
-    p_bias,
-    p_scale,
-    p_shift,
-    p_pre,
-    p_seed,
-    C,
-    HW,
-    CG,
-    slabs,
-    stride_c,
-    stride_hw,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
-    pre_n,
-    pre_c,
-    eps,
-    dropout_p,
-    SLAB: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    ONE_GROUP: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Program (n, slab): SLAB channels, a whole number of groups, over all positions."""
-    i_n = tl.program_id(0) // slabs
-    i_slab = tl.program_id(0) % slabs
-    o_i = tl.arange(0, BLOCK_C)
-    o_j = tl.arange(0, BLOCK_HW)
-    o_c = i_slab * SLAB + o_i
-    m_c = (o_i < SLAB) & (o_c < C)
-    corner = i_n.to(tl.int64) * C * HW + (i_slab * SLAB).to(tl.int64) * stride_c
-    o_tile = tile_offsets(o_i, o_j, stride_c, stride_hw)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, pre_c, 0.0)
+def merge_splits(b_mean, b_m2, m_c, HW, splits, chunk, BLOCK_S: tl.constexpr):
+    """Chan's merge of [channels, splits] into per-channel mean and M2."""
+    o_s = tl.arange(0, BLOCK_S)
+    m_part = m_c[:, None] & (o_s < splits)[None, :]
+    counts = (tl.minimum(HW - o_s * chunk, chunk) * 1.0)[None, :]  # the last may hold less
+    mean = tl.sum(tl.where(m_part, b_mean * counts, 0.0), axis=1) / HW
+    deviation = b_mean - mean[:, None]
+    m2 = tl.sum(tl.where(m_part, b_m2 + deviation * deviation * counts, 0.0), axis=1)
+    return mean, m2
 
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    count = 0.0
-    if RESIDENT:
-        m_tile = m_c[:, None] & (o_j < HW)[None, :]
-        b_x = tl.load(p_x + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_x += b_pre[:, None]
-        mean, m2, count = merge_tile(b_x, m_tile, HW * 1.0, mean, m2, count)
-    else:
-        for hw in range(0, HW, BLOCK_HW):
-            m_tile = m_c[:, None] & (hw + o_j < HW)[None, :]
-            p_tile = p_x + corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-            b_t = tl.load(p_tile, mask=m_tile, other=0.0, eviction_policy="evict_last")
-            b_t = b_t.to(tl.float32) + b_pre[:, None]
-            tile_count = tl.minimum(HW - hw, BLOCK_HW) * 1.0
-            mean, m2, count = merge_tile(b_t, m_tile, tile_count, mean, m2, count)
 
-    # Chan's merge over the channels of each group; all channels hold HW elements.
+@triton.jit
+def merge_channels(mean, m2, o_i, m_c, HW, CG, eps, ONE_GROUP: tl.constexpr):
+    """Chan's merge of per-channel mean and M2, HW elements each, into the groups' mean and rstd."""
     group_mean = fold_groups(mean, o_i, m_c, CG, ONE_GROUP) / CG
     deviation = mean - group_mean
     group_m2 = fold_groups(m2 + deviation * deviation * HW, o_i, m_c, CG, ONE_GROUP)
-    rstd = 1.0 / tl.sqrt(group_m2 / (HW * 1.0 * CG) + eps)
-    m_first = m_c & (o_i % CG == 0)
-    o_group = i_n.to(tl.int64) * (C // CG) + o_c // CG
-    tl.store(p_mean + o_group, group_mean, mask=m_first)
-    tl.store(p_rstd + o_group, rstd, mask=m_first)
-
-    b_gain = load_gain(p_weight, p_scale, i_n, o_c, m_c, scale_n, scale_c) * rstd
-    b_offset = load_offset(
-        p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, scale_c, shift_n, shift_c
-    )
-    if RESIDENT:
-        b_y = (b_x - group_mean[:, None]) * b_gain[:, None] + b_offset[:, None]
-        if ACTIVATION:
-            b_y = activate(b_y)
-        if p_seed is not None:
-            b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, o_j, HW)
-        tl.store(p_y + corner + o_tile, b_y, mask=m_tile)
-    else:
-        for hw in range(0, HW, BLOCK_HW):
-            m_tile = m_c[:, None] & (hw + o_j < HW)[None, :]
-            o_corner = corner + tl.cast(hw, tl.int64) * stride_hw
-            b_t = tl.load(
-                p_x + o_corner + o_tile, mask=m_tile, other=0.0, eviction_policy="evict_first"
-            )
-            b_t = b_t.to(tl.float32) + b_pre[:, None]
-            b_y = (b_t - group_mean[:, None]) * b_gain[:, None] + b_offset[:, None]
-            if ACTIVATION:
-                b_y = activate(b_y)
-            if p_seed is not None:
-                b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, hw + o_j, HW)
-            tl.store(p_y + o_corner + o_tile, b_y, mask=m_tile)
+    return group_mean, 1.0 / tl.sqrt(group_m2 / (HW * 1.0 * CG) + eps)
 
 
 @triton.jit
-def statistics_kernel(
-    p_x,
-    p_pre,
-    p_partial_mean,
-    p_partial_m2,
-    C,
-    HW,
-    blocks_c,
-    splits,
-    chunk,
-    stride_c,
-    stride_hw,
-    pre_n,
-    pre_c,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-):
-    """Program (n, channel block, split): mean and M2 of each channel over `chunk` positions."""
-    i_split = tl.program_id(0) % splits
-    i_block = tl.program_id(0) // splits % blocks_c
-    i_n = tl.program_id(0) // splits // blocks_c
-    o_i = tl.arange(0, BLOCK_C)
-    o_j = tl.arange(0, BLOCK_HW)
-    o_c = i_block * BLOCK_C + o_i
-    m_c = o_c < C
-    corner = i_n.to(tl.int64) * C * HW + (i_block * BLOCK_C).to(tl.int64) * stride_c
-    o_tile = tile_offsets(o_i, o_j, stride_c, stride_hw)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, pre_c, 0.0)
-
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    count = 0.0
-    end = tl.minimum(HW, (i_split + 1) * chunk)
-    for hw in range(i_split * chunk, end, BLOCK_HW):
-        m_tile = m_c[:, None] & (hw + o_j < end)[None, :]
-        p_tile = p_x + corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-        b_x = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_pre[:, None]
-        tile_count = tl.minimum(end - hw, BLOCK_HW) * 1.0
-        mean, m2, count = merge_tile(b_x, m_tile, tile_count, mean, m2, count)
-    o_partial = (i_n * splits + i_split).to(tl.int64) * C + o_c
-    tl.store(p_partial_mean + o_partial, mean, mask=m_c)
-    tl.store(p_partial_m2 + o_partial, m2, mask=m_c)
-
-
-@triton.jit
-def fold_statistics_kernel(
-    p_partial_mean,
-    p_partial_m2,
-    p_mean,
-    p_rstd,
-    C,
-    HW,
-    CG,
-    splits,
-    chunk,
-    eps,
-    BLOCK_CG: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Program (n, g): Chan's merge of the group's channels and splits into mean and rstd."""
-    i_n = tl.program_id(0) // (C // CG)
-    i_g = tl.program_id(0) % (C // CG)
-    o_i = tl.arange(0, BLOCK_CG)
-    o_s = tl.arange(0, BLOCK_S)
-    m_part = (o_i < CG)[:, None] & (o_s < splits)[None, :]
-    o_row = (i_n * splits).to(tl.int64) * C + i_g * CG
-    o_part = o_s[None, :].to(tl.int64) * C + o_i[:, None]
-    b_mean = tl.load(p_partial_mean + o_row + o_part, mask=m_part, other=0.0)
-    b_m2 = tl.load(p_partial_m2 + o_row + o_part, mask=m_part, other=0.0)
-    # What each split holds of a channel; the last one may hold less.
-    counts = (tl.minimum(HW - o_s * chunk, chunk) * 1.0)[None, :]
-    elements = HW * 1.0 * CG
-    mean = tl.sum(tl.sum(tl.where(m_part, b_mean * counts, 0.0), axis=1), axis=0) / elements
-    deviation = b_mean - mean
-    m2 = tl.sum(
-        tl.sum(tl.where(m_part, b_m2 + deviation * deviation * counts, 0.0), axis=1), axis=0
-    )
-    tl.store(p_mean + tl.program_id(0), mean)
-    tl.store(p_rstd + tl.program_id(0), 1.0 / tl.sqrt(m2 / elements + eps))
-
-
-@triton.jit
-def apply_kernel(
-    p_x,
-    p_y,
-    p_mean,
-    p_rstd,
-    p_weight,
-    p_bias,
-    p_scale,
-    p_shift,
-    p_pre,
-    p_seed,
-    C,
-    HW,
-    CG,
-    blocks_c,
-    splits,
-    chunk,
-    stride_c,
-    stride_hw,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
-    pre_n,
-    pre_c,
-    dropout_p,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
+def write_tile(
+    p_y, b_x, m_tile, mean, gain, offset, p_seed, dropout_p, i_n, o_c, o_hw, HW,
     ACTIVATION: tl.constexpr,
-):
-    """Program (n, channel block, split), last first: what was read last is still in L2."""
-    i = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_split = i % splits
-    i_block = i // splits % blocks_c
-    i_n = i // splits // blocks_c
-    o_i = tl.arange(0, BLOCK_C)
-    o_j = tl.arange(0, BLOCK_HW)
-    o_c = i_block * BLOCK_C + o_i
-    m_c = o_c < C
-    corner = i_n.to(tl.int64) * C * HW + (i_block * BLOCK_C).to(tl.int64) * stride_c
-    o_tile = tile_offsets(o_i, o_j, stride_c, stride_hw)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, pre_c, 0.0)
+):  # fmt: skip
+    """y = dropout(act((x − μ)·rγ' + β')), of a tile."""
+    b_y = (b_x - mean) * gain + offset
+    if ACTIVATION:
+        b_y = activate(b_y)
+    if p_seed is not None:
+        b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, o_hw, HW)
+    tl.store(p_y, b_y, mask=m_tile)
 
-    o_group = i_n.to(tl.int64) * (C // CG) + o_c // CG
-    b_mean = tl.load(p_mean + o_group, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_group, mask=m_c, other=0.0)
-    b_gain = load_gain(p_weight, p_scale, i_n, o_c, m_c, scale_n, scale_c) * b_rstd
-    b_offset = load_offset(
-        p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, scale_c, shift_n, shift_c
-    )
-    end = tl.minimum(HW, (i_split + 1) * chunk)
-    for hw in range(i_split * chunk, end, BLOCK_HW):
-        m_tile = m_c[:, None] & (hw + o_j < end)[None, :]
-        o_corner = corner + tl.cast(hw, tl.int64) * stride_hw
-        b_x = tl.load(
-            p_x + o_corner + o_tile, mask=m_tile, other=0.0, eviction_policy="evict_first"
+
+@triton.jit
+def forward_unit(
+    i_unit, i_slot, i_part, parts, p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift,
+    p_pre, p_seed, p_partial_mean, p_partial_m2, p_barrier, C, HW, splits, chunk, scale_n, shift_n,
+    pre_n, eps, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
+    BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Part (channel block, split) of unit (n, slab)."""
+    ONE_GROUP: tl.constexpr = SLAB == CG
+    stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
+    slabs = tl.cdiv(C, SLAB)
+    i_n = i_unit // slabs
+    i_slab = i_unit % slabs
+    i_split = i_part % splits
+    o_i = i_part // splits * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_j = tl.arange(0, BLOCK_HW)
+    o_c = i_slab * SLAB + o_i
+    m_c = (o_i < SLAB) & (o_c < C)
+    i_c = i_slab * SLAB + i_part // splits * BLOCK_C
+    corner = i_n.to(tl.int64) * C * HW + i_c.to(tl.int64) * stride_c
+    o_tile = tile_offsets(tl.arange(0, BLOCK_C), o_j, stride_c, stride_hw)
+    begin = i_split * chunk
+    end = tl.minimum(HW, begin + chunk)
+    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
+
+    if PHASE == "whole" or PHASE == "statistics" or PHASE == "cooperative":
+        mean = tl.zeros([BLOCK_C], tl.float32)
+        m2 = tl.zeros([BLOCK_C], tl.float32)
+        count = 0.0
+        if RESIDENT:
+            m_tile = m_c[:, None] & (o_j < HW)[None, :]
+            b_x = tl.load(p_x + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+            b_x += b_pre[:, None]
+            mean, m2, count = merge_tile(b_x, m_tile, HW * 1.0, mean, m2, count)
+        else:
+            for hw in range(begin, end, BLOCK_HW):
+                m_tile = m_c[:, None] & (hw + o_j < end)[None, :]
+                p_tile = p_x + corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
+                b_t = tl.load(p_tile, mask=m_tile, other=0.0, eviction_policy="evict_last")
+                b_t = b_t.to(tl.float32) + b_pre[:, None]
+                tile_count = tl.minimum(end - hw, BLOCK_HW) * 1.0
+                mean, m2, count = merge_tile(b_t, m_tile, tile_count, mean, m2, count)
+        if PHASE != "whole":
+            o_partial = (i_n.to(tl.int64) * splits + i_split) * C + o_c
+            tl.store(p_partial_mean + o_partial, mean, mask=m_c)
+            tl.store(p_partial_m2 + o_partial, m2, mask=m_c)
+
+    if PHASE == "cooperative":
+        wait_for(p_barrier + i_slot, i_part == 0, parts)
+
+    if PHASE != "statistics":
+        # The channels of the whole slab, of which a part may have some.
+        o_k = tl.arange(0, BLOCK_SLAB)
+        o_slab = i_slab * SLAB + o_k
+        m_slab = (o_k < SLAB) & (o_slab < C)
+        o_group = i_n.to(tl.int64) * (C // CG) + o_slab // CG
+        if PHASE == "rewrite":
+            group_mean, rstd = load_statistics(
+                p_mean, p_rstd, i_n, i_slab, o_slab, m_slab, C, CG, ONE_GROUP
+            )
+        else:
+            if PHASE != "whole":
+                b_mean = load_partials(p_partial_mean, i_n, o_slab, m_slab, C, splits, BLOCK_S)
+                b_m2 = load_partials(p_partial_m2, i_n, o_slab, m_slab, C, splits, BLOCK_S)
+                mean, m2 = merge_splits(b_mean, b_m2, m_slab, HW, splits, chunk, BLOCK_S)
+            group_mean, rstd = merge_channels(mean, m2, o_k, m_slab, HW, CG, eps, ONE_GROUP)
+            m_first = m_slab & (o_k % CG == 0) & (i_part == 0)
+            tl.store(p_mean + o_group, group_mean, mask=m_first)
+            tl.store(p_rstd + o_group, rstd, mask=m_first)
+
+        b_gain, b_offset = load_modulation(
+            p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, shift_n
         )
-        b_x = b_x.to(tl.float32) + b_pre[:, None]
-        b_y = (b_x - b_mean[:, None]) * b_gain[:, None] + b_offset[:, None]
-        if ACTIVATION:
-            b_y = activate(b_y)
-        if p_seed is not None:
-            b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, hw + o_j, HW)
-        tl.store(p_y + o_corner + o_tile, b_y, mask=m_tile)
+        gain = (b_gain * rstd)[:, None]
+        offset = b_offset[:, None]
+        column = down_channels(group_mean, ONE_GROUP)
+        if RESIDENT:
+            write_tile(
+                p_y + corner + o_tile, b_x, m_tile, column, gain, offset,
+                p_seed, dropout_p, i_n, o_c, o_j, HW, ACTIVATION,
+            )  # fmt: skip
+        else:
+            for hw in range(begin, end, BLOCK_HW):
+                m_t = m_c[:, None] & (hw + o_j < end)[None, :]
+                o_corner = corner + tl.cast(hw, tl.int64) * stride_hw
+                b_t = tl.load(
+                    p_x + o_corner + o_tile, mask=m_t, other=0.0, eviction_policy="evict_first"
+                )
+                write_tile(
+                    p_y + o_corner + o_tile, b_t.to(tl.float32) + b_pre[:, None], m_t, column,
+                    gain, offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
+                )  # fmt: skip
+
+
+@triton.jit
+def forward_kernel(
+    p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_mean,
+    p_partial_m2, p_barrier, C, HW, splits, chunk, first, end, scale_n, shift_n, pre_n, eps,
+    dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
+    BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Units first … end − 1, one program a part; a cooperative grid goes round until the end."""
+    parts = tl.cdiv(SLAB, BLOCK_C) * splits
+    i_program = tl.program_id(0)
+    if PHASE == "apply":
+        # Last first: what was read last is still in L2.
+        i_program = tl.num_programs(0) - 1 - i_program
+    i_slot = i_program // parts
+    i_part = i_program % parts
+    if PHASE == "cooperative":
+        for i_unit in range(first + i_slot, end, tl.num_programs(0) // parts):
+            forward_unit(
+                i_unit, i_slot, i_part, parts, p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale,
+                p_shift, p_pre, p_seed, p_partial_mean, p_partial_m2, p_barrier, C, HW, splits,
+                chunk, scale_n, shift_n, pre_n, eps, dropout_p, PHASE, CG, SLAB, BLOCK_SLAB,
+                BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT, ACTIVATION,
+            )  # fmt: skip
+    else:
+        forward_unit(
+            first + i_slot, i_slot, i_part, parts, p_x, p_y, p_mean, p_rstd, p_weight, p_bias,
+            p_scale, p_shift, p_pre, p_seed, p_partial_mean, p_partial_m2, p_barrier, C, HW,
+            splits, chunk, scale_n, shift_n, pre_n, eps, dropout_p, PHASE, CG, SLAB, BLOCK_SLAB,
+            BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT, ACTIVATION,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The operator as a function: checks its arguments, draws the dropout seed, picks a plan.
+"""The operator as a function: checks its arguments and draws the dropout seed.
 
 y = dropout(act(GroupNorm(x + pre_shift)·(1 + scale) + shift))
 """
@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.kernels.dispatch import Plan, plan
+from resblock_bench.kernels.dispatch import choose_backend, launch_for
 from resblock_bench.kernels.op import Convolution, GroupNormSiLUFunction, NormActConvFunction
 from resblock_bench.kernels.resample import Resample
 from resblock_bench.kernels.spec import Modulation, Spec, memory_format
+from resblock_bench.kernels.tiers import Direction
 
 Activation = Literal["silu"] | None
 
@@ -64,12 +65,11 @@ def group_norm_silu(
     Source: Wu and He, Group Normalization (arXiv:1803.08494); Nichol and Dhariwal, Improved
     Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
     """
-    modulation = Modulation(weight, bias, scale, shift, pre_shift).dense()
-    spec, chosen, seed = _prepare(
+    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    x, modulation, seed, spec = _prepare(
         x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype
     )
-    x = x.contiguous(memory_format=chosen.memory_format)
-    y: Tensor = GroupNormSiLUFunction.apply(x, *modulation, seed, spec, chosen)
+    y: Tensor = GroupNormSiLUFunction.apply(x, *modulation, seed, spec)
     return y
 
 
@@ -88,6 +88,7 @@ def norm_act_conv(
     dropout_p: float = 0.0,
     training: bool = True,
     resample: Literal["up", "down"] | None = None,
+    conv_bias: bool = True,
 ) -> Tensor:
     """conv(resample(group_norm_silu(x, …))) that keeps no activation but x for the backward.
 
@@ -95,7 +96,8 @@ def norm_act_conv(
     convolution's backward; the convolution itself is not run again. Arguments as in
     `group_norm_silu`; `conv` is a zero-padded Conv1d, Conv2d or Conv3d, called by its parameters,
     so its hooks do not run; `resample` doubles ("up", nearest) or halves ("down", mean) the
-    resolution before it. Under autocast the activation is written in autocast's dtype.
+    resolution before it; `conv_bias=False` leaves the convolution's bias to the caller. Under
+    autocast the activation is written in autocast's dtype.
     """
     if conv.transposed:
         raise TypeError(
@@ -111,15 +113,14 @@ def norm_act_conv(
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    modulation = Modulation(weight, bias, scale, shift, pre_shift).dense()
-    spec, chosen, seed = _prepare(
+    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    x, modulation, seed, spec = _prepare(
         x, num_groups, modulation, eps, activation, dropout_p, training, dtype
     )
     constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
-    kernel_bias = None if conv.bias is None else conv.bias.to(dtype)
-    x = x.contiguous(memory_format=chosen.memory_format)
+    kernel_bias = conv.bias.to(dtype) if conv_bias and conv.bias is not None else None
     out: Tensor = NormActConvFunction.apply(
-        x, *modulation, conv.weight.to(dtype), kernel_bias, seed, spec, chosen, constants,
+        x, *modulation, conv.weight.to(dtype), kernel_bias, seed, spec, constants,
         Resample(resample),
     )  # fmt: skip
     return out
@@ -137,23 +138,22 @@ def explain(
 ) -> str:
     """Which implementation, tier and launch `group_norm_silu` takes for this call, and why."""
     _check(x, num_groups, Modulation(weight, bias, scale, shift, pre_shift), 0.0, "silu")
-    chosen = plan(x, num_groups)
-    layout = str(chosen.memory_format).removeprefix("torch.").removesuffix("_format")
+    backend, reason = choose_backend(x)
+    layout = str(memory_format(x)).removeprefix("torch.").removesuffix("_format")
     dense = x.is_contiguous() or memory_format(x) != torch.contiguous_format
     lines = [
         f"group_norm_silu {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}, "
         f"{num_groups} groups of {x.shape[1] // num_groups} channels",
         f"  layout:   {layout}" + ("" if dense else " (x is strided: copied once)"),
-        f"  backend:  {chosen.backend}: {chosen.reason}",
+        f"  backend:  {backend}: {reason}",
     ]
-    for direction, launch in (("forward", chosen.forward), ("backward", chosen.backward)):
-        if launch is None:
-            continue
-        blocks = -(-x.shape[1] // launch.slab)
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for direction in directions if backend == "triton" else ():
+        launch = launch_for(direction, x, num_groups)
+        programs = launch.units * launch.parts
         lines.append(
-            f"  {direction + ':':<9} tier {launch.tier}: {launch.reason}; "
-            f"{x.shape[0] * blocks * launch.splits} programs, tile {launch.block_c}×"
-            f"{launch.block_hw}, {launch.num_warps} warps"
+            f"  {direction + ':':<9} tier {launch.tier}: {launch.reason}; {programs} programs a "
+            f"launch, tile {launch.block_c}×{launch.block_hw}, {launch.num_warps} warps"
         )
     return "\n".join(lines)
 
@@ -167,7 +167,7 @@ def _prepare(
     dropout_p: float,
     training: bool,
     out_dtype: torch.dtype,
-) -> tuple[Spec, Plan, Tensor | None]:
+) -> tuple[Tensor, Modulation, Tensor | None, Spec]:
     _check(x, num_groups, modulation, dropout_p, activation)
     dropout_p = dropout_p if training else 0.0
     seed = None
@@ -176,7 +176,7 @@ def _prepare(
         # and checkpoints that restore the generator draw the same one again.
         seed = torch.randint(2**63 - 1, (), device=x.device)
     spec = Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
-    return spec, plan(x, num_groups), seed
+    return x.contiguous(memory_format=memory_format(x)), modulation.dense(), seed, spec
 
 
 def _check(

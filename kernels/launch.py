@@ -1,102 +1,109 @@
-"""Launches of the Triton kernels: plain tensors in and out, every allocation made here.
-
-The same three functions as in `aten.py`, with a `Plan` that says how to launch.
-"""
+"""Launches of the Triton kernels: plain tensors in and out, every allocation made here."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels.backward import (
-    fold_sums_kernel,
-    group_backward_kernel,
-    input_gradient_kernel,
-    sums_kernel,
+from resblock_bench.kernels.backward import backward_kernel, parameter_gradients_kernel
+from resblock_bench.kernels.forward import forward_kernel
+from resblock_bench.kernels.residual import residual_kernel
+from resblock_bench.kernels.spec import Gradients, Modulation, Spec, memory_format
+from resblock_bench.kernels.tiers import (
+    STREAM_ELEMENTS,
+    Launch,
+    ceil_div,
+    power_of_2,
+    warps_for,
 )
-from resblock_bench.kernels.dispatch import Launch, Plan, ceil_div, power_of_2
-from resblock_bench.kernels.forward import (
-    apply_kernel,
-    fold_statistics_kernel,
-    group_forward_kernel,
-    statistics_kernel,
-)
-from resblock_bench.kernels.spec import Modulation, Spec
+
+GRADIENT_BLOCK = (16, 64)  # samples, channels
+
+
+class Recorded(NamedTuple):
+    """A launch that was not made: kernel[grid](**arguments)."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+
+
+_recorded: list[Recorded] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Within the block no kernel runs: the list gets what would have been launched.
+
+    With tensors on the meta device this says how a problem of any size would run.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    if _recorded is None:
+        kernel[(programs,)](**arguments)
+    else:
+        _recorded.append(Recorded(kernel, (programs,), arguments))
 
 
 def forward(
-    x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec, plan: Plan
+    x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = dropout(act(norm(x + pre_shift)·γ' + β')), and every group's mean and rstd (N, G)."""
-    assert plan.forward is not None
-    launch = plan.forward
-    N, C, HW, G = _sizes(x, spec)
-    y = torch.empty_like(x, dtype=spec.out_dtype, memory_format=plan.memory_format)
-    mean = torch.empty((N, G), dtype=torch.float32, device=x.device)
+    N, C = x.shape[:2]
+    y = torch.empty_like(x, dtype=spec.out_dtype)
+    mean = torch.empty((N, spec.num_groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    if launch.tier != "D":
-        slabs = ceil_div(C, launch.slab)
-        group_forward_kernel[(N * slabs,)](
-            p_x=x,
-            p_y=y,
-            p_mean=mean,
-            p_rstd=rstd,
-            p_seed=seed,
-            slabs=slabs,
-            eps=spec.eps,
-            ACTIVATION=spec.activation,
-            dropout_p=spec.dropout_p,
-            **_modulation(modulation),
-            **_geometry(x, spec, plan),
-            **_whole_groups(launch, C // G),
-        )
-        return y, mean, rstd
-    partial_mean = torch.empty((N, launch.splits, C), dtype=torch.float32, device=x.device)
-    partial_m2 = torch.empty_like(partial_mean)
-    geometry = _geometry(x, spec, plan)
-    split = _split(launch, C)
-    statistics_kernel[_grid(N, C, launch)](
-        p_x=x,
-        p_pre=modulation.pre_shift,
-        p_partial_mean=partial_mean,
-        p_partial_m2=partial_m2,
-        **_row_strides("pre", modulation.pre_shift),
-        **{k: v for k, v in geometry.items() if k != "CG"},
-        **split,
-    )
-    fold_statistics_kernel[(N * G,)](
-        p_partial_mean=partial_mean,
-        p_partial_m2=partial_m2,
-        p_mean=mean,
-        p_rstd=rstd,
-        C=C,
-        HW=HW,
-        CG=C // G,
-        splits=launch.splits,
-        chunk=launch.chunk,
-        eps=spec.eps,
-        BLOCK_CG=power_of_2(C // G),
-        BLOCK_S=power_of_2(launch.splits),
-    )
-    _apply(x, y, mean, rstd, modulation, seed, spec, plan, launch)
+    common = {
+        "p_x": x,
+        "p_y": y,
+        "p_mean": mean,
+        "p_rstd": rstd,
+        "p_seed": seed,
+        "eps": spec.eps,
+        **_common(x, modulation, spec),
+    }
+    names = ("p_partial_mean", "p_partial_m2")
+    _run(forward_kernel, "statistics", common, names, N, C, launch, x.device)
     return y, mean, rstd
 
 
-def recompute(
+def rewrite(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     modulation: Modulation,
     seed: Tensor | None,
     spec: Spec,
-    plan: Plan,
+    launch: Launch,
 ) -> Tensor:
     """The forward's output once more, from the saved statistics: one read, one write."""
-    assert plan.rewrite is not None
-    y = torch.empty_like(x, dtype=spec.out_dtype, memory_format=plan.memory_format)
-    _apply(x, y, mean, rstd, modulation, seed, spec, plan, plan.rewrite)
+    N, C = x.shape[:2]
+    y = torch.empty_like(x, dtype=spec.out_dtype)
+    units = N * ceil_div(C, launch.slab)
+    _launch(
+        forward_kernel,
+        units * launch.parts,
+        p_x=x,
+        p_y=y,
+        p_mean=mean,
+        p_rstd=rstd,
+        p_seed=seed,
+        eps=spec.eps,
+        **_common(x, modulation, spec),
+        **_absent("p_partial_mean", "p_partial_m2", "p_barrier"),
+        **_shape("rewrite", launch, 0, units),
+    )
     return y
 
 
@@ -108,166 +115,174 @@ def backward(
     modulation: Modulation,
     seed: Tensor | None,
     spec: Spec,
-    plan: Plan,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-    """dx, and the sums (S1, S2, db) of `Modulation.gradients`."""
-    assert plan.backward is not None
-    launch = plan.backward
-    N, C, HW, G = _sizes(x, spec)
-    dx = torch.empty_like(x, memory_format=plan.memory_format)
+    launch: Launch,
+) -> tuple[Tensor, Gradients]:
+    """dx and the gradients of the five modulation tensors. dy has the layout of x."""
+    N, C = x.shape[:2]
+    dx = torch.empty_like(x)
     s1 = torch.empty((N, C), dtype=torch.float32, device=x.device)
     s2 = torch.empty_like(s1)
     db = torch.empty_like(s1) if modulation.pre_shift is not None else None
     common = {
         "p_dy": dy,
         "p_x": x,
+        "p_dx": dx,
         "p_mean": mean,
         "p_rstd": rstd,
+        "p_s1": s1,
+        "p_s2": s2,
+        "p_db": db,
         "p_seed": seed,
-        "dropout_p": spec.dropout_p,
-        "ACTIVATION": spec.activation,
-        **_modulation(modulation),
-        **_geometry(x, spec, plan),
+        **_common(x, modulation, spec),
     }
-    if launch.tier != "D":
-        slabs = ceil_div(C, launch.slab)
-        group_backward_kernel[(N * slabs,)](
-            p_dx=dx,
+    names = ["p_partial_s1", "p_partial_s2", "p_partial_s3"]
+    if db is None:
+        common[names.pop()] = None
+    _run(backward_kernel, "sums", common, names, N, C, launch, x.device)
+    return dx, _parameter_gradients(s1, s2, db, modulation)
+
+
+def residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """(skip + h + bias)·scale, in the wider of the two dtypes; skip has the layout of h."""
+    y = torch.empty_like(h, dtype=torch.promote_types(skip.dtype, h.dtype))
+    C = h.shape[1]
+    channels_last = memory_format(h) != torch.contiguous_format
+    columns = C if channels_last else h[0, 0].numel()
+    rows = h.numel() // columns
+    block_hw = min(power_of_2(columns), STREAM_ELEMENTS)
+    block_r = min(power_of_2(rows), STREAM_ELEMENTS // block_hw)
+    _launch(
+        residual_kernel,
+        ceil_div(rows, block_r) * ceil_div(columns, block_hw),
+        p_skip=skip,
+        p_h=h,
+        p_bias=bias,
+        p_y=y,
+        rows=rows,
+        columns=columns,
+        C=C,
+        scale=scale,
+        CHANNELS_LAST=channels_last,
+        BLOCK_R=block_r,
+        BLOCK_HW=block_hw,
+        num_warps=warps_for(block_r * block_hw),
+    )
+    return y
+
+
+def _run(
+    kernel: Any,
+    first_phase: str,
+    common: dict[str, Any],
+    partial_names: list[str] | tuple[str, ...],
+    N: int,
+    C: int,
+    launch: Launch,
+    device: torch.device,
+) -> None:
+    """All launches of one direction, with their partial sums [N, splits, C]."""
+    units = N * ceil_div(C, launch.slab)
+    absent = _absent(*partial_names, "p_barrier")
+    if launch.tier in ("A", "B"):
+        _launch(kernel, units, **common, **absent, **_shape("whole", launch, 0, units))
+        return
+    for name in partial_names:
+        absent[name] = torch.empty((N, launch.splits, C), dtype=torch.float32, device=device)
+    if launch.cooperative:
+        absent["p_barrier"] = torch.zeros(launch.units, dtype=torch.int32, device=device)
+        _launch(
+            kernel,
+            launch.units * launch.parts,
+            **common,
+            **absent,
+            **_shape("cooperative", launch, 0, units),
+            launch_cooperative_grid=True,
+        )
+        return
+    for first in range(0, units, launch.units):
+        end = min(units, first + launch.units)
+        for phase in (first_phase, "apply"):
+            _launch(
+                kernel,
+                (end - first) * launch.parts,
+                **common,
+                **absent,
+                **_shape(phase, launch, first, end),
+            )
+
+
+def _parameter_gradients(
+    s1: Tensor, s2: Tensor, db: Tensor | None, modulation: Modulation
+) -> Gradients:
+    N, C = s1.shape
+    weight, bias, scale, shift, pre_shift = gradients = tuple(
+        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in modulation
+    )
+    if any(t is not None for t in gradients):
+        _launch(
+            parameter_gradients_kernel,
+            ceil_div(C, GRADIENT_BLOCK[1]),
             p_s1=s1,
             p_s2=s2,
             p_db=db,
-            slabs=slabs,
-            **common,
-            **_whole_groups(launch, C // G),
+            p_weight=modulation.weight,
+            p_bias=modulation.bias,
+            p_scale=modulation.scale,
+            p_dweight=weight,
+            p_dbias=bias,
+            p_dscale=scale,
+            p_dshift=shift,
+            p_dpre=pre_shift,
+            N=N,
+            C=C,
+            scale_n=_row_stride(modulation.scale),
+            BLOCK_N=GRADIENT_BLOCK[0],
+            BLOCK_C=GRADIENT_BLOCK[1],
+            num_warps=4,
         )
-        return dx, (s1, s2, db)
-    partial_s1 = torch.empty((N, launch.splits, C), dtype=torch.float32, device=x.device)
-    partial_s2 = torch.empty_like(partial_s1)
-    partial_s3 = torch.empty_like(partial_s1) if db is not None else None
-    c1 = torch.empty((N, G), dtype=torch.float32, device=x.device)
-    c2 = torch.empty_like(c1)
-    split = _split(launch, C)
-    sums_kernel[_grid(N, C, launch)](
-        p_partial_s1=partial_s1,
-        p_partial_s2=partial_s2,
-        p_partial_s3=partial_s3,
-        **common,
-        **split,
-    )
-    fold_sums_kernel[(N * G,)](
-        p_partial_s1=partial_s1,
-        p_partial_s2=partial_s2,
-        p_partial_s3=partial_s3,
-        p_rstd=rstd,
-        p_weight=modulation.weight,
-        p_scale=modulation.scale,
-        p_s1=s1,
-        p_s2=s2,
-        p_db=db,
-        p_c1=c1,
-        p_c2=c2,
-        C=C,
-        HW=HW,
-        CG=C // G,
-        splits=launch.splits,
-        **_row_strides("scale", modulation.scale),
-        BLOCK_CG=power_of_2(C // G),
-        BLOCK_S=power_of_2(launch.splits),
-    )
-    input_gradient_kernel[_grid(N, C, launch)](
-        p_dx=dx,
-        p_c1=c1,
-        p_c2=c2,
-        **common,
-        **split,
-    )
-    return dx, (s1, s2, db)
+    return gradients
 
 
-def _apply(
-    x: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    modulation: Modulation,
-    seed: Tensor | None,
-    spec: Spec,
-    plan: Plan,
-    launch: Launch,
-) -> None:
-    N, C = x.shape[:2]
-    apply_kernel[_grid(N, C, launch)](
-        p_x=x,
-        p_y=y,
-        p_mean=mean,
-        p_rstd=rstd,
-        p_seed=seed,
-        dropout_p=spec.dropout_p,
-        ACTIVATION=spec.activation,
-        **_modulation(modulation),
-        **_geometry(x, spec, plan),
-        **_split(launch, C),
-    )
-
-
-def _sizes(x: Tensor, spec: Spec) -> tuple[int, int, int, int]:
-    N, C = x.shape[:2]
-    return N, C, x[0, 0].numel(), spec.num_groups
-
-
-def _grid(N: int, C: int, launch: Launch) -> tuple[int]:
-    return (N * ceil_div(C, launch.block_c) * launch.splits,)
-
-
-def _geometry(x: Tensor, spec: Spec, plan: Plan) -> dict[str, int]:
-    _, C, HW, G = _sizes(x, spec)
-    contiguous = plan.memory_format == torch.contiguous_format
-    return {
-        "C": C,
-        "HW": HW,
-        "CG": C // G,
-        "stride_c": HW if contiguous else 1,
-        "stride_hw": 1 if contiguous else C,
-    }
-
-
-def _whole_groups(launch: Launch, CG: int) -> dict[str, Any]:
-    return {
-        "SLAB": launch.slab,
-        "BLOCK_C": launch.block_c,
-        "BLOCK_HW": launch.block_hw,
-        "ONE_GROUP": launch.slab == CG,
-        "RESIDENT": launch.tier == "A",
-        "num_warps": launch.num_warps,
-    }
-
-
-def _split(launch: Launch, C: int) -> dict[str, int]:
-    return {
-        "blocks_c": ceil_div(C, launch.block_c),
-        "splits": launch.splits,
-        "chunk": launch.chunk,
-        "BLOCK_C": launch.block_c,
-        "BLOCK_HW": launch.block_hw,
-        "num_warps": launch.num_warps,
-    }
-
-
-def _modulation(modulation: Modulation) -> dict[str, Any]:
+def _common(x: Tensor, modulation: Modulation, spec: Spec) -> dict[str, Any]:
     return {
         "p_weight": modulation.weight,
         "p_bias": modulation.bias,
         "p_scale": modulation.scale,
         "p_shift": modulation.shift,
         "p_pre": modulation.pre_shift,
-        **_row_strides("scale", modulation.scale),
-        **_row_strides("shift", modulation.shift),
-        **_row_strides("pre", modulation.pre_shift),
+        "scale_n": _row_stride(modulation.scale),
+        "shift_n": _row_stride(modulation.shift),
+        "pre_n": _row_stride(modulation.pre_shift),
+        "C": x.shape[1],
+        "HW": x[0, 0].numel(),
+        "CG": x.shape[1] // spec.num_groups,
+        "CHANNELS_LAST": memory_format(x) != torch.contiguous_format,
+        "ACTIVATION": spec.activation,
+        "dropout_p": spec.dropout_p,
     }
 
 
-def _row_strides(name: str, rows: Tensor | None) -> dict[str, int]:
+def _shape(phase: str, launch: Launch, first: int, end: int) -> dict[str, Any]:
     return {
-        f"{name}_n": 0 if rows is None else rows.stride(0),
-        f"{name}_c": 0 if rows is None else rows.stride(1),
+        "PHASE": phase,
+        "first": first,
+        "end": end,
+        "splits": launch.splits,
+        "chunk": launch.chunk,
+        "SLAB": launch.slab,
+        "BLOCK_SLAB": power_of_2(launch.slab),
+        "BLOCK_C": launch.block_c,
+        "BLOCK_HW": launch.block_hw,
+        "BLOCK_S": power_of_2(launch.splits),
+        "RESIDENT": launch.tier == "A",
+        "num_warps": launch.num_warps,
     }
+
+
+def _absent(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names)
+
+
+def _row_stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)

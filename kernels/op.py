@@ -16,24 +16,28 @@ from torch import Tensor
 from torch.autograd import Function
 
 from resblock_bench.kernels import aten
-from resblock_bench.kernels.dispatch import Plan
+from resblock_bench.kernels.dispatch import choose_backend, triton_installed
 from resblock_bench.kernels.resample import Resample
-from resblock_bench.kernels.spec import Modulation, Spec
+from resblock_bench.kernels.spec import (
+    SECOND_DERIVATIVE,
+    Gradients,
+    Modulation,
+    Spec,
+    memory_format,
+)
 
-Gradients = tuple[Tensor | None, ...]
+if triton_installed():
+    from resblock_bench.kernels import registry
 
 
 def forward(
-    x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec, plan: Plan
+    x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what the implementation wants back beside x: Triton mean and rstd (N, G)."""
-    if plan.backend == "triton":
-        from resblock_bench.kernels import launch
-
-        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever x's is
-            y, mean, rstd = launch.forward(x, modulation, seed, spec, plan)
-        return y, (mean, rstd)
-    return aten.forward(x, modulation, seed, spec), ()
+    if choose_backend(x)[0] == "aten":
+        return aten.forward(x, modulation, seed, spec), ()
+    y, mean, rstd = registry.forward(x, *modulation, seed, *spec)
+    return y, (mean, rstd)
 
 
 def recompute(
@@ -42,16 +46,11 @@ def recompute(
     modulation: Modulation,
     seed: Tensor | None,
     spec: Spec,
-    plan: Plan,
 ) -> Tensor:
     """The forward's output once more."""
-    if plan.backend == "triton":
-        from resblock_bench.kernels import launch
-
-        mean, rstd = statistics
-        with torch.cuda.device_of(x):
-            return launch.recompute(x, mean, rstd, modulation, seed, spec, plan)
-    return aten.forward(x, modulation, seed, spec)
+    if not statistics:
+        return aten.forward(x, modulation, seed, spec)
+    return registry.rewrite(x, *statistics, *modulation, seed, *spec)
 
 
 def backward(
@@ -61,20 +60,15 @@ def backward(
     modulation: Modulation,
     seed: Tensor | None,
     spec: Spec,
-    plan: Plan,
 ) -> tuple[Tensor, Gradients]:
     """dx and the gradients of the five modulation tensors."""
     # A gradient in another layout is converted once; read as it stands it would be misread.
-    dy = dy.contiguous(memory_format=plan.memory_format)
-    if plan.backend == "triton":
-        from resblock_bench.kernels import launch
-
-        mean, rstd = statistics
-        with torch.cuda.device_of(x):
-            dx, sums = launch.backward(dy, x, mean, rstd, modulation, seed, spec, plan)
-    else:
+    dy = dy.contiguous(memory_format=memory_format(x))
+    if not statistics:
         dx, sums = aten.backward(dy, x, modulation, seed, spec)
-    return dx, modulation.gradients(sums)
+        return dx, modulation.gradients(sums)
+    dx, *gradients = registry.backward(dy, x, *statistics, *modulation, seed, *spec)
+    return dx, tuple(None if t is None else g for t, g in zip(modulation, gradients, strict=True))
 
 
 class GroupNormSiLUFunction(Function):
@@ -91,12 +85,11 @@ class GroupNormSiLUFunction(Function):
         pre_shift: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
-        plan: Plan,
     ) -> Tensor:
         modulation = Modulation(weight, bias, scale, shift, pre_shift)
-        y, statistics = forward(x, modulation, seed, spec, plan)
+        y, statistics = forward(x, modulation, seed, spec)
         ctx.save_for_backward(x, seed, *modulation, *statistics)
-        ctx.constants = spec, plan
+        ctx.spec = spec
         return y
 
     @staticmethod
@@ -105,10 +98,10 @@ class GroupNormSiLUFunction(Function):
         modulation, statistics = Modulation(*rest[:5]), tuple(rest[5:])
 
         def compute() -> Gradients:
-            dx, gradients = backward(dy, x, statistics, modulation, seed, *ctx.constants)
+            dx, gradients = backward(dy, x, statistics, modulation, seed, ctx.spec)
             return dx, *gradients
 
-        return *differentiated_once(compute, (dy, x, *modulation)), None, None, None
+        return *differentiated_once(compute, (dy, x, *modulation)), None, None
 
 
 class Convolution(NamedTuple):
@@ -136,15 +129,14 @@ class NormActConvFunction(Function):
         kernel_bias: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
-        plan: Plan,
         convolution: Convolution,
         resample: Resample,
     ) -> Tensor:
         modulation = Modulation(weight, bias, scale, shift, pre_shift)
-        y, statistics = forward(x, modulation, seed, spec, plan)
+        y, statistics = forward(x, modulation, seed, spec)
         out = _convolve(resample.forward(y), kernel, kernel_bias, convolution)
         ctx.save_for_backward(x, seed, kernel, *modulation, *statistics)
-        ctx.constants = spec, plan
+        ctx.spec = spec
         ctx.convolution, ctx.resample, ctx.has_bias = convolution, resample, kernel_bias is not None
         return out
 
@@ -156,7 +148,7 @@ class NormActConvFunction(Function):
         resample: Resample = ctx.resample
 
         def compute() -> Gradients:
-            y = recompute(x, statistics, modulation, seed, *ctx.constants)
+            y = recompute(x, statistics, modulation, seed, ctx.spec)
             dy, dkernel, dkernel_bias = torch.ops.aten.convolution_backward(
                 dout,
                 resample.forward(y),
@@ -172,11 +164,17 @@ class NormActConvFunction(Function):
             )
             del y
             dx, gradients = backward(
-                resample.backward(dy), x, statistics, modulation, seed, *ctx.constants
+                resample.backward(dy), x, statistics, modulation, seed, ctx.spec
             )
             return dx, *gradients, dkernel, dkernel_bias
 
-        return *differentiated_once(compute, (dout, x, *modulation, kernel)), *(None,) * 5
+        return *differentiated_once(compute, (dout, x, *modulation, kernel)), *(None,) * 4
+
+
+def residual_add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    """(skip + h + bias)·scale in one pass, where `choose_backend` says Triton."""
+    skip = skip.contiguous(memory_format=memory_format(h))
+    return registry.residual_add(skip, h.contiguous(memory_format=memory_format(h)), bias, scale)
 
 
 class _Underivable(Function):
@@ -188,10 +186,7 @@ class _Underivable(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Gradients:
-        raise RuntimeError(
-            "group_norm_silu and the fused blocks can be differentiated once, and a second "
-            "derivative was asked for. Use resblock_bench.reference for that part of the model."
-        )
+        raise RuntimeError(SECOND_DERIVATIVE)
 
 
 def differentiated_once(

@@ -7,6 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Gradients = tuple[Tensor | None, ...]
+
+SECOND_DERIVATIVE = (
+    "group_norm_silu and the fused blocks can be differentiated once, and a second derivative was "
+    "asked for. Use resblock_bench.reference for that part of the model."
+)
+
 
 class Spec(NamedTuple):
     """The constants of one call.
@@ -36,9 +43,8 @@ class Modulation(NamedTuple):
     pre_shift: Tensor | None = None
 
     def dense(self) -> Modulation:
-        """With contiguous weight and bias, as the Triton kernels read them; rows may be strided."""
-        weight, bias = (None if t is None else t.contiguous() for t in (self.weight, self.bias))
-        return self._replace(weight=weight, bias=bias)
+        """With contiguous channels, as the Triton kernels read them; rows may lie apart."""
+        return Modulation(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in self))
 
     def folded(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """γ' = γ(1 + s) and β' = β(1 + s) + t, both (N, C) in `dtype`; z = x̂γ' + β'."""
@@ -57,9 +63,7 @@ class Modulation(NamedTuple):
         # ATen's kernels read affine vectors as contiguous, whatever strides the rows came with.
         return gain.contiguous(), offset.contiguous()
 
-    def gradients(
-        self, sums: tuple[Tensor, Tensor, Tensor | None]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self, sums: tuple[Tensor, Tensor, Tensor | None]) -> Gradients:
         """Gradients of the five tensors from the per-(n, c) sums of the backward.
 
         sums = (S1, S2, db), each (N, C): S1 = Σ dz, S2 = Σ dz·x̂ over the spatial positions, and

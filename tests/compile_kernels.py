@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from resblock_bench.kernels import backward, forward
-from resblock_bench.kernels.dispatch import ceil_div, plan_launch, power_of_2
+from resblock_bench.kernels.tiers import ceil_div, plan_launch, power_of_2
 
 OPTIONAL = ("p_weight", "p_bias", "p_scale", "p_shift", "p_pre", "p_seed", "p_db", "p_partial_s3")
 N, C, G = 8, 256, 32

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 from oracle import Problem
 from torch import Tensor
 
-from resblock_bench.kernels import dispatch, functional
+from resblock_bench.kernels import functional
 
 Runner = Callable[[Problem], Tensor]
 
@@ -26,12 +25,3 @@ def run_operator(p: Problem, dropout_p: float = 0.0) -> Tensor:
         activation=p.activation,
         dropout_p=dropout_p,
     )
-
-
-def force_tier(monkeypatch: pytest.MonkeyPatch, tier: dispatch.Tier) -> None:
-    choose = dispatch.plan
-
-    def plan(x: Tensor, num_groups: int) -> dispatch.Plan:
-        return choose(x, num_groups, tier)
-
-    monkeypatch.setattr(functional, "plan", plan)

@@ -8,11 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from resblock_bench.kernels import dispatch, group_norm_silu, prefer
-from resblock_bench.kernels.dispatch import ceil_div, plan_launch
+from resblock_bench.kernels import dispatch, group_norm_silu, prefer, tiers
+from resblock_bench.kernels.tiers import (
+    Choice,
+    Direction,
+    Launch,
+    Machine,
+    Problem,
+    ceil_div,
+    plan_launch,
+    shape,
+)
 
-NCHW, NHWC = torch.contiguous_format, torch.channels_last
 SHAPES = Path(__file__).parents[1] / "data" / "resblock_shapes.csv"
+H100 = Machine(sms=132, l2_bytes=50 * 2**20)
+
+
+def planned(
+    direction: Direction, N: int, C: int, HW: int, tier: tiers.Tier | None = None, *,
+    channels_last: bool = False, element_size: int = 2,
+) -> Launch:  # fmt: skip
+    return plan_launch(direction, Problem(N, C, HW, 32, channels_last, element_size), H100, tier)
 
 
 def published_sites() -> list[tuple[int, int, int]]:
@@ -27,29 +43,35 @@ def published_sites() -> list[tuple[int, int, int]]:
     return sorted(sites)
 
 
-@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("element_size", [2, 4], ids=["16 bit", "32 bit"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_published_site_is_covered_exactly(
-    direction: str, layout: torch.memory_format
+    direction: Direction, channels_last: bool, element_size: int
 ) -> None:
     """Every channel and every position belongs to one program, and tiles stay in bounds."""
     for C, HW, G in published_sites():
         for N in (1, 64):
-            launch = plan_launch(direction, N, C, HW, G, layout, 2, 132)
+            launch = planned(
+                direction, N, C, HW, channels_last=channels_last, element_size=element_size
+            )
             assert launch.block_c & (launch.block_c - 1) == 0
             assert launch.block_hw & (launch.block_hw - 1) == 0
             assert 1 <= launch.num_warps <= 16
-            if launch.tier == "D":
+            assert launch.slab % (C // G) == 0
+            assert 1 <= launch.units <= N * ceil_div(C, launch.slab)
+            if launch.tier in ("A", "B"):
+                assert launch.slab <= launch.block_c
+                assert launch.block_hw >= HW or launch.tier == "B"
+            else:
                 assert launch.chunk % launch.block_hw == 0
                 assert (launch.splits - 1) * launch.chunk < HW <= launch.splits * launch.chunk
-            else:
-                assert launch.slab % (C // G) == 0 and launch.slab <= launch.block_c
-                assert launch.block_hw >= HW or launch.tier == "B"
+                # Several groups fold within a program, which then has all their channels.
+                assert launch.slab == C // G or launch.block_c >= launch.slab
             elements = launch.block_c * launch.block_hw
-            limit = dispatch.RESIDENT_ELEMENTS[direction] if launch.tier == "A" else 4096
-            assert elements <= limit
+            assert elements <= (tiers.RESIDENT_ELEMENTS[direction] if launch.tier == "A" else 4096)
             # The corner of a tile is an int64; the offsets within it must fit in 32 bits.
-            stride_c, stride_hw = (HW, 1) if layout == NCHW else (1, C)
+            stride_c, stride_hw = (1, C) if channels_last else (HW, 1)
             assert launch.block_c * stride_c + launch.block_hw * stride_hw < 2**31
 
 
@@ -59,32 +81,87 @@ def test_every_published_site_is_covered_exactly(
         (128, 256, 8 * 8, "A"),
         (128, 256, 32 * 32, "A"),
         (64, 256, 64 * 64, "B"),
-        (1, 256, 64 * 64, "D"),
-        (8, 256, 256 * 256, "D"),
+        (1, 256, 64 * 64, "C"),
+        (8, 256, 256 * 256, "C"),
+        (1, 256, 2048 * 2048, "D"),
     ],
-    ids=["8×8", "32×32", "64×64", "too few groups to fill the GPU", "256×256"],
+    ids=["8×8", "32×32", "64×64", "too few groups to fill the GPU", "256×256", "a group over L2"],
 )
 def test_tier_follows_from_the_bytes_of_a_group(N: int, C: int, HW: int, tier: str) -> None:
-    assert plan_launch("forward", N, C, HW, 32, NCHW, 2, 132).tier == tier
+    assert planned("forward", N, C, HW).tier == tier
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_what_tier_c_reads_twice_stays_within_its_share_of_l2(
+    direction: Direction, channels_last: bool
+) -> None:
+    tensors = 1 if direction == "forward" else 2
+    for C, HW, _ in published_sites():
+        for N in (1, 8, 64):
+            launch = planned(direction, N, C, HW, channels_last=channels_last)
+            if launch.tier == "C":
+                assert launch.units * launch.slab * HW * 2 * tensors <= 0.6 * 50 * 2**20
+
+
+def test_tier_c_is_refused_where_a_group_exceeds_l2() -> None:
+    with pytest.raises(ValueError, match="take tier D"):
+        planned("forward", 1, 256, 2048 * 2048, "C")
 
 
 def test_splits_fill_the_device() -> None:
-    launch = plan_launch("forward", 1, 64, 512 * 512, 32, NCHW, 2, 132)
-    programs = ceil_div(64, launch.block_c) * launch.splits
-    assert programs >= 132
+    launch = planned("forward", 1, 64, 512 * 512)
+    assert launch.units * launch.parts >= 132
 
 
-def test_channels_last_slabs_are_whole_groups_of_128_bytes() -> None:
-    for channels_per_group in (2, 6, 10, 12, 30, 48, 80):
+@pytest.mark.parametrize("waves", [1, 2, 4])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_a_cooperative_launch_never_exceeds_what_is_resident(
+    channels_last: bool, waves: int
+) -> None:
+    """Its programs wait for each other: one more than fits, and they wait for ever."""
+    choice = Choice("C", 4096, 8, waves, cooperative=True)
+    for C, HW, G in published_sites():
+        if HW > 16384:  # a channels-last slab may exceed L2, and tier C is refused
+            continue
+        for N in (1, 64):
+            launch = shape("backward", Problem(N, C, HW, G, channels_last, 2), H100, choice)
+            assert launch.cooperative
+            assert launch.units * launch.parts <= waves * 132
+
+
+def test_a_cooperative_launch_is_refused_where_a_unit_has_too_many_parts() -> None:
+    problem = Problem(1, 512, 4096, 1, False, 2)
+    with pytest.raises(ValueError, match="holds 132 programs at once, and a unit has 512"):
+        shape("forward", problem, H100, Choice("C", 4096, 8, 1, cooperative=True))
+
+
+@pytest.mark.parametrize("element_size", [2, 4], ids=["16 bit", "32 bit"])
+def test_channels_last_slabs_are_whole_groups_and_whole_sectors(element_size: int) -> None:
+    for channels_per_group in (2, 6, 10, 12, 30, 42, 48, 80):
         C = 32 * channels_per_group
-        launch = plan_launch("forward", 256, C, 64, 32, NHWC, 2, 132, "A" if C < 500 else "B")
+        launch = planned("forward", 256, C, 64, "B", channels_last=True, element_size=element_size)
         assert launch.slab % channels_per_group == 0
-        assert launch.slab * 2 >= min(128, C * 2)
+        assert launch.slab * element_size >= min(128, C * element_size)
+        assert launch.slab * element_size % 32 == 0
+
+
+def test_a_large_channels_last_group_is_divided_into_rows_not_columns() -> None:
+    """One group of all channels: a program of one channel would read 2 bytes of each sector."""
+    launch = plan_launch("forward", Problem(1, 1024, 4096, 1, True, 2), H100)
+    assert launch.tier == "C" and launch.slab == 1024
+    assert launch.block_c * 2 >= 128
 
 
 def test_resident_tier_is_refused_where_it_does_not_fit() -> None:
     with pytest.raises(ValueError, match="tier A holds 16384 elements a program"):
-        plan_launch("forward", 1, 64, 256 * 256, 32, NCHW, 2, 132, "A")
+        planned("forward", 1, 64, 256 * 256, "A")
+
+
+def test_prefer_refuses_an_unknown_tier() -> None:
+    with pytest.raises(ValueError, match="tier is 'A', 'B', 'C', 'D' or None, not 'E'"):  # noqa: SIM117
+        with prefer("triton", "E"):
+            pass
 
 
 def test_prefer_refuses_an_unknown_backend() -> None:
@@ -99,12 +176,14 @@ def test_prefer_triton_raises_where_it_cannot_run() -> None:
         group_norm_silu(x, 2)
 
 
-def test_prefer_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefer_ends_with_its_block() -> None:
     pytest.importorskip("triton")
     x = torch.randn(1, 4, 4)
-    with prefer("triton"):
-        assert dispatch.plan(x, 2).backend == "triton"
-    assert dispatch.plan(x, 2).backend == "aten"
+    with prefer("triton", "D"):
+        assert dispatch.choose_backend(x)[0] == "triton"
+        assert dispatch.launch_for("forward", x, 2).tier == "D"
+    assert dispatch.choose_backend(x)[0] == "aten"
+    assert dispatch.launch_for("forward", x, 2).tier == "A"
 
 
 @pytest.mark.parametrize(

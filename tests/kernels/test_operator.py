@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from oracle import check, eager, error, gradients, problem
-from running import Runner, force_tier, run_operator
+from running import Runner, run_operator
 
-from resblock_bench.kernels import dispatch
+from resblock_bench.kernels import dispatch, tiers
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -48,7 +49,7 @@ def test_positions(run: Runner, positions: int) -> None:
 
 def run_is_resident_only(run: Runner, positions: int) -> bool:
     try:
-        run(problem(1, 8, positions, groups=2))
+        gradients(run, problem(1, 8, positions, groups=2))
     except ValueError as error:
         assert "tier A holds" in str(error)
         return True
@@ -235,29 +236,38 @@ def test_scale_is_added_to_one_in_full_precision(run: Runner) -> None:
     torch.testing.assert_close(found / unscaled_gradient, torch.full((4,), 1 + 2.0**-12))
 
 
-def test_several_tiles_to_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that every program loops, in tiers B and D and both layouts."""
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles so small that every program loops, and a GPU so small that C takes units one by one."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "STREAM_ELEMENTS", 64)
-    monkeypatch.setattr(dispatch, "sm_count", lambda device: 1)
-    dispatch.plan_launch.cache_clear()
-    try:
-        for tier in ("B", "D"):
-            for channels_last in (False, True):
-                p = problem(1, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last)
-                with monkeypatch.context() as patch, dispatch.prefer("triton"):
-                    launch = dispatch.plan(p.x, 2, tier).forward
-                    assert launch.block_hw < (9 * 17 if tier == "B" else launch.chunk)
-                    force_tier(patch, tier)
-                    check(run_operator, p)
-                    torch.manual_seed(0)
-                    dropped = run_operator(p, dropout_p=0.5) != 0
-                    torch.manual_seed(0)
-                with monkeypatch.context() as patch, dispatch.prefer("triton"):
-                    force_tier(patch, "A")
-                    assert torch.equal(dropped, run_operator(p, dropout_p=0.5) != 0)
-    finally:
-        dispatch.plan_launch.cache_clear()
+    monkeypatch.setattr(tiers, "STREAM_ELEMENTS", 64)
+    # Room for x and dy of four channels.
+    machine = tiers.Machine(sms=8, l2_bytes=int(1.05 * 2 * 4 * 9 * 17 * 4 / tiers.L2_SHARE))
+    monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", machine)
+    for cached in (dispatch._machine, tiers.plan_launch):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch._machine, tiers.plan_launch):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("tier", ["B", "C", "D"])
+def test_several_tiles_to_a_program(crowded: None, tier: tiers.Tier, channels_last: bool) -> None:
+    p = problem(3, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last)
+    with dispatch.prefer("triton", tier):
+        launch = dispatch.launch_for("forward", p.x, 2)
+        assert launch.block_hw < 9 * 17
+        if tier != "B":
+            assert launch.splits > 1
+        if tier == "C":
+            assert launch.units < 3 * 4 // launch.slab
+        check(run_operator, p)
+        torch.manual_seed(0)
+        dropped = run_operator(p, dropout_p=0.5) != 0
+    with dispatch.prefer("triton", "A"):
+        torch.manual_seed(0)
+        assert torch.equal(dropped, run_operator(p, dropout_p=0.5) != 0)
 
 
 def test_float64_is_computed_in_float64() -> None:
@@ -275,11 +285,11 @@ def test_autocast_keeps_16_bit_storage() -> None:
     assert error(y, eager(p.to(torch.float64))) <= 2 * error(eager(p), eager(p.to(torch.float64)))
 
 
-def test_long_group_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than 65,536 positions in one group: tier D with several splits."""
+def test_long_group_is_split() -> None:
+    """More than 65,536 positions in one group: several programs share it."""
     pytest.importorskip("triton")
     p = problem(1, 2, 70001, groups=1)
-    launch = dispatch.plan_launch("forward", 1, 2, 70001, 1, torch.contiguous_format, 4, 132)
-    assert launch.tier == "D" and launch.splits > 1
     with dispatch.prefer("triton"):
+        launch = dispatch.launch_for("forward", p.x, 1)
+        assert launch.tier == "C" and launch.splits > 1
         check(run_operator, p)
