@@ -28,22 +28,25 @@ from resblock_bench.kernels.tiles import (
     strides,
     tile_offsets,
     wait_for,
+    within,
 )
 
 
 @triton.jit
 def normalised_and_gradient(
-    b_x, b_dy, m_tile, mean, rstd, gain, offset, p_seed, dropout_p, i_n, o_c, o_hw, HW,
-    ACTIVATION: tl.constexpr,
+    b_x, b_dy, m_tile, mean, rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW,
+    BLOCK_HW: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """x̂ and dz of a tile; both 0 outside it."""
-    x_hat = tl.where(m_tile, (b_x - mean) * rstd, 0.0)
+    """x̂ and dz of a tile; both 0 at positions past its end."""
+    x_hat = (b_x - mean) * rstd
     dz = b_dy
+    if not EVEN:
+        x_hat = tl.where(m_tile, x_hat, 0.0)
     if p_seed is not None:
-        dz *= dropout_gain(p_seed, dropout_p, i_n, o_c, o_hw, HW)
+        dz *= dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
     if ACTIVATION:
         dz *= activation_gradient(x_hat * gain + offset)
-    return x_hat, tl.where(m_tile, dz, 0.0)
+    return x_hat, dz
 
 
 @triton.jit
@@ -52,11 +55,11 @@ def backward_unit(
     p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_s1, p_partial_s2, p_partial_s3, p_barrier,
     C, HW, splits, chunk, scale_n, shift_n, pre_n, dropout_p, PHASE: tl.constexpr,
     CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    RESIDENT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Part (channel block, split) of unit (n, slab)."""
-    ONE_GROUP: tl.constexpr = SLAB == CG
     stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
     slabs = tl.cdiv(C, SLAB)
     i_n = i_unit // slabs
@@ -78,39 +81,45 @@ def backward_unit(
     )
     gain = b_gain[:, None]
     offset = b_offset[:, None]
-    mean, rstd = load_statistics(p_mean, p_rstd, i_n, i_slab, o_c, m_c, C, CG, ONE_GROUP)
-    column_mean = down_channels(mean, ONE_GROUP)
-    column_rstd = down_channels(rstd, ONE_GROUP)
+    mean, rstd = load_statistics(p_mean, p_rstd, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
+    column_mean = down_channels(mean, BLOCK_G)
+    column_rstd = down_channels(rstd, BLOCK_G)
 
-    s1 = tl.zeros([BLOCK_C], tl.float32)
-    s2 = tl.zeros([BLOCK_C], tl.float32)
-    s3 = tl.zeros([BLOCK_C], tl.float32)
     if RESIDENT:
-        m_tile = m_c[:, None] & (o_j < HW)[None, :]
+        m_tile = within(m_c, o_j, HW, EVEN)
         b_x = tl.load(p_x + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_dy = tl.load(p_dy + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         x_hat, dz = normalised_and_gradient(
             b_x + b_pre[:, None], b_dy, m_tile, column_mean, column_rstd, gain, offset,
-            p_seed, dropout_p, i_n, o_c, o_j, HW, ACTIVATION,
+            p_seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, EVEN, ACTIVATION,
         )  # fmt: skip
-        s1 += tl.sum(dz, axis=1)
-        s2 += tl.sum(dz * x_hat, axis=1)
+        s1 = tl.sum(dz, axis=1)
+        s2 = tl.sum(dz * x_hat, axis=1)
         if p_pre is not None:
-            s3 += tl.sum(x_hat, axis=1)
+            s3 = tl.sum(x_hat, axis=1)
     elif PHASE != "apply":
+        # Summed lane by lane; no lane waits for another before the last tile.
+        lane_s1 = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
+        lane_s2 = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
+        lane_s3 = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
         for hw in range(begin, end, BLOCK_HW):
-            m_t = m_c[:, None] & (hw + o_j < end)[None, :]
+            m_t = within(m_c, hw + o_j, end, EVEN)
             o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
             b_t = tl.load(p_x + o_corner, mask=m_t, other=0.0, eviction_policy="evict_last")
             b_dt = tl.load(p_dy + o_corner, mask=m_t, other=0.0, eviction_policy="evict_last")
             t_hat, dz_t = normalised_and_gradient(
                 b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_t, column_mean,
-                column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
+                column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, EVEN,
+                ACTIVATION,
             )  # fmt: skip
-            s1 += tl.sum(dz_t, axis=1)
-            s2 += tl.sum(dz_t * t_hat, axis=1)
+            lane_s1 += dz_t
+            lane_s2 += dz_t * t_hat
             if p_pre is not None:
-                s3 += tl.sum(t_hat, axis=1)
+                lane_s3 += t_hat
+        s1 = tl.sum(lane_s1, axis=1)
+        s2 = tl.sum(lane_s2, axis=1)
+        if p_pre is not None:
+            s3 = tl.sum(lane_s3, axis=1)
     if PHASE == "sums" or PHASE == "cooperative":
         o_partial = (i_n.to(tl.int64) * splits + i_split) * C + o_c
         tl.store(p_partial_s1 + o_partial, s1, mask=m_c)
@@ -139,8 +148,8 @@ def backward_unit(
                 p_weight, None, p_scale, None, i_n, o_slab, m_slab, scale_n, 0
             )
         elements = HW * 1.0 * CG
-        c2 = fold_groups(slab_gain * s1, o_k, m_slab, CG, ONE_GROUP) / elements
-        c1 = fold_groups(slab_gain * s2, o_k, m_slab, CG, ONE_GROUP) / elements
+        c2 = fold_groups(slab_gain * s1, o_k, m_slab, CG, BLOCK_G) / elements
+        c1 = fold_groups(slab_gain * s2, o_k, m_slab, CG, BLOCK_G) / elements
         o_channel = i_n.to(tl.int64) * C + o_slab
         m_first = m_slab & (i_part == 0)
         tl.store(p_s1 + o_channel, s1, mask=m_first)
@@ -152,21 +161,21 @@ def backward_unit(
                 )
             tl.store(p_db + o_channel, rstd * (slab_gain * s1 - c2 * HW - c1 * s3), mask=m_first)
 
-        column_c1 = down_channels(c1, ONE_GROUP)
-        column_c2 = down_channels(c2, ONE_GROUP)
+        column_c1 = down_channels(c1, BLOCK_G)
+        column_c2 = down_channels(c2, BLOCK_G)
         if RESIDENT:
             b_dx = column_rstd * (gain * dz - column_c2 - x_hat * column_c1)
             tl.store(p_dx + corner + o_tile, b_dx, mask=m_tile)
         else:
             for hw in range(begin, end, BLOCK_HW):
-                m_t = m_c[:, None] & (hw + o_j < end)[None, :]
+                m_t = within(m_c, hw + o_j, end, EVEN)
                 o_corner = corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
                 b_t = tl.load(p_x + o_corner, mask=m_t, other=0.0, eviction_policy="evict_first")
                 b_dt = tl.load(p_dy + o_corner, mask=m_t, other=0.0, eviction_policy="evict_first")
                 t_hat, dz_t = normalised_and_gradient(
                     b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_t, column_mean,
-                    column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW,
-                    ACTIVATION,
+                    column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW,
+                    EVEN, ACTIVATION,
                 )  # fmt: skip
                 b_dx = column_rstd * (gain * dz_t - column_c2 - t_hat * column_c1)
                 tl.store(p_dx + o_corner, b_dx, mask=m_t)
@@ -178,7 +187,8 @@ def backward_kernel(
     p_seed, p_partial_s1, p_partial_s2, p_partial_s3, p_barrier, C, HW, splits, chunk, first, end,
     scale_n, shift_n, pre_n, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
-    BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr, EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Units first … end − 1, one program a part; a cooperative grid goes round until the end."""
@@ -195,16 +205,16 @@ def backward_kernel(
                 i_unit, i_slot, i_part, parts, p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2, p_db,
                 p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_s1, p_partial_s2,
                 p_partial_s3, p_barrier, C, HW, splits, chunk, scale_n, shift_n, pre_n, dropout_p,
-                PHASE, CG, SLAB, BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT,
-                ACTIVATION,
+                PHASE, CG, SLAB, BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G,
+                CHANNELS_LAST, RESIDENT, EVEN, ACTIVATION,
             )  # fmt: skip
     else:
         backward_unit(
             first + i_slot, i_slot, i_part, parts, p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2,
             p_db, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_s1, p_partial_s2,
             p_partial_s3, p_barrier, C, HW, splits, chunk, scale_n, shift_n, pre_n, dropout_p,
-            PHASE, CG, SLAB, BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT,
-            ACTIVATION,
+            PHASE, CG, SLAB, BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G,
+            CHANNELS_LAST, RESIDENT, EVEN, ACTIVATION,
         )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ One kernel, in phases that a launch picks (docs/kernels.md):
     "cooperative"  both in one launch, programs waiting for each other between the two (C)
     "rewrite"      the output once more, from saved statistics
 
-Statistics are centred: every tile takes squares about its own mean, and tiles, splits and channels
-are merged with Chan's formula. E[x²] − μ² is used nowhere.
+Statistics are centred: Welford's update over the tiles, lane by lane, and Chan's merge of lanes,
+splits and channels. E[x²] − μ² is used nowhere.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from resblock_bench.kernels.tiles import (
     strides,
     tile_offsets,
     wait_for,
+    within,
 )
 
 
 @triton.jit
-def merge_tile(b_x, m_tile, tile_count, mean, m2, count):
-    """Chan's update of per-channel (mean, M2, count) by one tile."""
-    tile_mean = tl.sum(tl.where(m_tile, b_x, 0.0), axis=1) / tile_count
-    deviation = tl.where(m_tile, b_x - tile_mean[:, None], 0.0)
-    tile_m2 = tl.sum(deviation * deviation, axis=1)
-    total = count + tile_count
-    delta = tile_mean - mean
-    mean += delta * (tile_count / total)
-    m2 += tile_m2 + delta * delta * (count * tile_count / total)
-    return mean, m2, total
+def merge_lanes(mean, m2, o_j, size, BLOCK_HW: tl.constexpr, EVEN: tl.constexpr):
+    """Chan's merge of what every lane [channel, position mod BLOCK_HW] saw of `size` positions."""
+    if EVEN:
+        counts = size // BLOCK_HW * 1.0
+        merged = tl.sum(mean, axis=1) / BLOCK_HW
+    else:
+        counts = (tl.maximum(size - o_j + BLOCK_HW - 1, 0) // BLOCK_HW * 1.0)[None, :]
+        merged = tl.sum(mean * counts, axis=1) / size
+    deviation = mean - merged[:, None]
+    return merged, tl.sum(m2 + deviation * deviation * counts, axis=1)
 
 
 @triton.jit
@@ -58,25 +59,25 @@ def merge_splits(b_mean, b_m2, m_c, HW, splits, chunk, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def merge_channels(mean, m2, o_i, m_c, HW, CG, eps, ONE_GROUP: tl.constexpr):
+def merge_channels(mean, m2, o_i, m_c, HW, CG: tl.constexpr, eps, BLOCK_G: tl.constexpr):
     """Chan's merge of per-channel mean and M2, HW elements each, into the groups' mean and rstd."""
-    group_mean = fold_groups(mean, o_i, m_c, CG, ONE_GROUP) / CG
+    group_mean = fold_groups(mean, o_i, m_c, CG, BLOCK_G) / CG
     deviation = mean - group_mean
-    group_m2 = fold_groups(m2 + deviation * deviation * HW, o_i, m_c, CG, ONE_GROUP)
+    group_m2 = fold_groups(m2 + deviation * deviation * HW, o_i, m_c, CG, BLOCK_G)
     return group_mean, 1.0 / tl.sqrt(group_m2 / (HW * 1.0 * CG) + eps)
 
 
 @triton.jit
 def write_tile(
-    p_y, b_x, m_tile, mean, gain, offset, p_seed, dropout_p, i_n, o_c, o_hw, HW,
-    ACTIVATION: tl.constexpr,
+    p_y, b_x, m_tile, mean, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW,
+    BLOCK_HW: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y = dropout(act((x − μ)·rγ' + β')), of a tile."""
     b_y = (b_x - mean) * gain + offset
     if ACTIVATION:
         b_y = activate(b_y)
     if p_seed is not None:
-        b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, o_hw, HW)
+        b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
     tl.store(p_y, b_y, mask=m_tile)
 
 
@@ -86,11 +87,10 @@ def forward_unit(
     p_pre, p_seed, p_partial_mean, p_partial_m2, p_barrier, C, HW, splits, chunk, scale_n, shift_n,
     pre_n, eps, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
-    BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    RESIDENT: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Part (channel block, split) of unit (n, slab)."""
-    ONE_GROUP: tl.constexpr = SLAB == CG
     stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
     slabs = tl.cdiv(C, SLAB)
     i_n = i_unit // slabs
@@ -108,22 +108,28 @@ def forward_unit(
     b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
 
     if PHASE == "whole" or PHASE == "statistics" or PHASE == "cooperative":
-        mean = tl.zeros([BLOCK_C], tl.float32)
-        m2 = tl.zeros([BLOCK_C], tl.float32)
-        count = 0.0
+        lane_m2 = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
         if RESIDENT:
-            m_tile = m_c[:, None] & (o_j < HW)[None, :]
+            m_tile = within(m_c, o_j, HW, EVEN)
             b_x = tl.load(p_x + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
             b_x += b_pre[:, None]
-            mean, m2, count = merge_tile(b_x, m_tile, HW * 1.0, mean, m2, count)
+            lane_mean = b_x
         else:
+            # Welford's update, lane by lane: no lane waits for another before the last tile.
+            lane_mean = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
+            count = 0.0
             for hw in range(begin, end, BLOCK_HW):
-                m_tile = m_c[:, None] & (hw + o_j < end)[None, :]
                 p_tile = p_x + corner + tl.cast(hw, tl.int64) * stride_hw + o_tile
-                b_t = tl.load(p_tile, mask=m_tile, other=0.0, eviction_policy="evict_last")
+                m_t = within(m_c, hw + o_j, end, EVEN)
+                b_t = tl.load(p_tile, mask=m_t, other=0.0, eviction_policy="evict_last")
                 b_t = b_t.to(tl.float32) + b_pre[:, None]
-                tile_count = tl.minimum(end - hw, BLOCK_HW) * 1.0
-                mean, m2, count = merge_tile(b_t, m_tile, tile_count, mean, m2, count)
+                count += 1.0
+                delta = b_t - lane_mean
+                if not EVEN:
+                    delta = tl.where(m_t, delta, 0.0)
+                lane_mean += delta * (1.0 / count)
+                lane_m2 += delta * (b_t - lane_mean)
+        mean, m2 = merge_lanes(lane_mean, lane_m2, o_j, end - begin, BLOCK_HW, EVEN)
         if PHASE != "whole":
             o_partial = (i_n.to(tl.int64) * splits + i_split) * C + o_c
             tl.store(p_partial_mean + o_partial, mean, mask=m_c)
@@ -140,14 +146,14 @@ def forward_unit(
         o_group = i_n.to(tl.int64) * (C // CG) + o_slab // CG
         if PHASE == "rewrite":
             group_mean, rstd = load_statistics(
-                p_mean, p_rstd, i_n, i_slab, o_slab, m_slab, C, CG, ONE_GROUP
+                p_mean, p_rstd, i_n, i_slab, o_slab, m_slab, C, CG, BLOCK_G
             )
         else:
             if PHASE != "whole":
                 b_mean = load_partials(p_partial_mean, i_n, o_slab, m_slab, C, splits, BLOCK_S)
                 b_m2 = load_partials(p_partial_m2, i_n, o_slab, m_slab, C, splits, BLOCK_S)
                 mean, m2 = merge_splits(b_mean, b_m2, m_slab, HW, splits, chunk, BLOCK_S)
-            group_mean, rstd = merge_channels(mean, m2, o_k, m_slab, HW, CG, eps, ONE_GROUP)
+            group_mean, rstd = merge_channels(mean, m2, o_k, m_slab, HW, CG, eps, BLOCK_G)
             m_first = m_slab & (o_k % CG == 0) & (i_part == 0)
             tl.store(p_mean + o_group, group_mean, mask=m_first)
             tl.store(p_rstd + o_group, rstd, mask=m_first)
@@ -157,22 +163,22 @@ def forward_unit(
         )
         gain = (b_gain * rstd)[:, None]
         offset = b_offset[:, None]
-        column = down_channels(group_mean, ONE_GROUP)
+        column = down_channels(group_mean, BLOCK_G)
         if RESIDENT:
             write_tile(
                 p_y + corner + o_tile, b_x, m_tile, column, gain, offset,
-                p_seed, dropout_p, i_n, o_c, o_j, HW, ACTIVATION,
+                p_seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, ACTIVATION,
             )  # fmt: skip
         else:
             for hw in range(begin, end, BLOCK_HW):
-                m_t = m_c[:, None] & (hw + o_j < end)[None, :]
+                m_t = within(m_c, hw + o_j, end, EVEN)
                 o_corner = corner + tl.cast(hw, tl.int64) * stride_hw
                 b_t = tl.load(
                     p_x + o_corner + o_tile, mask=m_t, other=0.0, eviction_policy="evict_first"
                 )
                 write_tile(
                     p_y + o_corner + o_tile, b_t.to(tl.float32) + b_pre[:, None], m_t, column,
-                    gain, offset, p_seed, dropout_p, i_n, o_c, hw + o_j, HW, ACTIVATION,
+                    gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION,
                 )  # fmt: skip
 
 
@@ -182,8 +188,8 @@ def forward_kernel(
     p_partial_m2, p_barrier, C, HW, splits, chunk, first, end, scale_n, shift_n, pre_n, eps,
     dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
-    BLOCK_S: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDENT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    RESIDENT: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Units first … end − 1, one program a part; a cooperative grid goes round until the end."""
     parts = tl.cdiv(SLAB, BLOCK_C) * splits
@@ -199,12 +205,12 @@ def forward_kernel(
                 i_unit, i_slot, i_part, parts, p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale,
                 p_shift, p_pre, p_seed, p_partial_mean, p_partial_m2, p_barrier, C, HW, splits,
                 chunk, scale_n, shift_n, pre_n, eps, dropout_p, PHASE, CG, SLAB, BLOCK_SLAB,
-                BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT, ACTIVATION,
+                BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, RESIDENT, EVEN, ACTIVATION,
             )  # fmt: skip
     else:
         forward_unit(
             first + i_slot, i_slot, i_part, parts, p_x, p_y, p_mean, p_rstd, p_weight, p_bias,
             p_scale, p_shift, p_pre, p_seed, p_partial_mean, p_partial_m2, p_barrier, C, HW,
             splits, chunk, scale_n, shift_n, pre_n, eps, dropout_p, PHASE, CG, SLAB, BLOCK_SLAB,
-            BLOCK_C, BLOCK_HW, BLOCK_S, CHANNELS_LAST, RESIDENT, ACTIVATION,
+            BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, RESIDENT, EVEN, ACTIVATION,
         )  # fmt: skip

@@ -60,7 +60,7 @@ def forward(
     x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = dropout(act(norm(x + pre_shift)·γ' + β')), and every group's mean and rstd (N, G)."""
-    N, C = x.shape[:2]
+    N = x.shape[0]
     y = torch.empty_like(x, dtype=spec.out_dtype)
     mean = torch.empty((N, spec.num_groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -74,7 +74,7 @@ def forward(
         **_common(x, modulation, spec),
     }
     names = ("p_partial_mean", "p_partial_m2")
-    _run(forward_kernel, "statistics", common, names, N, C, launch, x.device)
+    _run(forward_kernel, "statistics", common, names, x, launch)
     return y, mean, rstd
 
 
@@ -91,6 +91,7 @@ def rewrite(
     N, C = x.shape[:2]
     y = torch.empty_like(x, dtype=spec.out_dtype)
     units = N * ceil_div(C, launch.slab)
+    common = _common(x, modulation, spec)
     _launch(
         forward_kernel,
         units * launch.parts,
@@ -100,9 +101,9 @@ def rewrite(
         p_rstd=rstd,
         p_seed=seed,
         eps=spec.eps,
-        **_common(x, modulation, spec),
+        **common,
         **_absent("p_partial_mean", "p_partial_m2", "p_barrier"),
-        **_shape("rewrite", launch, 0, units),
+        **_shape("rewrite", launch, common, 0, units),
     )
     return y
 
@@ -138,7 +139,7 @@ def backward(
     names = ["p_partial_s1", "p_partial_s2", "p_partial_s3"]
     if db is None:
         common[names.pop()] = None
-    _run(backward_kernel, "sums", common, names, N, C, launch, x.device)
+    _run(backward_kernel, "sums", common, names, x, launch)
     return dx, _parameter_gradients(s1, s2, db, modulation)
 
 
@@ -175,27 +176,26 @@ def _run(
     first_phase: str,
     common: dict[str, Any],
     partial_names: list[str] | tuple[str, ...],
-    N: int,
-    C: int,
+    x: Tensor,
     launch: Launch,
-    device: torch.device,
 ) -> None:
     """All launches of one direction, with their partial sums [N, splits, C]."""
+    N, C = x.shape[:2]
     units = N * ceil_div(C, launch.slab)
     absent = _absent(*partial_names, "p_barrier")
     if launch.tier in ("A", "B"):
-        _launch(kernel, units, **common, **absent, **_shape("whole", launch, 0, units))
+        _launch(kernel, units, **common, **absent, **_shape("whole", launch, common, 0, units))
         return
     for name in partial_names:
-        absent[name] = torch.empty((N, launch.splits, C), dtype=torch.float32, device=device)
+        absent[name] = torch.empty((N, launch.splits, C), dtype=torch.float32, device=x.device)
     if launch.cooperative:
-        absent["p_barrier"] = torch.zeros(launch.units, dtype=torch.int32, device=device)
+        absent["p_barrier"] = torch.zeros(launch.units, dtype=torch.int32, device=x.device)
         _launch(
             kernel,
             launch.units * launch.parts,
             **common,
             **absent,
-            **_shape("cooperative", launch, 0, units),
+            **_shape("cooperative", launch, common, 0, units),
             launch_cooperative_grid=True,
         )
         return
@@ -207,7 +207,7 @@ def _run(
                 (end - first) * launch.parts,
                 **common,
                 **absent,
-                **_shape(phase, launch, first, end),
+                **_shape(phase, launch, common, first, end),
             )
 
 
@@ -263,7 +263,9 @@ def _common(x: Tensor, modulation: Modulation, spec: Spec) -> dict[str, Any]:
     }
 
 
-def _shape(phase: str, launch: Launch, first: int, end: int) -> dict[str, Any]:
+def _shape(
+    phase: str, launch: Launch, common: dict[str, Any], first: int, end: int
+) -> dict[str, Any]:
     return {
         "PHASE": phase,
         "first": first,
@@ -275,7 +277,9 @@ def _shape(phase: str, launch: Launch, first: int, end: int) -> dict[str, Any]:
         "BLOCK_C": launch.block_c,
         "BLOCK_HW": launch.block_hw,
         "BLOCK_S": power_of_2(launch.splits),
+        "BLOCK_G": power_of_2(launch.slab // common["CG"]),
         "RESIDENT": launch.tier == "A",
+        "EVEN": common["HW"] % launch.block_hw == 0,
         "num_warps": launch.num_warps,
     }
 

@@ -32,6 +32,8 @@ SECTOR_BYTES = 32
 ROW_CHANNELS = 128
 # Of L2, for what is read twice. The rest is for what is written meanwhile.
 L2_SHARE = 0.6
+# Positions that dropout draws at once: no tile has fewer.
+QUAD = 4
 # Partial sums that a program folds at once: [slab, splits], padded.
 PARTIAL_ELEMENTS = 4096
 MAX_SPLITS = 64
@@ -128,8 +130,8 @@ def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choi
         limit = RESIDENT_ELEMENTS[direction]
         if sizes.padded > limit:
             raise ValueError(
-                f"tier A holds {limit} elements a program, and {power_of_2(sizes.slab)} channels "
-                f"by {power_of_2(problem.HW)} positions are {sizes.padded}; take tier B, C or D."
+                f"tier A holds {limit} elements a program, and a unit of {sizes.slab} channels by "
+                f"{problem.HW} positions is padded to {sizes.padded}; take tier B, C or D."
             )
         why = f"{kib}, in registers: {sizes.padded} ≤ {limit} elements"
         return _whole(problem, choice, sizes, why)
@@ -184,7 +186,7 @@ class _Sizes(NamedTuple):
         return cls(
             slab=slab,
             units=problem.N * ceil_div(problem.C, slab),
-            padded=power_of_2(slab) * power_of_2(problem.HW),
+            padded=power_of_2(slab) * padded_positions(problem.HW),
             group_bytes=problem.channels_per_group * read,
             unit_bytes=slab * read,
             fitting=int(L2_SHARE * machine.l2_bytes) // (slab * read),
@@ -208,9 +210,9 @@ def slab_channels(problem: Problem) -> int:
 
 def _whole(problem: Problem, choice: Choice, sizes: _Sizes, reason: str) -> Launch:
     """Tiers A and B: one program a unit."""
-    block_c, block_hw = power_of_2(sizes.slab), power_of_2(problem.HW)
+    block_c, block_hw = power_of_2(sizes.slab), padded_positions(problem.HW)
     if choice.tier == "B":
-        block_hw = min(block_hw, max(1, choice.tile // block_c))
+        block_hw = min(block_hw, max(QUAD, choice.tile // block_c))
     return Launch(
         tier=choice.tier,
         slab=sizes.slab,
@@ -219,7 +221,7 @@ def _whole(problem: Problem, choice: Choice, sizes: _Sizes, reason: str) -> Laun
         splits=1,
         chunk=problem.HW,
         units=sizes.units,
-        num_warps=choice.warps,
+        num_warps=min(choice.warps, warps_for(block_c * block_hw)),
         cooperative=False,
         reason=reason,
     )
@@ -242,7 +244,7 @@ def _split(problem: Problem, choice: Choice, units: int, programs: int, reason: 
         splits=ceil_div(HW, chunk),
         chunk=chunk,
         units=units,
-        num_warps=choice.warps,
+        num_warps=min(choice.warps, warps_for(block_c * block_hw)),
         cooperative=choice.cooperative,
         reason=reason,
     )
@@ -259,9 +261,13 @@ def _split_tile(problem: Problem, choice: Choice) -> tuple[int, int]:
     if problem.channels_last:
         one_group = slab == problem.channels_per_group
         block_c = min(power_of_2(slab), ROW_CHANNELS) if one_group else power_of_2(slab)
-        return block_c, min(power_of_2(problem.HW), max(1, choice.tile // block_c))
-    block_hw = min(power_of_2(problem.HW), choice.tile)
+        return block_c, min(padded_positions(problem.HW), max(QUAD, choice.tile // block_c))
+    block_hw = min(padded_positions(problem.HW), choice.tile)
     return min(power_of_2(slab), choice.tile // block_hw), block_hw
+
+
+def padded_positions(HW: int) -> int:
+    return max(QUAD, power_of_2(HW))
 
 
 def warps_for(elements: int) -> int:

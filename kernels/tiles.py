@@ -30,6 +30,12 @@ def tile_offsets(o_i, o_hw, stride_c, stride_hw):
 
 
 @triton.jit
+def within(m_c, o_hw, end, EVEN: tl.constexpr):
+    """The mask of a tile; EVEN where no tile reaches past `end`."""
+    return m_c[:, None] if EVEN else m_c[:, None] & (o_hw < end)[None, :]
+
+
+@triton.jit
 def load_channels(p_vector, i_n, o_c, m_c, stride_n, ABSENT: tl.constexpr):
     """Row i_n of an (N, C) tensor with contiguous channels, in fp32; ABSENT if there is none."""
     # One return at the end: the compiler goes on past a return inside a branch.
@@ -52,54 +58,71 @@ def load_modulation(p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, 
 
 
 @triton.jit
-def dropout_gain(p_seed, dropout_p, i_n, o_c, o_hw, HW):
-    """0 or 1/(1 − p) for every element of a tile.
+def dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW: tl.constexpr):
+    """0 or 1/(1 − p) for every element of the tile whose positions begin at `hw`.
 
-    Philox keyed by the seed, counting (position within the sample, sample): the value depends on
-    the element's logical index alone, not on layout, tier or tile.
+    Philox, keyed by the seed and counting (channel, position / 4) and the sample, gives four
+    positions their bits at once. The value depends on the element's logical index alone, not on
+    layout, tier or tile: `hw` and BLOCK_HW are multiples of 4.
     """
-    o_element = o_c[:, None] * HW + o_hw[None, :]
-    zero = o_element * 0
-    bits, _, _, _ = tl.philox(tl.load(p_seed), o_element, zero + i_n.to(tl.int32), zero, zero)
-    uniform = tl.uint_to_uniform_float(bits)
-    return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+    o_quad = o_c[:, None] * tl.cdiv(HW, 4) + hw // 4 + tl.arange(0, BLOCK_HW // 4)[None, :]
+    zero = o_quad * 0
+    r0, r1, r2, r3 = tl.philox(tl.load(p_seed), o_quad, zero + i_n.to(tl.int32), zero, zero)
+    # [c, j] ×4 → [c, j, 2, 2] → [c, 4j + lane].
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_c.shape[0], BLOCK_HW)
+    dropped = tl.cast(dropout_p * 4294967296.0, tl.uint32)
+    return tl.where(bits >= dropped, 1.0 / (1.0 - dropout_p), 0.0)
+
+
+@triton.jit
+def sigmoid(z):
+    """1/(1 + e⁻ᶻ). By exp2: tl.exp compiles to the same and four instructions for subnormals."""
+    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
 
 
 @triton.jit
 def activate(z):
     """SiLU: z·σ(z)."""
-    return z * tl.sigmoid(z)
+    return z * sigmoid(z)
 
 
 @triton.jit
 def activation_gradient(z):
-    """dSiLU/dz = σ(1 + z(1 − σ))."""
-    sigma = tl.sigmoid(z)
-    return sigma * (1.0 + z * (1.0 - sigma))
+    """dSiLU/dz = σ + zσ(1 − σ)."""
+    sigma = sigmoid(z)
+    return sigma + z * sigma * (1.0 - sigma)
 
 
 @triton.jit
-def fold_groups(per_channel, o_i, m_c, CG, ONE_GROUP: tl.constexpr):
-    """The sum of `per_channel` over the channels of a group: a scalar, or one for every channel."""
-    if ONE_GROUP:
+def fold_groups(per_channel, o_i, m_c, CG: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The sum of `per_channel` over the channels of a group.
+
+    A scalar where the slab is one group; else one for every channel, of at most BLOCK_G groups.
+    """
+    if BLOCK_G == 1:
         total = tl.sum(tl.where(m_c, per_channel, 0.0), axis=0)
     else:
-        same = (o_i[:, None] // CG == o_i[None, :] // CG) & m_c[None, :]
-        total = tl.sum(tl.where(same, per_channel[None, :], 0.0), axis=1)
+        # Any C/G: down to the groups and up to the channels again through [channel, group].
+        o_g = tl.arange(0, BLOCK_G)
+        member = (o_i[:, None] // CG == o_g[None, :]) & m_c[:, None]
+        of_group = tl.sum(tl.where(member, per_channel[:, None], 0.0), axis=0)
+        total = tl.sum(tl.where(member, of_group[None, :], 0.0), axis=1)
     return total
 
 
 @triton.jit
-def down_channels(per_group, ONE_GROUP: tl.constexpr):
+def down_channels(per_group, BLOCK_G: tl.constexpr):
     """What `fold_groups` returns, shaped to broadcast over a tile."""
-    return per_group if ONE_GROUP else per_group[:, None]
+    return per_group if BLOCK_G == 1 else per_group[:, None]
 
 
 @triton.jit
-def load_statistics(p_mean, p_rstd, i_n, i_slab, o_c, m_c, C, CG, ONE_GROUP: tl.constexpr):
+def load_statistics(
+    p_mean, p_rstd, i_n, i_slab, o_c, m_c, C, CG: tl.constexpr, BLOCK_G: tl.constexpr
+):
     """Mean and rstd of a slab's group, scalars, or of every channel's group."""
     o_first = i_n.to(tl.int64) * (C // CG)
-    if ONE_GROUP:
+    if BLOCK_G == 1:
         mean = tl.load(p_mean + o_first + i_slab)
         rstd = tl.load(p_rstd + o_first + i_slab)
     else:
