@@ -172,11 +172,14 @@ class _ResidualAdd(torch.autograd.Function):
 def _setup_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.scale = inputs
     ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+    ctx.layout = memory_format(tensors[1])
 
 
 def _residual_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     of_skip, of_h, of_bias = ctx.dtypes
-    dh = dy if ctx.scale == 1.0 else dy * ctx.scale
+    dh = dy.contiguous(memory_format=ctx.layout)
+    if ctx.scale != 1.0:
+        dh = dh * ctx.scale
     dbias = None
     if of_bias is not None and ctx.needs_input_grad[2]:
         dbias = dh.sum((0, *range(2, dy.dim())), dtype=torch.float32).to(of_bias)

@@ -99,12 +99,17 @@ def test_edm_block_is_its_reference(options: dict[str, Any], mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_is_its_reference_in_triton(mode: str) -> None:
+@pytest.mark.parametrize("options", [{"use_scale_shift_norm": True, "out_channels": 32}, {}],
+                         ids=["scale-shift, wider", "add"])  # fmt: skip
+def test_is_its_reference_in_triton(options: dict[str, Any], mode: str) -> None:
+    """Where both convolutions leave their bias to the kernels; channels-last from end to end."""
     pytest.importorskip("triton")
-    block, fused = pair(mode, use_scale_shift_norm=True, out_channels=32)
+    block, fused = pair(mode, **options)
     x, emb = inputs(size=4)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     with prefer("triton"):
         ours = outcome(fused, x, emb)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in ours[:2])
     eager = outcome(block, x, emb)
     exact = copy.deepcopy(block).double()
     truth = outcome(
@@ -112,9 +117,54 @@ def test_is_its_reference_in_triton(mode: str) -> None:
     )
     names = ["y", "x", "emb", *(name for name, _ in block.named_parameters())]
     for name, e, o, t in zip(names, eager, ours, truth, strict=True):
-        if name == "in_layers.2.bias":
+        if name == "in_layers.2.bias" and "out_channels" in options:
             continue  # one channel a group: the norm removes this bias, its gradient is zero
         assert error(o, t) <= 2 * error(e, t) + 1e-6, name
+
+
+def test_edm_block_is_its_reference_in_triton() -> None:
+    pytest.importorskip("triton")
+    arguments = {"in_channels": 64, "out_channels": 64, "emb_channels": 24, "skip_scale": 0.7}
+    block = randomise(reference.EDMBlock(**arguments))
+    fused = kernels.EDMBlock(**arguments, checkpoint="selective")
+    fused.load_state_dict(block.state_dict(), strict=True)
+    x, emb = inputs(size=4)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with prefer("triton"):
+        ours = outcome(fused, x, emb)
+    for e, o in zip(outcome(block, x, emb), ours, strict=True):
+        torch.testing.assert_close(o, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_biases_cost_no_pass_of_their_own_in_triton(mode: str) -> None:
+    """The first one is in the add before the second norm, the second in the residual addition."""
+    pytest.importorskip("triton")
+    from resblock_bench.kernels.launch import recording
+
+    _, fused = pair(mode)
+    x, emb = inputs(size=4)
+    with prefer("triton"), recording() as launches:
+        fused(x, emb)
+    first, second, last = launches
+    assert first.kernel is second.kernel and first.arguments["p_pre"] is None
+    expected = fused.emb_layers(emb) + fused.in_layers[2].bias
+    torch.testing.assert_close(second.arguments["p_pre"], expected)
+    assert last.arguments["p_bias"] is fused.out_layers[3].bias
+
+
+def test_a_convolution_with_hooks_is_called_with_its_bias_in_triton() -> None:
+    pytest.importorskip("triton")
+    _, fused = pair("none")
+    calls = []
+    fused.in_layers[2].register_forward_hook(lambda module, args, output: calls.append(module))
+    x, emb = inputs(size=4)
+    x = x.detach().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = fused(x, emb)
+        with prefer("triton"):
+            torch.testing.assert_close(fused(x, emb), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
