@@ -5,7 +5,6 @@ y = dropout(act(GroupNorm(x + pre_shift)·(1 + scale) + shift))
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -201,7 +200,7 @@ def _check(
         )
     if activation not in ("silu", None):
         raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None.")
-    if not (0.0 <= dropout_p < 1.0) or math.isnan(dropout_p):
+    if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; allowed is 0 ≤ p < 1.")
     expected = ((C,), (C,), (N, C), (N, C), (N, C))
     for name, tensor, shape in zip(Modulation._fields, modulation, expected, strict=True):
