@@ -160,6 +160,41 @@ def plot(
 
 
 @app.command()
+def cost(
+    axis: AxisOption = None,
+    arch: Annotated[
+        str,
+        typer.Option(metavar="80,90,100", help="NVIDIA architectures, as compute capability·10."),
+    ] = "80,90,100",
+    tier: Annotated[
+        str | None,
+        typer.Option(metavar="A|B|C|D", help="Cost this tier, not the one that would be chosen."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every number here, too.")
+    ] = None,
+) -> None:
+    """Show what the kernels cost, with no GPU: bytes, sectors, registers, spills, instructions.
+
+    Both norms of the selected blocks, at a batch of 8 by default; without axes, one site a tier.
+    """
+    from resblock_bench.bench import cost as costs
+    from resblock_bench.bench.axes import parse_arguments
+
+    archs = arch.replace("sm_", "").split(",")
+    for name in archs:
+        if not name.strip().isdigit():
+            raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
+    request = costs.Request(
+        selection={**costs.DEFAULT, **parse_arguments(axis or [])},
+        archs=list(dict.fromkeys(map(int, archs))),
+        tier=None if tier is None else costs.tier_named(tier),
+        json=json,
+    )
+    raise typer.Exit(costs.carry_out(request, _console()))
+
+
+@app.command()
 def env() -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
     from resblock_bench.bench import checkup, environment

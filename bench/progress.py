@@ -1,6 +1,8 @@
 """What is shown while cells are measured: a live bar on a terminal, one line a cell elsewhere."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -14,6 +16,20 @@ from rich.progress import (
 
 from resblock_bench.bench.records import Cell, Row, cell_name
 from resblock_bench.bench.units import format_duration
+
+
+@contextmanager
+def task_progress(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar over `total` tasks on a terminal, a line elsewhere; call what it yields after each."""
+    if not console.is_terminal:
+        console.print(f"{what}: {total} tasks", markup=False, highlight=False)
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    description = TextColumn("{task.description}", markup=False)
+    with Progress(
+        *columns, description, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
 
 
 class RunProgress:

@@ -24,6 +24,7 @@ from resblock_bench.kernels.tiles import (
     load_channels,
     load_modulation,
     load_partials,
+    load_seed,
     load_statistics,
     strides,
     tile_offsets,
@@ -34,7 +35,7 @@ from resblock_bench.kernels.tiles import (
 
 @triton.jit
 def normalised_and_gradient(
-    b_x, b_dy, m_tile, mean, rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW,
+    b_x, b_dy, m_tile, mean, rstd, gain, offset, seed, dropout_p, i_n, o_c, hw, HW,
     BLOCK_HW: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """x̂ and dz of a tile; both 0 at positions past its end."""
@@ -42,8 +43,8 @@ def normalised_and_gradient(
     dz = b_dy
     if not EVEN:
         x_hat = tl.where(m_tile, x_hat, 0.0)
-    if p_seed is not None:
-        dz *= dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
+    if seed is not None:
+        dz *= dropout_gain(seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
     if ACTIVATION:
         dz *= activation_gradient(x_hat * gain + offset)
     return x_hat, dz
@@ -76,6 +77,7 @@ def backward_unit(
     end = tl.minimum(HW, begin + chunk)
 
     b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
+    seed = load_seed(p_seed)
     b_gain, b_offset = load_modulation(
         p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, shift_n
     )
@@ -91,7 +93,7 @@ def backward_unit(
         b_dy = tl.load(p_dy + corner + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         x_hat, dz = normalised_and_gradient(
             b_x + b_pre[:, None], b_dy, m_tile, column_mean, column_rstd, gain, offset,
-            p_seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, EVEN, ACTIVATION,
+            seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, EVEN, ACTIVATION,
         )  # fmt: skip
         s1 = tl.sum(dz, axis=1)
         s2 = tl.sum(dz * x_hat, axis=1)
@@ -109,7 +111,7 @@ def backward_unit(
             b_dt = tl.load(p_dy + o_corner, mask=m_t, other=0.0, eviction_policy="evict_last")
             t_hat, dz_t = normalised_and_gradient(
                 b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_t, column_mean,
-                column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, EVEN,
+                column_rstd, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, EVEN,
                 ACTIVATION,
             )  # fmt: skip
             lane_s1 += dz_t
@@ -174,7 +176,7 @@ def backward_unit(
                 b_dt = tl.load(p_dy + o_corner, mask=m_t, other=0.0, eviction_policy="evict_first")
                 t_hat, dz_t = normalised_and_gradient(
                     b_t.to(tl.float32) + b_pre[:, None], b_dt.to(tl.float32), m_t, column_mean,
-                    column_rstd, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW,
+                    column_rstd, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW,
                     EVEN, ACTIVATION,
                 )  # fmt: skip
                 b_dx = column_rstd * (gain * dz_t - column_c2 - t_hat * column_c1)

@@ -25,6 +25,7 @@ from resblock_bench.kernels.tiles import (
     load_channels,
     load_modulation,
     load_partials,
+    load_seed,
     load_statistics,
     strides,
     tile_offsets,
@@ -69,15 +70,15 @@ def merge_channels(mean, m2, o_i, m_c, HW, CG: tl.constexpr, eps, BLOCK_G: tl.co
 
 @triton.jit
 def write_tile(
-    p_y, b_x, m_tile, mean, gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW,
+    p_y, b_x, m_tile, mean, gain, offset, seed, dropout_p, i_n, o_c, hw, HW,
     BLOCK_HW: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y = dropout(act((x − μ)·rγ' + β')), of a tile."""
     b_y = (b_x - mean) * gain + offset
     if ACTIVATION:
         b_y = activate(b_y)
-    if p_seed is not None:
-        b_y *= dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
+    if seed is not None:
+        b_y *= dropout_gain(seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
     tl.store(p_y, b_y, mask=m_tile)
 
 
@@ -106,6 +107,7 @@ def forward_unit(
     begin = i_split * chunk
     end = tl.minimum(HW, begin + chunk)
     b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
+    seed = load_seed(p_seed)
 
     if PHASE == "whole" or PHASE == "statistics" or PHASE == "cooperative":
         lane_m2 = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
@@ -167,7 +169,7 @@ def forward_unit(
         if RESIDENT:
             write_tile(
                 p_y + corner + o_tile, b_x, m_tile, column, gain, offset,
-                p_seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, ACTIVATION,
+                seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, ACTIVATION,
             )  # fmt: skip
         else:
             for hw in range(begin, end, BLOCK_HW):
@@ -178,7 +180,7 @@ def forward_unit(
                 )
                 write_tile(
                     p_y + o_corner + o_tile, b_t.to(tl.float32) + b_pre[:, None], m_t, column,
-                    gain, offset, p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION,
+                    gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION,
                 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from resblock_bench.kernels.tiers import (
     warps_for,
 )
 
-GRADIENT_BLOCK = (16, 64)  # samples, channels
+GRADIENT_BLOCK = (8, 64)  # samples, channels
 
 
 class Recorded(NamedTuple):

@@ -17,14 +17,19 @@ from typing import Literal, NamedTuple
 
 Tier = Literal["A", "B", "C", "D"]
 Direction = Literal["forward", "backward"]
+TIERS: dict[str, Tier] = {"A": "A", "B": "B", "C": "C", "D": "D"}
 
 # Elements of one register-resident tile, padding included: 64 KiB in fp32, 32 registers a thread
 # at 512 threads. The backward keeps two such tiles, so it gets half.
 RESIDENT_ELEMENTS = {"forward": 16384, "backward": 8192}
-# Elements of a tile that is streamed: 16 a thread at 256 threads, two or four 128-bit accesses.
+# Elements of a tile that is streamed, and those of a thread: one to four 128-bit accesses. The
+# backward's lanes keep two or three sums and two tensors, so a thread gets half as many.
 STREAM_ELEMENTS = 4096
+THREAD_ELEMENTS = {"forward": 16, "backward": 8}
 # Above this, the groups that are in flight at once no longer share L2.
 TWO_READ_BYTES = 128 * 1024
+# Below this, one multiprocessor reads a unit twice sooner than a second launch begins.
+LAUNCH_BYTES = 32 * 1024
 # A row of a channels-last slab; shorter rows would waste sectors and bursts.
 SLAB_BYTES = 128
 SECTOR_BYTES = 32
@@ -37,6 +42,8 @@ QUAD = 4
 # Partial sums that a program folds at once: [slab, splits], padded.
 PARTIAL_ELEMENTS = 4096
 MAX_SPLITS = 64
+# Positions for which a program stores one partial sum (8 to 12 bytes a channel).
+MIN_CHUNK = 128
 
 
 class Machine(NamedTuple):
@@ -114,12 +121,29 @@ def plan_launch(
     if tier is None:
         if sizes.padded <= RESIDENT_ELEMENTS[direction]:
             tier = "A"
-        elif sizes.group_bytes <= TWO_READ_BYTES and sizes.units >= machine.sms:
+        elif sizes.group_bytes <= TWO_READ_BYTES and (
+            sizes.units >= machine.sms or sizes.unit_bytes <= LAUNCH_BYTES
+        ):
             tier = "B"
         else:
             tier = "C" if sizes.fitting else "D"
-    tile = sizes.padded if tier == "A" else STREAM_ELEMENTS
-    return shape(direction, problem, machine, Choice(tier, tile, warps_for(tile)))
+        if tier == "C" and _rule(direction, problem, machine, "C").parts == 1:
+            tier = "B"  # the same program in one launch
+    return _rule(direction, problem, machine, tier)
+
+
+def _rule(direction: Direction, problem: Problem, machine: Machine, tier: Tier) -> Launch:
+    return shape(direction, problem, machine, rule_choice(direction, problem, machine, tier))
+
+
+def rule_choice(direction: Direction, problem: Problem, machine: Machine, tier: Tier) -> Choice:
+    """How the rules run a tier."""
+    if tier == "A":
+        padded = _Sizes.of(direction, problem, machine).padded
+        return Choice(tier, padded, warps_for(padded))
+    per_thread = THREAD_ELEMENTS[direction]
+    tile = STREAM_ELEMENTS * per_thread // 16
+    return Choice(tier, tile, warps_for(tile, per_thread))
 
 
 def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choice) -> Launch:
@@ -221,7 +245,7 @@ def _whole(problem: Problem, choice: Choice, sizes: _Sizes, reason: str) -> Laun
         splits=1,
         chunk=problem.HW,
         units=sizes.units,
-        num_warps=min(choice.warps, warps_for(block_c * block_hw)),
+        num_warps=min(choice.warps, warps_for(block_c * block_hw, 8)),
         cooperative=False,
         reason=reason,
     )
@@ -234,7 +258,7 @@ def _split(problem: Problem, choice: Choice, units: int, programs: int, reason: 
     tiles = ceil_div(HW, block_hw)
     share = programs / (units * ceil_div(slab, block_c))
     wanted = math.floor(share) if choice.cooperative else math.ceil(share)
-    most = min(MAX_SPLITS, tiles, max(1, PARTIAL_ELEMENTS // power_of_2(slab)))
+    most = min(MAX_SPLITS, tiles, PARTIAL_ELEMENTS // power_of_2(slab), HW // MIN_CHUNK)
     chunk = ceil_div(tiles, max(1, min(wanted, most))) * block_hw
     return Launch(
         tier=choice.tier,
@@ -244,7 +268,7 @@ def _split(problem: Problem, choice: Choice, units: int, programs: int, reason: 
         splits=ceil_div(HW, chunk),
         chunk=chunk,
         units=units,
-        num_warps=min(choice.warps, warps_for(block_c * block_hw)),
+        num_warps=min(choice.warps, warps_for(block_c * block_hw, 8)),
         cooperative=choice.cooperative,
         reason=reason,
     )
@@ -270,9 +294,9 @@ def padded_positions(HW: int) -> int:
     return max(QUAD, power_of_2(HW))
 
 
-def warps_for(elements: int) -> int:
-    """16 elements a thread, from 1 to 16 warps; more elements a thread beyond that."""
-    return max(1, min(16, power_of_2(elements) // 512))
+def warps_for(elements: int, per_thread: int = 16) -> int:
+    """From 1 to 16 warps of so many elements a thread; more elements a thread beyond that."""
+    return max(1, min(16, power_of_2(elements) // (32 * per_thread)))
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -58,7 +58,13 @@ def load_modulation(p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, 
 
 
 @triton.jit
-def dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW: tl.constexpr):
+def load_seed(p_seed):
+    """The seed, or None without dropout. Loaded here, since compilers leave it in the loops."""
+    return p_seed if p_seed is None else tl.load(p_seed)
+
+
+@triton.jit
+def dropout_gain(seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW: tl.constexpr):
     """0 or 1/(1 − p) for every element of the tile whose positions begin at `hw`.
 
     Philox, keyed by the seed and counting (channel, position / 4) and the sample, gives four
@@ -67,7 +73,7 @@ def dropout_gain(p_seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW: tl.constexpr):
     """
     o_quad = o_c[:, None] * tl.cdiv(HW, 4) + hw // 4 + tl.arange(0, BLOCK_HW // 4)[None, :]
     zero = o_quad * 0
-    r0, r1, r2, r3 = tl.philox(tl.load(p_seed), o_quad, zero + i_n.to(tl.int32), zero, zero)
+    r0, r1, r2, r3 = tl.philox(seed, o_quad, zero + i_n.to(tl.int32), zero, zero)
     # [c, j] ×4 → [c, j, 2, 2] → [c, 4j + lane].
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_c.shape[0], BLOCK_HW)
     dropped = tl.cast(dropout_p * 4294967296.0, tl.uint32)

@@ -241,6 +241,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every program loops, and a GPU so small that C takes units one by one."""
     pytest.importorskip("triton")
     monkeypatch.setattr(tiers, "STREAM_ELEMENTS", 64)
+    monkeypatch.setattr(tiers, "MIN_CHUNK", 16)
     # Room for x and dy of four channels.
     machine = tiers.Machine(sms=8, l2_bytes=int(1.05 * 2 * 4 * 9 * 17 * 4 / tiers.L2_SHARE))
     monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", machine)

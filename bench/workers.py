@@ -1,0 +1,23 @@
+"""Worker processes in which Triton's kernels are interpreted, or compiled: never both in one.
+
+Imports nothing of the project: a worker imports this module before it knows which it is to be, and
+a kernel is one or the other from the moment it is defined.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+
+def pool(workers: int, *, interpret: bool) -> ProcessPoolExecutor:
+    """Fresh processes with TRITON_INTERPRET set or unset, whatever it is in this one."""
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_settle,
+        initargs=("1" if interpret else "0",),
+    )
+
+
+def _settle(interpret: str) -> None:
+    os.environ["TRITON_INTERPRET"] = interpret

@@ -1,0 +1,179 @@
+"""What the kernels touch and what they compile to, at the sizes and rules they really run with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from resblock_bench.bench import norm_cost
+from resblock_bench.bench.norm_cost import Direction, Norm, compile_code, count_traffic, launch_of
+from resblock_bench.bench.workers import pool
+from resblock_bench.kernels.tiers import Choice, Machine, Tier, shape
+
+
+def norm(**changes: Any) -> Norm:
+    fields: dict[str, Any] = {
+        "batch": 8,
+        "channels": 256,
+        "positions": 1024,
+        "groups": 32,
+        "dtype": "bf16",
+        "layout": "nchw",
+        "modulation": "scale_shift",
+        "bias_folded": True,
+        "dropout": 0.0,
+    }
+    return Norm(**fields | changes)
+
+
+def counted(n: Norm, direction: Direction, tier: Tier | None = None) -> norm_cost.Traffic:
+    return count_traffic(n, direction, launch_of(n, direction, 90, tier))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("tier", "asked", "from_memory"),
+    [("A", (2, 3), (2, 3)), ("B", (3, 5), (2, 3)), ("C", (3, 5), (2, 3)), ("D", (3, 5), (3, 5))],
+)
+def test_passes_of_each_tier(
+    tier: Tier, asked: tuple[int, int], from_memory: tuple[int, int], layout: str
+) -> None:
+    """Second reads are shown; A, B and C are at the floor, D is not."""
+    n = norm(positions=64, channels=128, layout=layout)
+    for direction, requested, dram in zip(("forward", "backward"), asked, from_memory, strict=True):
+        found = counted(n, direction, tier)
+        assert found.requested == pytest.approx(requested)
+        assert found.dram == pytest.approx(dram)
+        assert found.sector_efficiency == 1.0
+
+
+def test_rewriting_is_one_read_and_one_write() -> None:
+    found = counted(norm(positions=64), "rewrite")
+    assert found.requested == found.dram == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("channels", [192, 320, 576, 960, 1344])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_channels_last_rows_are_whole_sectors(channels: int, dtype: str) -> None:
+    """C/G of 6, 10, 18, 30 and 42, none of which fills a sector."""
+    n = norm(channels=channels, positions=64, layout="nhwc", dtype=dtype)
+    assert counted(n, "forward").sector_efficiency == 1.0
+
+
+def test_rows_that_are_no_whole_sectors_are_seen() -> None:
+    n = norm(channels=96, groups=32, positions=49, layout="nchw", modulation="none")
+    assert counted(n, "forward").sector_efficiency < 0.95
+
+
+def test_small_tensors_are_counted_and_shared_by_the_samples() -> None:
+    """Scale and shift are read for every sample, 8 bytes a channel; the rest once for all."""
+    n = norm(positions=64, batch=1)
+    activation = 64 * 2
+    # weight, bias, scale, shift, pre_shift; mean and rstd of every eighth channel.
+    assert counted(n, "forward").small == pytest.approx((5 * 4 + 1) / activation)
+    many = counted(norm(positions=64, batch=1000), "forward").small
+    assert many == pytest.approx((2 * 4 + 1) / activation, rel=1e-2)
+
+
+def test_a_shortened_count_is_that_of_the_full_size() -> None:
+    """Two tiles a program stand for many, in tier C with several programs to a group."""
+    n = norm(batch=1, channels=4, groups=2, positions=9 * 4096, modulation="none")
+    launch = shape("forward", n.problem, Machine(4, 50 * 2**20), Choice("C", 1024, 2, 4))
+    assert launch.splits > 1 and launch.chunk > 2 * launch.block_hw
+    full = count_traffic(n, "forward", launch)
+    norm_cost._COUNTED_ELEMENTS, before = 1, norm_cost._COUNTED_ELEMENTS
+    try:
+        short = count_traffic(n, "forward", launch)
+    finally:
+        norm_cost._COUNTED_ELEMENTS = before
+    assert short.requested == pytest.approx(full.requested)
+    assert short.dram == pytest.approx(full.dram)
+    assert short.small == pytest.approx(full.small)
+    assert short.sector_efficiency == pytest.approx(full.sector_efficiency)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    with pool(1, interpret=False) as executor:
+        yield executor
+
+
+CASES = [
+    # Every tier and layout, and the widest slab (C/G = 42), on all three architectures in turn.
+    (80, norm(positions=64, layout="nchw", dtype="fp16"), "A"),
+    (90, norm(positions=256, channels=320, layout="nhwc"), "B"),
+    (100, norm(positions=4096, layout="nchw", dropout=0.1), "C"),
+    (90, norm(positions=256, channels=1344, layout="nhwc"), "C"),
+    (80, norm(positions=4096, channels=384, layout="nhwc", dtype="fp32"), "C"),
+    (90, norm(positions=1024, layout="nchw", dtype="fp32", modulation="add"), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "n", "tier"), CASES, ids=[f"{a}-{n.layout}-{n.dtype}-{t}" for a, n, t in CASES]
+)
+def test_machine_code(compiler: ProcessPoolExecutor, arch: int, n: Norm, tier: Tier | None) -> None:
+    """It compiles (which the interpreter does not show), spills nothing, moves 128 bits a time."""
+    for direction in norm_cost.DIRECTIONS:
+        launch = launch_of(n, direction, arch, tier)
+        kernels = compiler.submit(compile_code, n, direction, launch, arch).result()
+        names = [kernel.kernel for kernel in kernels]
+        if direction == "backward":
+            assert names.pop() == "parameter_gradients"
+        if launch.tier == "C":
+            assert len(names) == 2 and names[1].endswith("apply")
+        for kernel in kernels:
+            code = kernel.code
+            assert code.spill_store_bytes == code.spill_load_bytes == code.stack_bytes == 0
+            assert code.shared_bytes <= 48 * 1024
+            if kernel.kernel != "parameter_gradients":
+                assert max(code.main_loads) == 128
+                assert max(code.main_stores, default=128) == 128
+            if launch.tier == "C" and kernel.kernel in names:
+                assert set(code.main_loads) | set(code.main_stores) == {128} or n.dropout
+
+
+def test_cooperative_kernels_compile(compiler: ProcessPoolExecutor) -> None:
+    """They wait for each other, which the interpreter cannot run."""
+    n = norm(positions=4096)
+    for direction in ("forward", "backward"):
+        choice = Choice("C", 4096, 8, 1, cooperative=True)
+        launch = shape(direction, n.problem, norm_cost.MACHINES[90], choice)
+        kernels = compiler.submit(compile_code, n, direction, launch, 90).result()
+        assert kernels[0].kernel.endswith("cooperative")
+        assert kernels[0].launches == 1
+        assert kernels[0].code.spill_store_bytes == 0
+
+
+def test_one_program_waits_for_itself_alone() -> None:
+    """The cooperative phase in the interpreter, with one program to a unit: right, and no hang."""
+    import torch
+    from oracle import problem
+
+    from resblock_bench.kernels import dispatch, launch
+    from resblock_bench.kernels.spec import Modulation, Spec
+
+    p = problem(1, 4, 6, 6, groups=1, modulated=True, pre_shift=True)
+    sizes = dispatch.problem_of(p.x, 1)
+    choice = Choice("C", 4096, 1, 1, cooperative=True)
+    m = Modulation(p.weight, p.bias, p.scale, p.shift, p.pre_shift)
+    spec = Spec(1, 1e-5, True, 0.0, torch.float32)
+    how = shape("forward", sizes, Machine(1, 2**20), choice)
+    assert how.cooperative and how.parts == 1
+    y, mean, rstd = launch.forward(p.x, m, None, spec, how)
+    back = shape("backward", sizes, Machine(1, 2**20), choice)
+    dx, gradients = launch.backward(p.dy, p.x, mean, rstd, m, None, spec, back)
+    with dispatch.prefer("triton", "C"):
+        apart = launch.forward(p.x, m, None, spec, dispatch.launch_for("forward", p.x, 1))
+        dx_apart, gradients_apart = launch.backward(
+            p.dy, p.x, mean, rstd, m, None, spec, dispatch.launch_for("backward", p.x, 1)
+        )
+    for one, other in zip(
+        (y, mean, rstd, dx, *gradients), (*apart, dx_apart, *gradients_apart), strict=True
+    ):
+        assert torch.equal(one, other)
