@@ -15,6 +15,7 @@ from resblock_bench.kernels.residual import residual_kernel
 from resblock_bench.kernels.spec import Gradients, Modulation, Spec, memory_format
 from resblock_bench.kernels.tiers import (
     STREAM_ELEMENTS,
+    THREAD_ELEMENTS,
     Launch,
     ceil_div,
     power_of_2,
@@ -22,6 +23,8 @@ from resblock_bench.kernels.tiers import (
 )
 
 GRADIENT_BLOCK = (8, 64)  # samples, channels
+# Of the backward's split phases. Left alone, ptxas spills a few bytes to fit one more block.
+MAX_REGISTERS = 128
 
 
 class Recorded(NamedTuple):
@@ -136,6 +139,8 @@ def backward(
         "p_seed": seed,
         **_common(x, modulation, spec),
     }
+    if launch.tier in ("C", "D"):
+        common["maxnreg"] = MAX_REGISTERS
     names = ["p_partial_s1", "p_partial_s2", "p_partial_s3"]
     if db is None:
         common[names.pop()] = None
@@ -166,7 +171,7 @@ def residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tens
         CHANNELS_LAST=channels_last,
         BLOCK_R=block_r,
         BLOCK_HW=block_hw,
-        num_warps=warps_for(block_r * block_hw),
+        num_warps=warps_for(block_r * block_hw, THREAD_ELEMENTS["forward"]),
     )
     return y
 

@@ -26,6 +26,8 @@ RESIDENT_ELEMENTS = {"forward": 16384, "backward": 8192}
 # backward's lanes keep two or three sums and two tensors, so a thread gets half as many.
 STREAM_ELEMENTS = 4096
 THREAD_ELEMENTS = {"forward": 16, "backward": 8}
+# Those of a thread where the tile is resident: more of them share the thread's prologue.
+RESIDENT_THREAD_ELEMENTS = 32
 # Above this, the groups that are in flight at once no longer share L2.
 TWO_READ_BYTES = 128 * 1024
 # Below this, one multiprocessor reads a unit twice sooner than a second launch begins.
@@ -140,7 +142,7 @@ def rule_choice(direction: Direction, problem: Problem, machine: Machine, tier: 
     """How the rules run a tier."""
     if tier == "A":
         padded = _Sizes.of(direction, problem, machine).padded
-        return Choice(tier, padded, warps_for(padded))
+        return Choice(tier, padded, warps_for(padded, RESIDENT_THREAD_ELEMENTS))
     per_thread = THREAD_ELEMENTS[direction]
     tile = STREAM_ELEMENTS * per_thread // 16
     return Choice(tier, tile, warps_for(tile, per_thread))
@@ -294,7 +296,7 @@ def padded_positions(HW: int) -> int:
     return max(QUAD, power_of_2(HW))
 
 
-def warps_for(elements: int, per_thread: int = 16) -> int:
+def warps_for(elements: int, per_thread: int) -> int:
     """From 1 to 16 warps of so many elements a thread; more elements a thread beyond that."""
     return max(1, min(16, power_of_2(elements) // (32 * per_thread)))
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from resblock_bench.kernels.tiers import (
+    QUAD,
     Choice,
     Direction,
     Launch,
@@ -43,7 +44,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     bucket: Bucket
     tier: Tier
-    tile: Annotated[int, msgspec.Meta(ge=1, le=2**17)]
+    tile: Annotated[int, msgspec.Meta(ge=QUAD, le=2**17)]
     warps: Annotated[int, msgspec.Meta(ge=1, le=32)]
     waves: Annotated[int, msgspec.Meta(ge=1, le=32)]
     cooperative: bool
@@ -53,6 +54,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         if power_of_2(self.tile) != self.tile or power_of_2(self.warps) != self.warps:
             raise ValueError("tile and warps must be powers of two")
+        if self.cooperative and self.tier != "C":
+            raise ValueError("only tier C can be cooperative")
 
     @property
     def choice(self) -> Choice:
@@ -60,7 +63,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured on one architecture, where and when.
+    """What was measured on one architecture, where and when the last entry was added.
 
     machine: the GPU's name and driver, torch's and triton's versions. commit: of this project,
     "-dirty" where files had changed.
@@ -119,10 +122,10 @@ def read(path: Path) -> Table:
     """Raises ValueError, naming the file and what is wrong with it."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Table)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not a table of launches ({error}); write it again with "
-            "'resblock-bench tune', or remove it to use the rules."
+            f"{path} is not a table of launches ({error}); remove it: the rules then hold until "
+            "'resblock-bench tune' writes it again."
         ) from None
 
 
