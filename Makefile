@@ -13,11 +13,12 @@ WORKERS ?=
 CORES = nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 
 .DELETE_ON_ERROR:
-.PHONY: help bench test lint install clean
+.PHONY: help bench test test-gpu lint install clean
 
 help:
 	@echo "make bench    run the benchmark           ARGS='...' goes to resblock-bench run"
 	@echo "make test     run the tests               ARGS='...' goes to pytest, WORKERS=N sets how many run at once"
+	@echo "make test-gpu the tests that need a GPU, with compiled kernels"
 	@echo "make lint     ruff and mypy --strict"
 	@echo "make install  make .venv with the locked set; the three above do so when it is needed"
 	@echo "make clean    remove .venv, builds and caches; results stay"
@@ -32,6 +33,9 @@ test: $(INSTALLED)
 	@workers='$(WORKERS)'; \
 	if [ -z "$$workers" ]; then workers=`$(CORES)`; [ "$$workers" -le 8 ] || workers=8; fi; \
 	MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} $(BIN)/python -m pytest -n "$$workers" $(ARGS)
+
+test-gpu: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,147 @@
+"""The kernels on a real GPU: `make test-gpu`. Skipped where there is none.
+
+What the interpreter cannot show: machine code, races, launches that wait for each other, 64-bit
+offsets, graph capture, the compiler. Everything else is tested without a GPU, in tests/kernels.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import NAMES, Problem, check, error, gradients, problem
+from running import run_operator
+from torch import Tensor
+
+from resblock_bench.kernels import ResBlock, dispatch, launch, prefer
+from resblock_bench.kernels.blocks import CheckpointMode
+from resblock_bench.kernels.spec import Modulation, Spec
+from resblock_bench.kernels.tiers import Choice, Tier, shape
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or dispatch.interpreting(),
+    reason="needs a GPU, and no interpreter",
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = Path(__file__).parents[1] / "data" / "resblock_shapes.csv"
+
+
+def on_gpu(p: Problem) -> Problem:
+    tensors = {name: getattr(p, name) for name in ("x", "dy", *NAMES)}
+    return replace(p, **{k: t if t is None else t.cuda() for k, t in tensors.items()})
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tier", ["A", "B", "C", "D"])
+def test_every_tier(tier: Tier, dtype: torch.dtype, channels_last: bool) -> None:
+    for C, groups, spatial in ((96, 32, (8, 8)), (60, 2, (9, 7)), (64, 32, (16, 16))):
+        p = on_gpu(
+            problem(
+                3, C, *spatial, groups=groups, dtype=dtype, pre_shift=True,
+                channels_last=channels_last,
+            )
+        )  # fmt: skip
+        with prefer("triton", tier):
+            check(run_operator, p)
+            first, second = gradients(run_operator, p), gradients(run_operator, p)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_every_published_norm(channels_last: bool) -> None:
+    with SHAPES.open() as file:
+        sites = {(int(r["c_in"]), int(r["h"]), int(r["w"])) for r in csv.DictReader(file)}
+    for C, h, w in sorted(sites):
+        p = problem(2, C, h, w, groups=32, dtype=torch.bfloat16, channels_last=channels_last)
+        check(run_operator, on_gpu(p))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("waves", [1, 2])
+def test_cooperative_launches(waves: int, channels_last: bool) -> None:
+    """Several rounds of units; many repetitions, since a race shows itself now and then."""
+    p = on_gpu(problem(64, 128, 64, 64, groups=32, pre_shift=True, channels_last=channels_last))
+    m = Modulation(p.weight, p.bias, p.scale, p.shift, p.pre_shift).dense()
+    spec, sizes = Spec(32, p.eps, True, 0.0, p.x.dtype), dispatch.problem_of(p.x, 32)
+    machine, _ = dispatch._machine(p.x.device)
+    outcomes = []
+    for cooperative in (False, *(True,) * 20):
+        choice = Choice("C", 2048, 8, waves, cooperative)
+        forward, backward = (shape(d, sizes, machine, choice) for d in ("forward", "backward"))
+        y, mean, rstd = launch.forward(p.x, m, None, spec, forward)
+        dx, parameters = launch.backward(p.dy, p.x, mean, rstd, m, None, spec, backward)
+        outcomes.append((y, dx, *parameters))
+    for later in outcomes[2:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[1], later, strict=True))
+    for cooperative, separate in zip(outcomes[1], outcomes[0], strict=True):
+        torch.testing.assert_close(cooperative, separate, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_more_than_2_to_the_31_elements(channels_last: bool) -> None:
+    """The last sample, which lies beyond 32-bit offsets, comes out as when it is alone."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    x = torch.randn(9, 256, 1024, 1024, dtype=torch.bfloat16, device="cuda")
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    alone = x[-1:].clone(memory_format=torch.preserve_format).requires_grad_()
+    x.requires_grad_()
+    y, y_alone = run_operator(Problem(x, x, 32)), run_operator(Problem(alone, alone, 32))
+    torch.testing.assert_close(y[-1:], y_alone)
+    dy = torch.ones_like(y_alone)
+    (dx_alone,) = torch.autograd.grad(y_alone, alone, dy)
+    (dx,) = torch.autograd.grad(y, x, torch.ones((), device="cuda").bfloat16().expand(y.shape))
+    torch.testing.assert_close(dx[-1:], dx_alone)
+
+
+def block_and_inputs(checkpoint: CheckpointMode) -> tuple[ResBlock, Tensor, Tensor]:
+    torch.manual_seed(0)
+    block = ResBlock(64, 128, 0.1, use_scale_shift_norm=True, checkpoint=checkpoint).cuda()
+    torch.nn.init.normal_(block.out_layers[3].weight, std=0.02)
+    return block, torch.randn(4, 64, 16, 16).cuda(), torch.randn(4, 128).cuda()
+
+
+def step(block: torch.nn.Module, x: Tensor, emb: Tensor) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = block(leaf, emb)
+    return [y, *torch.autograd.grad(y.float().square().sum(), [leaf, *block.parameters()])]
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
+def test_compiles_with_inductor(checkpoint: CheckpointMode) -> None:
+    block, x, emb = block_and_inputs(checkpoint)
+    block.eval()  # inductor draws its own random numbers
+    compiled = torch.compile(block, fullgraph=True)
+    for graph, eager in zip(step(compiled, x, emb), step(block, x, emb), strict=True):
+        torch.testing.assert_close(graph, eager, rtol=2e-2, atol=2e-2)
+
+
+def test_graph_capture_replays_with_new_masks() -> None:
+    p = on_gpu(problem(2, 64, 16, 16, groups=32))
+    run_operator(p, dropout_p=0.5)  # compiles, which cannot happen under capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run_operator(p, dropout_p=0.5)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    expected = run_operator(p)
+    for drawn in (first, y):
+        torch.testing.assert_close(drawn, torch.where(drawn != 0, 2 * expected, 0.0))
+    assert not torch.equal(first != 0, y != 0)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
+def test_autocast(checkpoint: CheckpointMode) -> None:
+    block, x, emb = block_and_inputs(checkpoint)
+    block.eval()
+    exact = step(block, x, emb)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = step(block, x, emb)
+    for a, b in zip(found, exact, strict=True):
+        assert error(a, b.double()) < 5e-2
