@@ -70,8 +70,6 @@ def carry_out(request: Request, console: Console) -> int:
     _check(request)
     norms = norms_of(request.selection)
     costs, refused = gather(norms, request.archs, request.tier, console)
-    if not costs:
-        raise UsageError(f"tier {request.tier} holds none of the {len(norms)} norms: {refused[0]}")
     if request.json is not None:
         _write(request.json, costs)
     console.print(cost_table.table(costs), width=min(console.width, cost_table.WIDTH))
@@ -106,7 +104,11 @@ def _check(request: Request) -> None:
 
 def norms_of(selection: Selection) -> list[Norm]:
     """Both norms of every selected block, each once, in order."""
+    from resblock_bench.bench.workload import unsupported
+
     cells = [item.cell for item in plan([selection])]
+    for reason in filter(None, map(unsupported, cells)):
+        raise UsageError(f"{reason}: ask for layout=nchw")
     return list(dict.fromkeys(norm for cell in cells for norm in _norms(cell)))
 
 
@@ -159,6 +161,8 @@ def gather(
                 else:
                     wanted.append((norm, direction, arch, launch))
 
+    if not wanted:
+        raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
     traffic: dict[Any, Future[Any]] = {}
     codes: dict[Any, Future[Any]] = {}
     with ExitStack() as stack:

@@ -183,7 +183,9 @@ class Counter:
     def _record(self, builder: Any, direction: Direction, pointers: Any, mask: Any) -> None:
         """One access instruction. The handles are the interpreter's: NumPy addresses and mask."""
         launch = self._launches[-1]
-        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        # A mask of one lane may come as an integer.
+        active = np.asarray(mask).astype(np.bool_)
+        addresses = pointers.data[np.broadcast_to(active, pointers.data.shape)]
         # An int1 takes a byte.
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         for storage in launch.storages:

@@ -6,6 +6,7 @@ a kernel is one or the other from the moment it is defined.
 
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 
@@ -21,3 +22,5 @@ def pool(workers: int, *, interpret: bool) -> ProcessPoolExecutor:
 
 def _settle(interpret: str) -> None:
     os.environ["TRITON_INTERPRET"] = interpret
+    # A terminal sends Ctrl-C to every process; the one that waits for this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

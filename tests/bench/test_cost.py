@@ -1,0 +1,82 @@
+"""`cost` as a user runs it: what it shows, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SMALL = ["-a", "channels=32", "-a", "resolution=4", "-a", "batch=2", "-a", "layout=nchw"]
+
+
+def test_table_and_json(run_cli: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    done = run_cli("cost", *SMALL, "--arch", "90,80", "--json", str(path))
+    assert done.code == 0, done.err
+    assert "cost on sm_90/80" in done.out
+    assert "2×32×16 bf16 nchw, scale" in done.out
+    assert "backward, tier A" in done.out
+    assert "0 kernels spill registers" in done.out
+    assert max(map(len, done.out[: done.out.index("passes: over")].splitlines())) <= 100
+    costs = json.loads(path.read_text())
+    # Two norms, forward, rewritten and backward, on two architectures.
+    assert len(costs) == 2 * 3 * 2
+    for cost in costs:
+        traffic = cost["traffic"]
+        assert traffic["requested"] == traffic["dram"] == traffic["floor"]
+        names = [kernel["kernel"] for kernel in cost["kernels"]]
+        expected = {
+            "forward": ["forward: whole"],
+            "rewrite": ["forward: rewrite"],
+            "backward": ["backward: whole", "parameter_gradients"],
+        }
+        assert names == expected[cost["direction"]]
+        assert all(kernel["code"]["registers"] > 0 for kernel in cost["kernels"])
+    hashes = {(c["arch"], c["direction"], c["kernels"][0]["code"]["sass_hash"]) for c in costs}
+    assert len(hashes) == len(costs), "another architecture or modulation is other code"
+
+
+def test_a_tier_is_costed_where_it_holds(run_cli: Callable) -> None:
+    done = run_cli("cost", *SMALL, "--arch", "90", "--tier", "D")
+    assert done.code == 0, done.err
+    assert "forward, tier D" in done.out
+    assert "3.00–3.00 passes over activations" in done.out  # forward: both reads from memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "70"], "unknown architecture '70': it is one of 80, 90, 100"),
+        (["--arch", "hopper"], "write 80,90,100"),
+        (["--tier", "E"], "unknown tier 'E': it is one of A, B, C, D"),
+        (["--json", "absent/cost.json"], "absent is not a folder"),
+        (["-a", "resolution=512", "--tier", "A"], "holds none of the 4 norms: tier A holds 16384"),
+        (["-a", "dims=1"], "no channels-last layout for one spatial dimension"),
+    ],
+)
+def test_bad_requests_are_one_sentence_and_2(
+    run_cli: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("cost", *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_triton(run_cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resblock_bench.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    done = run_cli("cost", *SMALL)
+    assert done.code == 2
+    assert "Triton is not installed" in done.err
