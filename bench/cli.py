@@ -195,6 +195,42 @@ def cost(
 
 
 @app.command()
+def tune(
+    axis: AxisOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Default: the table that the kernels read."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="3m", help="Stop once this is spent, keeping the table (code 3)."),
+    ] = None,
+    no_cooperative: Annotated[
+        bool,
+        typer.Option("--no-cooperative", help="Leave out launches whose programs wait for others."),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+) -> None:
+    """Measure launch choices on this GPU, and write the table that the kernels read.
+
+    The norms of the selected blocks, heaviest first; by default those of the published models in
+    bf16. Wrong choices are refused; the table is written after every bucket.
+    """
+    from resblock_bench.bench import tune as tuning
+    from resblock_bench.bench.tune_choices import select
+    from resblock_bench.bench.units import parse_duration_s
+
+    request = tuning.Request(
+        planned=select(axis or []),
+        output=output,
+        budget_s=None if time_budget is None else parse_duration_s(time_budget),
+        cooperative=not no_cooperative,
+        seed=seed,
+    )
+    raise typer.Exit(tuning.tune(request, _console()))
+
+
+@app.command()
 def env() -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
     from resblock_bench.bench import checkup, environment
