@@ -264,6 +264,8 @@ def started(folder: Path, *more: str, **options: object) -> "subprocess.Popen[st
     command = [sys.executable, "-m", "resblock_bench.bench", "run", "-a", "channels=32"]
     command += ["-a", "resolution=4", "-a", "batch=[1:1000:+1]", "-a", "mode=inference"]
     command += ["--samples", "6", "--threads", "1", "--output", str(folder), *more]
+    # A shell's background jobs ignore Ctrl-C, and so would this process.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )  # type: ignore[call-overload, no-any-return]
