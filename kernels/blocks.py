@@ -172,8 +172,14 @@ def _add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Te
 
 def _is_plain(conv: ConvNd) -> bool:
     """Whether the convolution may be called by its parameters, without its bias."""
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks)
-    return type(conv) in get_args(ConvNd) and conv.bias is not None and not any(hooks)
+    hooks = (
+        conv._forward_hooks,
+        conv._forward_pre_hooks,
+        conv._backward_hooks,
+        conv._backward_pre_hooks,
+    )
+    untouched = type(conv) in get_args(ConvNd) and "forward" not in vars(conv) and not any(hooks)
+    return untouched and conv.bias is not None
 
 
 def check_mode(mode: CheckpointMode) -> None:

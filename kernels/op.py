@@ -164,7 +164,7 @@ class NormActConvFunction(Function):
             )
             del y
             dx, gradients = backward(
-                resample.backward(dy), x, statistics, modulation, seed, ctx.spec
+                resample.backward(dy, x.shape), x, statistics, modulation, seed, ctx.spec
             )
             return dx, *gradients, dkernel, dkernel_bias
 

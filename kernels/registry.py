@@ -64,11 +64,27 @@ def residual_add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> 
 
 
 def _plain(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    """Whether nobody is looking: no compiler, no tensor subclass, no dispatch mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _split(call: tuple[Any, ...]) -> tuple[Modulation, Tensor | None, Spec]:
-    return Modulation(*call[:5]), call[5], Spec(*call[6:])
+    return Modulation(*call[:5]).dense(), call[5], Spec(*call[6:])
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """t in the layout of x. Raises ValueError for another shape: kernels know only that of x."""
+    if t.shape != x.shape:
+        raise ValueError(f"expected shape {tuple(x.shape)}, received {tuple(t.shape)}")
+    return t.contiguous(memory_format=memory_format(x))
 
 
 # The implementations. Triton launches on the current device, whatever x's is.
@@ -76,6 +92,7 @@ def _split(call: tuple[Any, ...]) -> tuple[Modulation, Tensor | None, Spec]:
 
 def _forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
+    x = _dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = launch_for("forward", x, spec.num_groups)
@@ -84,6 +101,7 @@ def _forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
     _check(x)
+    x = _dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = rewrite_launch_for(x, spec.num_groups)
@@ -92,17 +110,19 @@ def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
 
 def _backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> tuple[Tensor, ...]:
     _check(x)
+    x = _dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = launch_for("backward", x, spec.num_groups)
-        dx, gradients = launch.backward(dy, x, mean, rstd, modulation, seed, spec, how)
+        dx, gradients = launch.backward(_like(dy, x), x, mean, rstd, modulation, seed, spec, how)
     return dx, *(_empty(x) if g is None else g for g in gradients)
 
 
 def _residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     _check(h)
+    h = _dense(h)
     with torch.cuda.device_of(h):
-        return launch.residual(skip, h, bias, scale)
+        return launch.residual(_like(skip, h), h, bias, scale)
 
 
 def _check(x: Tensor) -> None:
@@ -121,11 +141,11 @@ def _empty(x: Tensor) -> Tensor:
 def _fake_forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = _split(call)[2]
     mean = x.new_empty((x.shape[0], spec.num_groups), dtype=torch.float32)
-    return torch.empty_like(x, dtype=spec.out_dtype), mean, torch.empty_like(mean)
+    return torch.empty_like(_dense(x), dtype=spec.out_dtype), mean, torch.empty_like(mean)
 
 
 def _fake_rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
-    return torch.empty_like(x, dtype=_split(call)[2].out_dtype)
+    return torch.empty_like(_dense(x), dtype=_split(call)[2].out_dtype)
 
 
 def _fake_backward(
@@ -133,11 +153,11 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     rows = _split(call)[0]
     gradients = (_empty(x) if t is None else t.new_empty(t.shape) for t in rows)
-    return torch.empty_like(x), *gradients
+    return torch.empty_like(_dense(x)), *gradients
 
 
 def _fake_residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    return torch.empty_like(h, dtype=torch.promote_types(skip.dtype, h.dtype))
+    return torch.empty_like(_dense(h), dtype=torch.promote_types(skip.dtype, h.dtype))
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -150,7 +170,6 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _forward_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     x, mean, rstd, *tensors = ctx.saved_tensors
-    dy = dy.contiguous(memory_format=memory_format(x))
     dx, *gradients = torch.ops.resblock_bench.group_norm_silu_backward(
         dy, x, mean, rstd, *tensors, *ctx.spec
     )

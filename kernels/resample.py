@@ -23,10 +23,16 @@ class Resample(NamedTuple):
             return _repeat(h)
         return _mean(h) if self.mode == "down" else h
 
-    def backward(self, dh: Tensor) -> Tensor:
+    def backward(self, dh: Tensor, size: torch.Size) -> Tensor:
+        """The gradient of what `forward` read, which had this shape."""
         if self.mode == "up":
             return _mean(dh) * float(_window(dh)[1])
-        return _repeat(dh) / float(_window(dh)[1]) if self.mode == "down" else dh
+        if self.mode is None:
+            return dh
+        dh = _repeat(dh) / float(_window(dh)[1])
+        # Pooling leaves out the last row and column of an odd size.
+        missing = [wanted - found for wanted, found in zip(size[2:], dh.shape[2:], strict=True)]
+        return F.pad(dh, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else dh
 
 
 def _window(h: Tensor) -> tuple[tuple[int, ...], int]:

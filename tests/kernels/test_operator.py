@@ -142,6 +142,12 @@ def test_layout_is_kept(run: Runner, channels_last: bool) -> None:
     assert outcome["x"].is_contiguous(memory_format=layout)
 
 
+def test_layout_of_volumes_is_kept(run: Runner) -> None:
+    outcome = gradients(run, problem(2, 6, 2, 3, 4, groups=2, channels_last=True))
+    assert outcome["y"].is_contiguous(memory_format=torch.channels_last_3d)
+    assert outcome["x"].is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_strided_input_is_copied_not_misread(run: Runner) -> None:
     p = problem(2, 6, 8, 5, groups=2)
     check(run, replace(p, x=p.x[:, :, ::2], dy=p.dy[:, :, ::2]))
@@ -252,10 +258,12 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cached.cache_clear()
 
 
+# NumPy, in the interpreter: lanes past the end, which are 1e4 from the mean and never stored.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("tier", ["B", "C", "D"])
 def test_several_tiles_to_a_program(crowded: None, tier: tiers.Tier, channels_last: bool) -> None:
-    p = problem(3, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last)
+    p = problem(3, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last, mean=1e4)
     with dispatch.prefer("triton", tier):
         launch = dispatch.launch_for("forward", p.x, 2)
         assert launch.block_hw < 9 * 17

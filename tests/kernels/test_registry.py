@@ -63,6 +63,36 @@ def test_residual_operator(bias: bool) -> None:
     torch.library.opcheck(OPS.residual_add.default, (*tensors, b, 0.5))
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(2, 6, 65, 65), (3, 5, 7, 9), (2, 70, 30, 3)], ids=str)
+def test_residual_values(shape: tuple[int, ...], channels_last: bool) -> None:
+    """More than one tile both ways; skip comes in another layout than h."""
+    skip, h, bias = torch.randn(shape), torch.randn(shape), torch.randn(shape[1])
+    if channels_last:
+        h = h.contiguous(memory_format=torch.channels_last)
+    y = OPS.residual_add(skip, h, bias, 0.5)
+    torch.testing.assert_close(y, (skip + h + bias[:, None, None]) * 0.5)
+    assert y.stride() == h.stride()
+
+
+def test_operators_called_with_strided_tensors_or_wrong_shapes() -> None:
+    """Nobody has checked these arguments: they are copied, or refused, and never misread."""
+    x, *call = arguments(everything=False)
+    assert isinstance(x, Tensor)
+    wide = torch.stack([x.detach(), x.detach()], dim=-1)[..., 0]
+    with torch.no_grad():
+        assert torch.equal(OPS.group_norm_silu(wide, *call)[0], OPS.group_norm_silu(x, *call)[0])
+        with pytest.raises(ValueError, match=r"expected shape \(2, 6, 4, 5\), received \(1, 6"):
+            OPS.residual_add(x[:1], x, None, 1.0)
+
+
+def test_tracing_sees_the_operator() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda x: group_norm_silu(x, 2))(torch.randn(2, 6, 4, 4)).graph
+    assert any("group_norm_silu" in str(node.target) for node in graph.nodes)
+
+
 def test_registered_autograd_equals_the_eager_path() -> None:
     inputs = arguments(everything=True)
     y = OPS.group_norm_silu(*inputs)[0]
