@@ -58,13 +58,13 @@ def test_mask_differs_between_samples_and_channels(dropping: Runner) -> None:
     assert not torch.equal(mask[:, 0], mask[:, 1])
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 30, 34), (1, 64, 9, 9)], ids=["HW % 4 = 0", "HW odd"])
+@pytest.mark.parametrize("shape", [(1, 8, 30, 34), (1, 256, 3, 3)], ids=["HW % 4 = 0", "HW odd"])
 def test_neighbours_are_dropped_independently(dropping: Runner, shape: tuple[int, ...]) -> None:
     """Four positions share a draw, and must not share its bits; nor must channels."""
     kept = (dropping(problem(*shape, groups=1)) != 0).double().flatten(2)
     pairs = [(kept[..., :-d], kept[..., d:]) for d in (1, 2, 3, 4)]
     pairs.append((kept[:, :-1], kept[:, 1:]))
-    pairs.append((kept[:, :-1, -3:], kept[:, 1:, :3]))  # the end of one channel, the next one's
+    pairs.append((kept[:, :-1, -1], kept[:, 1:, 0]))  # the end of one channel, the next one's
     for a, b in pairs:
         both, expected = float((a * b).mean()), 0.36
         assert abs(both - expected) < 4 * (expected / a.numel()) ** 0.5 + 0.02
