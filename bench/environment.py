@@ -28,12 +28,14 @@ def gather(threads: int) -> Environment:
         memory_bytes=memory_bytes(),
         gpu=gpu.name if gpu else None,
         gpu_memory_bytes=gpu.total_memory if gpu else None,
+        gpu_uuid=str(gpu.uuid) if gpu else None,
         gpu_driver=gpu_driver() if gpu else None,
         os=platform.platform(),
         threads=threads,
         versions=versions(),
         commit=commit,
         dirty=dirty,
+        ceilings=None,
     )
 
 

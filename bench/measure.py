@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import platform
 import statistics
 import traceback
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from resblock_bench.bench import stats
 from resblock_bench.bench.correctness import TruthStore, check, checked_cell
 from resblock_bench.bench.devices import Device, forget_cell
+from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.grid import PlannedCell
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
 from resblock_bench.bench.records import (
@@ -57,7 +59,11 @@ def contract_of(cell: Cell, session: Session) -> Contract:
         timer=timer.name,
         threads=session.environment.threads,
         warmup_s=rule.warmup_s,
+        warmup_max_s=rule.warmup_max_s,
         warmup_min_steps=rule.warmup_min_steps,
+        steady=rule.steady,
+        burst_s=rule.burst_s,
+        gap_s=rule.gap_s,
         confidence=rule.confidence,
         rel_half_width=rule.rel_half_width,
         min_samples=rule.min_samples,
@@ -93,7 +99,10 @@ def measure_cell(planned: PlannedCell, session: Session) -> Row:
         **{
             **dict.fromkeys(Row.__struct_fields__),
             "schema_version": SCHEMA_VERSION,
-            "id": cell_id(cell, contract),
+            "id": cell_id(cell, contract, code_fingerprint()),
+            "attempt": 1,
+            "code": code_fingerprint(),
+            "host": platform.node(),
             "axes": cell,
             "multiplicity": planned.multiplicity,
             "contract": contract,
@@ -150,6 +159,8 @@ def _timing_fields(timing: Timing, cell: Cell, rule: Rule) -> dict[str, Any]:
         "outliers": stats.outlier_count(timing.samples_ms),
         "warmup_steps": timing.warmup_steps,
         "warmup_s": timing.warmup_s,
+        "warmup_steady": timing.warmup_steady,
+        "bursts": timing.bursts,
         "throughput_images_per_s": cell.batch / median_ms * 1e3,
     }
 

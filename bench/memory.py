@@ -129,4 +129,7 @@ def _memory(
         peak_bytes=peak,
         peak_above_baseline_bytes=peak - baseline,
         saved_for_backward_bytes=saved,
+        cold_peak_bytes=None,
+        reserved_peak_bytes=None,
+        process_bytes=None,
     )

@@ -1,8 +1,8 @@
 """What a run leaves behind: the structs that are written as JSON and strictly checked when read.
 
-A row is self-describing: the cell's axes, how it was timed, on what, by which commit. Unknown
-keys, missing keys and wrong types are errors on reading. A number that is not finite is written
-as null.
+A row is self-describing: the cell's axes, how it was timed, on what, under which conditions, by
+which code. Unknown keys, missing keys and wrong types are errors on reading. A number that is not
+finite is written as null.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 DType = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["nchw", "nhwc"]
@@ -19,7 +19,7 @@ Mode = Literal["inference", "forward", "train"]
 Checkpoint = Literal["none", "selective", "full"]
 Conditioning = Literal["scale_shift", "add"]
 UpDown = Literal["none", "up", "down"]
-Status = Literal["ok", "skipped", "failed", "oom", "wrong"]
+Status = Literal["ok", "skipped", "failed", "oom", "timeout", "crashed", "impossible", "wrong"]
 StopRule = Literal["precision", "time", "samples"]
 
 Positive = Annotated[int, Meta(gt=0)]
@@ -62,7 +62,11 @@ class Contract(Record, frozen=True, kw_only=True):
     timer: str
     threads: Positive
     warmup_s: NonNegative
+    warmup_max_s: NonNegative
     warmup_min_steps: Count
+    steady: NonNegative
+    burst_s: NonNegative
+    gap_s: NonNegative
     confidence: Annotated[float, Meta(gt=0, lt=1)]
     rel_half_width: Annotated[float, Meta(gt=0)]
     min_samples: Positive
@@ -77,13 +81,22 @@ class Contract(Record, frozen=True, kw_only=True):
 
 
 class Memory(Record, frozen=True, kw_only=True):
-    """Bytes of one warm step; see memory.py for what each method counts."""
+    """Bytes of one step; see memory.py for what each method counts.
+
+    `peak_bytes` is that of a warm step and repeats to the byte; `cold_peak_bytes` that of the first
+    step in its process; `reserved_peak_bytes` what the caching allocator held of the device;
+    `process_bytes` what the driver or the operating system charged the process with, which does
+    not repeat exactly. Null where there is no such number.
+    """
 
     method: Literal["mem_tracker", "cuda_allocator", "fake_tensors"]
     baseline_bytes: Count
     peak_bytes: Count
     peak_above_baseline_bytes: Count
     saved_for_backward_bytes: Count
+    cold_peak_bytes: Count | None
+    reserved_peak_bytes: Count | None
+    process_bytes: Count | None
 
 
 class Correctness(Record, frozen=True, kw_only=True):
@@ -99,6 +112,59 @@ class Correctness(Record, frozen=True, kw_only=True):
     dropout: float
 
 
+class Ceilings(Record, frozen=True, kw_only=True):
+    """What this machine reaches at best, measured at the start of a run; see ceilings.py.
+
+    `copy_bytes_per_s` is that of a copy far larger than the caches, bytes read plus bytes written;
+    `peak_bytes_per_s` the best over all sizes, caches included; `matrix_flops_per_s` that of a
+    large matrix product by dtype, two operations a multiply-add.
+    """
+
+    copy_bytes_per_s: Annotated[float, Meta(gt=0)]
+    peak_bytes_per_s: Annotated[float, Meta(gt=0)]
+    matrix_flops_per_s: dict[str, Annotated[float, Meta(gt=0)]]
+
+
+class Floor(Record, frozen=True, kw_only=True):
+    """The least that a step must do, and how long this machine's ceilings need for it.
+
+    `bytes` are the inputs read once and the results written once; `flops` those of the reference's
+    convolutions and linears; `share` the larger of the two times over the measured median.
+    """
+
+    bytes: Count
+    flops: Count
+    bytes_ms: NonNegative
+    flops_ms: NonNegative
+    share: NonNegative | None
+
+
+class Conditions(Record, frozen=True, kw_only=True):
+    """The machine while a cell was timed: counters after minus before, gauges before and after.
+
+    `throttled_us` are the microseconds that the device was held back, by reason; `energy_j` the
+    device's; `foreign_processes` other processes on the GPU; `foreign_cpus` and `stolen_cpus` the
+    mean number of CPUs that other programs and the hypervisor took. `disturbances` are sentences
+    that say why the timing should not be trusted, `notes` what could not be read. Null where the
+    machine does not say.
+    """
+
+    source: str
+    sm_clock_mhz: tuple[float, float] | None
+    memory_clock_mhz: tuple[float, float] | None
+    temperature_c: tuple[float, float] | None
+    power_w: tuple[float, float] | None
+    energy_j: NonNegative | None
+    energy_j_per_image: NonNegative | None
+    throttled_us: dict[str, Count] | None
+    foreign_processes: Count | None
+    cpu_mhz: tuple[float, float] | None
+    foreign_cpus: float | None
+    stolen_cpus: float | None
+    disturbances: list[str]
+    notes: list[str]
+
+
 class Environment(Record, frozen=True, kw_only=True):
     """The machine and the software of a run; null where unknown or absent."""
 
@@ -110,28 +176,39 @@ class Environment(Record, frozen=True, kw_only=True):
     memory_bytes: int | None
     gpu: str | None
     gpu_memory_bytes: int | None
+    gpu_uuid: str | None
     gpu_driver: str | None
     os: str
     threads: int
     versions: dict[str, str | None]
     commit: str | None
     dirty: bool | None
+    ceilings: Ceilings | None
 
 
 class Row(Record, frozen=True, kw_only=True):
     """One measured cell. Times are raw and in milliseconds; bytes are exact.
 
-    `ci_low_ms, ci_high_ms` is the distribution-free confidence interval of the median;
-    `outliers` counts the samples outside Tukey's fences, none of which is removed.
+    `ci_low_ms, ci_high_ms` is the distribution-free confidence interval of the median, `bursts` the
+    number of samples in each burst; `outliers` counts the samples outside Tukey's fences, none of
+    which is removed. The `graph_` figures are those of a CUDA graph's replay of the same step.
+    `wall_s` is all that the cell took, `overhead_s` the part of it spent on starting and ending its
+    process. `attempt` counts from 1; of the attempts at a cell the last one stands. `output` is the
+    end of what the process of a cell that failed printed; `snapshot` a file in the run folder for
+    PyTorch's memory viewer.
     """
 
     schema_version: int
     id: str
+    attempt: Positive
     status: Status
     reason: str | None
+    output: str | None
+    snapshot: str | None
     axes: Cell
     multiplicity: Positive
     samples_ms: list[Annotated[float, Meta(gt=0)]] | None
+    bursts: list[Positive] | None
     median_ms: float | None
     ci_low_ms: float | None
     ci_high_ms: float | None
@@ -139,22 +216,34 @@ class Row(Record, frozen=True, kw_only=True):
     outliers: Count | None
     warmup_steps: Count | None
     warmup_s: NonNegative | None
+    warmup_steady: bool | None
     throughput_images_per_s: float | None
+    graph_samples_ms: list[Annotated[float, Meta(gt=0)]] | None
+    graph_median_ms: float | None
+    graph_note: str | None
+    floor: Floor | None
     memory: Memory | None
+    memory_limit_bytes: Count | None
     memory_note: str | None
     correctness: Correctness | None
+    conditions: Conditions | None
     contract: Contract
+    code: str
     device_name: str
+    device_uuid: str | None
+    host: str
     versions: dict[str, str | None]
     commit: str | None
     dirty: bool | None
     seed: int
     started_at: str
+    wall_s: NonNegative | None
+    overhead_s: NonNegative | None
 
 
-def cell_id(cell: Cell, contract: Contract) -> str:
-    """The content address of a cell: 16 hexadecimal digits over schema, axes and contract."""
-    content = msgspec.json.encode([SCHEMA_VERSION, cell, contract], order="deterministic")
+def cell_id(cell: Cell, contract: Contract, code: str) -> str:
+    """The content address of a cell: 16 hexadecimal digits over schema, axes, contract and code."""
+    content = msgspec.json.encode([SCHEMA_VERSION, cell, contract, code], order="deterministic")
     return hashlib.sha256(content).hexdigest()[:16]
 
 

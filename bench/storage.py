@@ -154,9 +154,9 @@ def _read_row(line: bytes, place: str) -> Row:
         raise UsageError(
             f"{place} is damaged: {error}; remove that line to read the rest"
         ) from None
-    if row.id != cell_id(row.axes, row.contract):
+    if row.id != cell_id(row.axes, row.contract, row.code):
         raise UsageError(
-            f"{place} was changed: its id {row.id} is not the address of its axes and contract; "
-            "remove that line to read the rest"
+            f"{place} was changed: its id {row.id} is not the address of its axes, contract "
+            "and code; remove that line to read the rest"
         )
     return row

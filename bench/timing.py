@@ -35,7 +35,11 @@ class Rule:
     """When to stop: warm-up, wanted precision of the median, and the limits."""
 
     warmup_s: float = 0.1
+    warmup_max_s: float = 1.0
     warmup_min_steps: int = 2
+    steady: float = 0.02
+    burst_s: float = 0.1
+    gap_s: float = 0.01
     confidence: float = 0.95
     rel_half_width: float = 0.02
     min_samples: int = 8
@@ -51,6 +55,8 @@ class Timing:
     stop_rule: StopRule
     warmup_steps: int
     warmup_s: float
+    warmup_steady: bool
+    bursts: list[int]
 
 
 def time_fn(
@@ -89,7 +95,7 @@ def time_fn(
         while stop is None:
             samples.append(sample_ms())
             stop = _stop(samples, clock() - started, rule)
-        return Timing(samples, stop, warmup_steps, warmup_s)
+        return Timing(samples, stop, warmup_steps, warmup_s, True, [len(samples)])
     finally:
         timer.close()
 

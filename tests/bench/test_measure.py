@@ -18,7 +18,7 @@ def test_a_row_is_self_describing(measure: Callable[..., Row], session: Session)
     assert row.status == "ok"
     assert row.axes.batch == 3
     assert row.contract == contract_of(row.axes, session)
-    assert row.id == cell_id(row.axes, row.contract)
+    assert row.id == cell_id(row.axes, row.contract, row.code)
     assert row.versions["torch"] == torch.__version__
     assert row.started_at.endswith("+00:00")
 
@@ -123,15 +123,15 @@ def test_the_id_depends_on_every_axis(
     session: Session, make_cell: Callable[..., Cell], change: dict[str, object]
 ) -> None:
     contract = contract_of(make_cell(), session)
-    assert cell_id(make_cell(**change), contract) != cell_id(make_cell(), contract)
+    assert cell_id(make_cell(**change), contract, "c") != cell_id(make_cell(), contract, "c")
 
 
 def test_the_id_depends_on_the_contract(session: Session, make_cell: Callable[..., Cell]) -> None:
     contract = contract_of(make_cell(), session)
-    ids = {cell_id(make_cell(), contract)}
+    ids = {cell_id(make_cell(), contract, "c"), cell_id(make_cell(), contract, "d")}
     for field in ("threads", "max_samples", "min_samples"):
-        ids.add(cell_id(make_cell(), msgspec.structs.replace(contract, **{field: 77})))
-    assert len(ids) == 4
+        ids.add(cell_id(make_cell(), msgspec.structs.replace(contract, **{field: 77}), "c"))
+    assert len(ids) == 5
 
 
 def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[..., Cell]) -> None:
@@ -143,7 +143,11 @@ def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[...
         timer="perf_counter",
         threads=2,
         warmup_s=0.1,
+        warmup_max_s=1.0,
         warmup_min_steps=2,
+        steady=0.02,
+        burst_s=0.1,
+        gap_s=0.01,
         confidence=0.95,
         rel_half_width=0.02,
         min_samples=8,
@@ -156,4 +160,4 @@ def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[...
         precision="precision",
         inputs="inputs",
     )
-    assert (SCHEMA_VERSION, cell_id(make_cell(), contract)) == (1, "d3de3f5cb677e0d9")
+    assert (SCHEMA_VERSION, cell_id(make_cell(), contract, "code")) == (2, "07d945c95032e4da")

@@ -134,7 +134,7 @@ def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None
         (lambda row: {k: v for k, v in row.items() if k != "status"}, "line 2 is damaged.*status"),
         (lambda row: {**row, "status": "great"}, "line 2 is damaged.*great"),
         (lambda row: {**row, "multiplicity": "1"}, "line 2 is damaged.*multiplicity"),
-        (lambda row: {**row, "schema_version": 2}, "line 2 has schema version 2.*reads 1"),
+        (lambda row: {**row, "schema_version": 9}, "line 2 has schema version 9.*reads 2"),
         (lambda row: {**row, "axes": {**row["axes"], "batch": 9}}, "line 2 was changed"),
         (lambda row: {**row, "id": "0" * 16}, "line 2 was changed"),
     ],
