@@ -70,6 +70,28 @@ def run(
         str | None,
         typer.Option(metavar="8m", help="Stop between two cells once this is spent (code 3)."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Measure what the run in --output lacks, and nothing else."),
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="With --resume: again what has no measurement."),
+    ] = False,
+    ignore_oom_record: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-oom-record",
+            help="Try cells larger than one that ran out of memory; on resuming, that one, too.",
+        ),
+    ] = False,
+    timeout: Annotated[
+        str, typer.Option(metavar="5m", help="What a cell may take before it is ended.")
+    ] = "5m",
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="4GiB", help="What a CPU cell may allocate. Default: what is free."),
+    ] = None,
     max_time: Annotated[
         str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
     ] = None,
@@ -95,9 +117,14 @@ def run(
     from resblock_bench.bench.devices import default_kind, device_kind
     from resblock_bench.bench.grid import plan
     from resblock_bench.bench.listing import planned_cells
+    from resblock_bench.bench.plan import Plan
     from resblock_bench.bench.presets import choose
     from resblock_bench.bench.sweep import Request, carry_out
-    from resblock_bench.bench.units import parse_duration_s
+    from resblock_bench.bench.units import parse_bytes, parse_duration_s
+
+    for flag, given in (("--retry-failed", retry_failed),):
+        if given and not resume:
+            raise UsageError(f"{flag} goes with --resume: it looks at the rows of an earlier run")
 
     kind = None if device is None else device_kind(device)
     sweep = choose(axis or [], preset, config, kind or default_kind())
@@ -107,18 +134,28 @@ def run(
     if samples is not None:
         rule = dataclasses.replace(rule, min_samples=samples, max_samples=samples)
     budget_s = None if time_budget is None else parse_duration_s(time_budget)
-    planned = plan(sweep.grids)
+    planned = plan(sweep.grids, by_value=budget_s is not None)
     console = _console()
     if dry_run:
         console.print(planned_cells(planned))
         return
-    request = Request(
-        planned=planned,
+    asked = Plan(
         device=kind or sweep.device or default_kind(),
         rule=rule,
         seed=seed,
-        output=output,
         threads=threads,
+        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
+        cells=planned,
+    )
+    # An earlier run knows its own cells, unless some are named.
+    named = bool(axis or preset or config)
+    request = Request(
+        plan=asked if named or not resume else None,
+        output=output,
+        resume=resume,
+        retry=retry_failed,
+        ignore_oom=ignore_oom_record,
+        timeout_s=parse_duration_s(timeout),
         budget_s=budget_s,
         plots=not no_plots,
     )

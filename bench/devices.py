@@ -14,6 +14,20 @@ Kind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
+class Tools:
+    """How a kind of device is timed: what the contract says without opening one."""
+
+    timer: type[CpuTimer] | type[CudaTimer]
+    backend: str
+
+
+TOOLS: dict[Kind, Tools] = {
+    "cpu": Tools(CpuTimer, "default"),
+    "cuda": Tools(CudaTimer, "TF32 off, cudnn.benchmark on"),
+}
+
+
+@dataclass(frozen=True)
 class Device:
     """What a measurement needs of the device it runs on."""
 
@@ -22,7 +36,6 @@ class Device:
     name: str
     timer: Timer
     meter: MemoryMeter
-    backend: str
 
 
 def default_kind() -> Kind:
@@ -46,7 +59,7 @@ def open_device(kind: Kind, threads: int) -> Device:
     torch.set_num_threads(threads)
     if kind == "cpu":
         name = environment.cpu_model() or "CPU"
-        return Device(kind, torch.device("cpu"), name, CpuTimer(), TrackerMeter(), "default")
+        return Device(kind, torch.device("cpu"), name, CpuTimer(), TrackerMeter())
     if not torch.cuda.is_available():
         raise UsageError(
             "device 'cuda' was asked for, but PyTorch sees no GPU: use --device cpu, or install a "
@@ -62,11 +75,4 @@ def open_device(kind: Kind, threads: int) -> Device:
         torch.cuda.get_device_name(device),
         CudaTimer(device),
         CudaMeter(device),
-        "TF32 off, cudnn.benchmark on",
     )
-
-
-def forget_cell(device: Device) -> None:
-    """Give back what a finished cell left in the allocator's cache."""
-    if device.kind == "cuda":
-        torch.cuda.empty_cache()

@@ -1,31 +1,41 @@
-"""One cell in, one row out: checked, then measured, whatever happens on the way."""
+"""One cell in, one row out: checked, then measured, whatever happens on the way.
+
+`measure` runs in the cell's own process. What a row holds besides measurements is the task's, so
+that the process that waits can write the row of a cell that never answered.
+"""
 
 import datetime
 import gc
 import platform
 import statistics
+import time
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from resblock_bench.bench import stats
-from resblock_bench.bench.correctness import TruthStore, check, checked_cell
-from resblock_bench.bench.devices import Device, forget_cell
+from resblock_bench.bench.correctness import check, checked_cell
+from resblock_bench.bench.devices import TOOLS, Device, Kind, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
-from resblock_bench.bench.grid import PlannedCell
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
     Cell,
     Contract,
+    Count,
     Environment,
+    Positive,
+    Record,
     Row,
+    Status,
     cell_id,
 )
 from resblock_bench.bench.timing import Rule, Timing, time_fn
+from resblock_bench.bench.truth_file import read_truth
 from resblock_bench.bench.workload import (
     INPUTS,
     PRECISION,
@@ -36,28 +46,34 @@ from resblock_bench.bench.workload import (
     unsupported,
 )
 
+Announce = Callable[[str], None]
 
-@dataclass
-class Session:
-    """What the cells of one run share."""
 
-    device: Device
-    environment: Environment
+class Task(Record, frozen=True, kw_only=True):
+    """A cell with all that its process needs to know; it travels as JSON.
+
+    `memory_limit_bytes` is what a cell on a CPU may allocate, None for no limit; `telemetry` a
+    recorded trace that stands for the machine's own counters.
+    """
+
+    cell: Cell
+    multiplicity: Positive
+    attempt: Positive
+    device: Kind
     rule: Rule
     seed: int
-    truths: TruthStore = field(init=False)
+    environment: Environment
+    memory_limit_bytes: Count | None
+    telemetry: str | None
 
-    def __post_init__(self) -> None:
-        self.truths = TruthStore(self.device.torch_device, self.seed)
 
-
-def contract_of(cell: Cell, session: Session) -> Contract:
-    """The conditions under which a cell of this session is timed."""
-    rule, timer = session.rule, session.device.timer
+def contract_of(task: Task) -> Contract:
+    """The conditions under which a task's cell is timed."""
+    rule, tools = task.rule, TOOLS[task.device]
     return Contract(
-        device=session.device.kind,
-        timer=timer.name,
-        threads=session.environment.threads,
+        device=task.device,
+        timer=tools.timer.name,
+        threads=task.environment.threads,
         warmup_s=rule.warmup_s,
         warmup_max_s=rule.warmup_max_s,
         warmup_min_steps=rule.warmup_min_steps,
@@ -69,57 +85,75 @@ def contract_of(cell: Cell, session: Session) -> Contract:
         min_samples=rule.min_samples,
         max_samples=rule.max_samples,
         max_time_s=rule.max_time_s,
-        l2=timer.l2,
-        backend=session.device.backend,
-        seed=session.seed,
-        step=STEPS[cell.mode],
+        l2=tools.timer.l2,
+        backend=tools.backend,
+        seed=task.seed,
+        step=STEPS[task.cell.mode],
         precision=PRECISION,
         inputs=INPUTS,
     )
 
 
-def measure_cell(planned: PlannedCell, session: Session) -> Row:
-    """The row of a cell. An exception becomes the row's status and reason; only interrupts pass."""
-    cell = planned.cell
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    reason = unsupported(cell) or IMPLEMENTATIONS[cell.impl].unusable(session.device.kind)
-    found: dict[str, Any]
-    if reason is not None:
-        found = {"status": "skipped", "reason": reason}
-    else:
-        try:
-            found = _measured(cell, session)
-        except Exception as error:
-            found = {"status": _status(error), "reason": _reason(error)}
-    gc.collect()
-    forget_cell(session.device)
-    contract = contract_of(cell, session)
-    environment = session.environment
+def id_of(task: Task) -> str:
+    """The id that the task's row will have."""
+    return cell_id(task.cell, contract_of(task), code_fingerprint())
+
+
+def why_skipped(cell: Cell, device: Kind) -> str | None:
+    """Why a cell cannot be measured here, known without trying."""
+    return unsupported(cell) or IMPLEMENTATIONS[cell.impl].unusable(device)
+
+
+def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) -> Row:
+    """The row of a task with what was found; all else is null."""
+    contract, environment = contract_of(task), task.environment
+    now = datetime.datetime.now(datetime.timezone.utc)
     return Row(
         **{
             **dict.fromkeys(Row.__struct_fields__),
             "schema_version": SCHEMA_VERSION,
-            "id": cell_id(cell, contract, code_fingerprint()),
-            "attempt": 1,
-            "code": code_fingerprint(),
-            "host": platform.node(),
-            "axes": cell,
-            "multiplicity": planned.multiplicity,
+            "id": cell_id(task.cell, contract, code_fingerprint()),
+            "attempt": task.attempt,
+            "status": status,
+            "reason": reason,
+            "axes": task.cell,
+            "multiplicity": task.multiplicity,
+            "memory_limit_bytes": task.memory_limit_bytes,
             "contract": contract,
-            "device_name": session.device.name,
+            "code": code_fingerprint(),
+            "device_name": (environment.gpu if task.device == "cuda" else environment.cpu) or "CPU",
+            "device_uuid": environment.gpu_uuid if task.device == "cuda" else None,
+            "host": platform.node(),
             "versions": environment.versions,
             "commit": environment.commit,
             "dirty": environment.dirty,
-            "seed": session.seed,
-            "started_at": started,
+            "seed": task.seed,
+            "started_at": now.isoformat(timespec="seconds"),
             **found,
         }
     )
 
 
-def _measured(cell: Cell, session: Session) -> dict[str, Any]:
-    device, seed = session.device, session.seed
-    truth = session.truths.of(cell)
+def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) -> Row:
+    """The row of a cell. An exception becomes the row's status and reason; only interrupts pass.
+
+    truth       the file of the site's truth
+    announce    told which phase begins
+    """
+    started = time.monotonic()
+    device = open_device(task.device, task.environment.threads)
+    row = row_of(task, "failed", device_name=device.name)
+    try:
+        found = _measured(task, truth, device, announce)
+    except Exception as error:
+        found = {"status": status_of(error), "reason": reason_of(error)}
+    return replace(row, **found, wall_s=time.monotonic() - started)
+
+
+def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) -> dict[str, Any]:
+    cell, seed = task.cell, task.seed
+    announce("check")
+    truth = read_truth(truth_file)
     weights = draw_weights(cell, seed)
     inputs = draw_inputs(cell, device.torch_device, seed)
     workload = Workload(checked_cell(cell), weights, inputs, device.torch_device)
@@ -134,16 +168,21 @@ def _measured(cell: Cell, session: Session) -> dict[str, Any]:
         }
     if cell.dropout:
         workload = Workload(cell, weights, inputs, device.torch_device)
+    announce("memory")
     memory_note = device.meter.unusable(cell.impl)
     memory = device.meter.measure(workload) if memory_note is None else None
+    announce("timing")
+    del truth
+    gc.collect()
     torch.manual_seed(seed)  # the masks of dropout
-    timing = time_fn(workload.step, device.timer, session.rule, prepare=workload.reset)
+    timing = time_fn(workload.step, device.timer, task.rule, prepare=workload.reset)
     return {
         "status": "ok",
+        "reason": None,
         "correctness": correctness,
         "memory": memory,
         "memory_note": memory_note,
-        **_timing_fields(timing, cell, session.rule),
+        **_timing_fields(timing, cell, task.rule),
     }
 
 
@@ -152,6 +191,7 @@ def _timing_fields(timing: Timing, cell: Cell, rule: Rule) -> dict[str, Any]:
     low, high = stats.median_interval(timing.samples_ms, rule.confidence) or (None, None)
     return {
         "samples_ms": timing.samples_ms,
+        "bursts": timing.bursts,
         "median_ms": median_ms,
         "ci_low_ms": low,
         "ci_high_ms": high,
@@ -160,12 +200,12 @@ def _timing_fields(timing: Timing, cell: Cell, rule: Rule) -> dict[str, Any]:
         "warmup_steps": timing.warmup_steps,
         "warmup_s": timing.warmup_s,
         "warmup_steady": timing.warmup_steady,
-        "bursts": timing.bursts,
         "throughput_images_per_s": cell.batch / median_ms * 1e3,
     }
 
 
-def _status(error: Exception) -> str:
+def status_of(error: Exception) -> Status:
+    """What an exception means for a row."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "oom"
     # The CPU allocator has no exception class of its own.
@@ -174,7 +214,7 @@ def _status(error: Exception) -> str:
     return "skipped" if could_not_compile(error) else "failed"
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Class, first line, and the innermost line of code, which is where a reader starts."""
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,27 +1,94 @@
-"""From planned cells to rows, one after the other, as a lazy iterator.
+"""From tasks to rows, whatever engine measures them, as a lazy iterator.
 
-What measures a cell is an argument, so that other engines (a process a cell, many GPUs) fit in.
+What is decided here needs no measurement: which cell comes next, that the time budget is spent,
+that a cell is larger than one of its series which ran out of memory.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.records import Row
+import msgspec
 
-Measure = Callable[[PlannedCell], Row]
+from resblock_bench.bench.engines import Engine
+from resblock_bench.bench.measure import Task, row_of, why_skipped
+from resblock_bench.bench.records import Cell, Row, cell_name
+
+_SIZES = ("batch", "resolution", "channels", "out_channels")
+EXPECTED_OOM = "out of memory is expected"
+"""How the reason of a row begins that was skipped because a smaller cell ran out of memory."""
 
 
-def run_cells(
-    planned: Iterable[PlannedCell],
-    measure: Measure,
+class OomRecord:
+    """The cells that ran out of memory, and which others therefore will.
+
+    A series are the cells that differ in batch, resolution and channels only, whatever model they
+    are from; a cell is larger than another of its series if none of these is smaller.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._cells: list[Cell] = []
+        for row in rows:
+            self.note(row)
+
+    def note(self, row: Row) -> None:
+        if row.status == "oom":
+            self._cells.append(row.axes)
+
+    def verdict(self, cell: Cell) -> str | None:
+        """Why the cell need not be tried, or None."""
+        for other in self._cells:
+            if _is_larger(cell, other):
+                return f"{EXPECTED_OOM}: {cell_name(other)}, which is no larger, ran out of memory"
+        return None
+
+
+def _is_larger(cell: Cell, other: Cell) -> bool:
+    if any(getattr(cell, size) < getattr(other, size) for size in _SIZES):
+        return False
+    same = {size: getattr(other, size) for size in _SIZES}
+    return msgspec.structs.replace(cell, **same, model=other.model) == other
+
+
+def run_tasks(
+    tasks: Iterable[Task],
+    engine: Engine,
     *,
+    oom: OomRecord | None,
+    began: Callable[[Cell], None] = lambda cell: None,
     budget_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Row]:
-    """The rows of `planned` in order; ends between two cells once `budget_s` seconds are spent."""
+    """The rows of `tasks` as they end.
+
+    oom         None tries every cell
+    began       told of each cell that an engine takes
+    budget_s    seconds after which no further cell is begun; those under way end
+    """
     started = clock()
-    for item in planned:
-        if budget_s is not None and clock() - started >= budget_s:
+    queue = iter(tasks)
+    running: dict[Future[Row], Task] = {}
+    while True:
+        while len(running) < engine.lanes:
+            if budget_s is not None and clock() - started >= budget_s:
+                break
+            task = next(queue, None)
+            if task is None:
+                break
+            reason = why_skipped(task.cell, task.device)
+            if reason is None and oom is not None:
+                reason = oom.verdict(task.cell)
+            if reason is not None:
+                yield row_of(task, "skipped", reason)
+                continue
+            began(task.cell)
+            running[engine.submit(task)] = task
+        if not running:
             return
-        yield measure(item)
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            del running[future]
+            row = future.result()
+            if oom is not None:
+                oom.note(row)
+            yield row

@@ -1,34 +1,50 @@
-"""A run folder: rows as JSON lines, flushed one by one; the environment; the figures.
+"""A run folder: rows as JSON lines, flushed one by one; the plan; the environment; the figures.
 
-    <output>/cells.jsonl  environment.json  figures/
+    <output>/cells.jsonl  plan.json  environment.json  figures/  snapshots/
 
-What was measured survives whatever ends the run: a row is written whole or not at all, and is on
-disk before the next cell starts. Reading checks everything and names file and line.
+What was measured survives whatever ends the run: a row is on disk before the next cell starts, and
+of a row that was cut off nothing is believed. Reading checks everything and names file and line.
 """
 
 import datetime
+import fcntl
 import os
 import secrets
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.records import SCHEMA_VERSION, Environment, Row, cell_id
+from resblock_bench.bench.plan import Plan
+from resblock_bench.bench.records import (
+    SCHEMA_VERSION,
+    Cell,
+    Contract,
+    Environment,
+    Row,
+    cell_id,
+)
 
 CELLS = "cells.jsonl"
+PLAN = "plan.json"
 ENVIRONMENT = "environment.json"
 FIGURES = "figures"
+SNAPSHOTS = "snapshots"
 
 
 class Run(NamedTuple):
-    """A run folder as read back."""
+    """A run folder as read back.
+
+    rows    of each cell the last attempt, in the order in which the cells were first measured
+    notes   sentences about what was left out
+    """
 
     folder: Path
     environment: Environment
     rows: list[Row]
+    notes: tuple[str, ...] = ()
 
 
 def default_output(machine: str, start: Path) -> Path:
@@ -50,31 +66,68 @@ def _is_checkout(folder: Path) -> bool:
 
 
 class RunWriter:
-    """Creates a run folder and appends rows to it.
+    """Appends rows to a run folder, which no other writer may have open.
 
-    Raises UsageError where the folder cannot be written or already holds a run.
+    Raises UsageError where the folder cannot be written, is being written by another run, or
+    already holds a run and `resume` is false.
     """
 
-    def __init__(self, folder: Path, environment: Environment) -> None:
+    def __init__(self, folder: Path, *, resume: bool = False) -> None:
         self.folder = folder
         self.count = 0
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / FIGURES).mkdir(exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+            if not resume:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / FIGURES).mkdir(exist_ok=True)
+            flags = os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT | os.O_EXCL)
             self._file = os.open(folder / CELLS, flags, 0o644)
-            text = msgspec.json.format(msgspec.json.encode(environment), indent=2)
-            (folder / ENVIRONMENT).write_bytes(text + b"\n")
         except FileExistsError as error:
             if error.filename is not None and Path(error.filename).name == CELLS:
                 raise UsageError(
-                    f"{folder} already holds a run: give another --output, or remove it"
+                    f"{folder} already holds a run: continue it with --resume, give another "
+                    "--output, or remove it"
                 ) from None
             raise UsageError(f"{error.filename} is not a folder: give another --output") from None
+        except FileNotFoundError:
+            raise UsageError(
+                f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
+            ) from None
         except OSError as error:
             raise UsageError(
                 f"cannot write to {folder}: {error.strerror}; give an --output that is writable"
             ) from None
+        try:
+            # The lock goes with the process, so a killed run leaves none.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise UsageError(
+                f"another run is writing to {folder}: wait until it ends, or give another --output"
+            ) from None
+
+    def describe(self, plan: Plan, environment: Environment) -> None:
+        """Write down what is going to be measured, and on what."""
+        try:
+            _write_json(self.folder / PLAN, plan)
+            _write_json(self.folder / ENVIRONMENT, environment)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.folder}: {error.strerror}; give an --output that is "
+                "writable"
+            ) from None
+
+    def repair(self) -> str | None:
+        """Mend the last line where a killed run has left half of it; returns what was done."""
+        content = (self.folder / CELLS).read_bytes()
+        whole, torn = _split_torn(content)
+        if not torn:
+            return None
+        if _is_row(torn):
+            os.write(self._file, b"\n")
+            return None
+        os.ftruncate(self._file, whole)
+        os.fsync(self._file)
+        return f"the half-written last line of {self.folder / CELLS} was removed"
 
     def append(self, row: Row) -> None:
         """Write one row and wait until it is on disk.
@@ -109,32 +162,93 @@ class RunWriter:
         os.close(self._file)
 
 
-def read_run(folder: Path) -> Run:
-    """A run folder, every line validated. Raises UsageError naming file and line."""
+def _write_json(path: Path, value: Plan | Environment) -> None:
+    """Whole or not at all: a killed run must stay readable."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    part = path.with_suffix(".part")
     try:
-        lines = (folder / CELLS).read_bytes().splitlines()
+        part.write_bytes(text + b"\n")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder, every line validated. Raises UsageError naming file and line.
+
+    A half-written last line is what a killed run leaves: it is left out, with a note. All else that
+    is not a row is an error.
+    """
+    try:
+        content = (folder / CELLS).read_bytes()
         text = (folder / ENVIRONMENT).read_bytes()
     except OSError as error:
-        raise UsageError(
-            f"{folder} is not a run folder: {Path(error.filename).name} cannot be read "
-            f"({error.strerror}); give a folder that 'resblock-bench run' wrote"
-        ) from None
-    try:
-        environment = msgspec.json.decode(text, type=Environment)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{folder / ENVIRONMENT} is damaged: {error}; restore it") from None
-    rows: list[Row] = []
-    seen: dict[str, int] = {}
+        raise _no_run(folder, error) from None
+    environment = _decoded(text, Environment, folder / ENVIRONMENT)
+    whole, torn = _split_torn(content)
+    notes = []
+    if torn and _is_row(torn):
+        whole = len(content)
+    elif torn:
+        notes.append(
+            f"the last line of {folder / CELLS} is half-written and was left out: its cell is "
+            "measured again by 'resblock-bench run --resume'"
+        )
+    lines = content[:whole].split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    attempts: dict[tuple[str, int], int] = {}
+    rows: dict[tuple[Cell, Contract], Row] = {}
     for number, line in enumerate(lines, start=1):
         row = _read_row(line, f"{folder / CELLS}, line {number}")
-        if row.id in seen:
+        before = attempts.setdefault((row.id, row.attempt), number)
+        if before != number:
             raise UsageError(
-                f"{folder / CELLS}, line {number} repeats the cell of line {seen[row.id]}; "
+                f"{folder / CELLS}, line {number} repeats the cell of line {before}; "
                 "remove one of them"
             )
-        seen[row.id] = number
-        rows.append(row)
-    return Run(folder, environment, rows)
+        rows[row.axes, row.contract] = row
+    return Run(folder, environment, list(rows.values()), tuple(notes))
+
+
+def read_plan(folder: Path) -> Plan:
+    """What a run set out to measure. Raises UsageError where that is missing or damaged."""
+    try:
+        text = (folder / PLAN).read_bytes()
+    except OSError as error:
+        raise _no_run(folder, error) from None
+    plan: Plan = _decoded(text, Plan, folder / PLAN)
+    return plan
+
+
+def _no_run(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"{folder} is not a run folder: {Path(error.filename).name} cannot be read "
+        f"({error.strerror}); give a folder that 'resblock-bench run' wrote"
+    )
+
+
+def _decoded(text: bytes, kind: type[msgspec.Struct], path: Path) -> Any:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is damaged: {error}; restore it") from None
+
+
+def _split_torn(content: bytes) -> tuple[int, bytes]:
+    """Where the lines end that a line feed ends, and what stands after them."""
+    whole = content.rfind(b"\n") + 1
+    return whole, content[whole:]
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether only the line feed is missing."""
+    try:
+        msgspec.json.decode(line, type=Row)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 class _Version(msgspec.Struct):

@@ -1,37 +1,52 @@
-"""Carries a sweep out: opens the folder, measures, shows, draws, and says how it ended."""
+"""Carries a sweep out: opens or resumes the folder, measures, shows, draws, says how it ended."""
 
-import gc
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+from msgspec.structs import replace
 from rich.console import Console
 
-from resblock_bench.bench import environment, exitcodes, table
-from resblock_bench.bench.devices import Kind, open_device
-from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.measure import Session, measure_cell
+from resblock_bench.bench import environment, exitcodes, jobs, table
+from resblock_bench.bench.engines import LocalEngine
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.fingerprint import code_fingerprint
+from resblock_bench.bench.measure import Task, id_of
+from resblock_bench.bench.plan import Plan, difference
+from resblock_bench.bench.process import Processes
 from resblock_bench.bench.progress import RunProgress
-from resblock_bench.bench.records import Row
-from resblock_bench.bench.runner import run_cells
-from resblock_bench.bench.storage import RunWriter, default_output, read_run
-from resblock_bench.bench.timing import Rule
+from resblock_bench.bench.records import Environment, Row
+from resblock_bench.bench.runner import EXPECTED_OOM, OomRecord, run_tasks
+from resblock_bench.bench.storage import Run, RunWriter, default_output, read_plan, read_run
+
+TIMEOUT_S = 300.0
+"""What a cell may take unless said otherwise: compiling one takes up to a minute."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A sweep as asked for; `output` None is the default folder, `threads` None the usable CPUs."""
+    """A sweep as asked for.
 
-    planned: list[PlannedCell]
-    device: Kind
-    rule: Rule
-    seed: int
+    plan         None resumes with the plan of the folder
+    output       None is the default folder
+    resume       measure what the folder lacks
+    retry        and again what failed there
+    ignore_oom   try cells that are larger than one which ran out of memory
+    telemetry    a recorded trace in place of the machine's counters
+    """
+
+    plan: Plan | None
     output: Path | None = None
-    threads: int | None = None
+    resume: bool = False
+    retry: bool = False
+    ignore_oom: bool = False
+    timeout_s: float = TIMEOUT_S
     budget_s: float | None = None
+    telemetry: Path | None = None
     plots: bool = True
 
 
@@ -41,47 +56,172 @@ def carry_out(request: Request, console: Console) -> int:
     Ctrl-C and SIGTERM end the sweep with what was measured so far; the code is then INCOMPLETE,
     not the shell's 130, so that a script sees one code for every run that is not whole.
     """
-    threads = request.threads or environment.usable_cpus()
-    device = open_device(request.device, threads)
-    found = environment.gather(threads)
-    folder = request.output or default_output(found.machine, Path.cwd())
-    session = Session(device, found, request.rule, request.seed)
-    # What is imported by now stays: without this each of the collections that a memory measurement
-    # needs would walk through all of it.
-    gc.freeze()
-    rows: list[Row] = []
-    ending: str | None = None
-    with RunWriter(folder, found) as writer:
-        _say(console, f"{len(request.planned)} cells on {device.name} into {folder}")
-        try:
-            with _terminable(), RunProgress(console, len(request.planned)) as progress:
+    with terminable():
+        return _carry_out(request, console)
 
-                def measure(item: PlannedCell) -> Row:
-                    progress.begin(item.cell)
-                    return measure_cell(item, session)
 
-                for row in run_cells(request.planned, measure, budget_s=request.budget_s):
-                    writer.append(row)
-                    rows.append(row)
-                    progress.finish(row)
-        except KeyboardInterrupt:
-            ending = "interrupted"
-        except OSError as error:
-            ending = f"stopped, since {folder} cannot be written ({error.strerror})"
-        saved = writer.count
-    left = len(request.planned) - saved
-    if ending is None and left:
-        ending = "stopped, since the time budget is spent"
-    _show(console, rows, len(request.planned))
-    if request.plots and rows:
-        _draw(console, folder)
-    if ending is not None:
-        _say(console, f"{ending}: {saved} rows are in {folder}, {left} cells are left")
-    return _exit_code(rows, ending)
+def _carry_out(request: Request, console: Console) -> int:
+    with ExitStack() as stack:
+        if request.resume:
+            writer, plan, earlier = stack.enter_context(_reopened(request, console))
+        else:
+            assert request.plan is not None
+            writer, plan, earlier = None, request.plan, None
+        engine = stack.enter_context(LocalEngine([], limit_s=request.timeout_s))
+        found = survey(engine.processes, plan)
+        if writer is None or earlier is None:
+            folder = request.output or default_output(found.machine, Path.cwd())
+            writer = stack.enter_context(RunWriter(folder))
+        else:
+            _check_machine(earlier, found)
+            found = replace(found, ceilings=earlier.environment.ceilings)
+        writer.describe(plan, found)
+        return _sweep(
+            request, plan, found, engine, writer, earlier.rows if earlier else [], console
+        )
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _reopened(request: Request, console: Console) -> Iterator[tuple[RunWriter, Plan, Run]]:
+    """The folder of an earlier run, with its plan and the cells of the request."""
+    folder = request.output
+    if folder is None:
+        raise UsageError("--resume needs the folder of the run: name it with --output DIR")
+    with RunWriter(folder, resume=True) as writer:
+        plan = read_plan(folder)
+        if request.plan is not None:
+            plan = plan.joined(request.plan)
+        repaired = writer.repair()
+        if repaired is not None:
+            say(console, repaired)
+        yield writer, plan, read_run(folder)
+
+
+def _check_machine(earlier: Run, found: Environment) -> None:
+    differs = difference(earlier.environment, found)
+    if differs is not None:
+        raise UsageError(
+            f"{earlier.folder} was measured on another machine or with other software ({differs}): "
+            "resume it there, or begin a new run with another --output"
+        )
+
+
+def survey(processes: Processes, plan: Plan) -> Environment:
+    """What a process that touches the device finds out about the machine."""
+    threads = plan.threads or environment.usable_cpus()
+    job = msgspec.json.encode(jobs.SurveyJob(plan.device, threads))
+    ending = processes.run(jobs.survey, job, limit_s=TIMEOUT_S)
+    if ending.reply is None:
+        raise UsageError(
+            f"the device {plan.device!r} cannot be used: the process that looked at it ended with "
+            f"code {ending.exit_code}: {ending.output.strip()[-500:]}"
+        )
+    reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
+    if reply.environment is None:
+        raise UsageError(str(reply.refusal))
+    return reply.environment
+
+
+def _sweep(
+    request: Request,
+    plan: Plan,
+    found: Environment,
+    engine: LocalEngine,
+    writer: RunWriter,
+    earlier: list[Row],
+    console: Console,
+) -> int:
+    tasks = [
+        Task(
+            cell=item.cell,
+            multiplicity=item.multiplicity,
+            attempt=1,
+            device=plan.device,
+            rule=plan.rule,
+            seed=plan.seed,
+            environment=found,
+            memory_limit_bytes=plan.memory_limit_bytes,
+            telemetry=None if request.telemetry is None else str(request.telemetry),
+        )
+        for item in plan.cells
+    ]
+    asked = {id_of(task) for task in tasks}
+    rows = {row.id: row for row in earlier if row.id in asked}
+    todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
+    say(console, _begin_line(tasks, todo, earlier, rows, writer.folder))
+    oom = None if request.ignore_oom else OomRecord(rows.values())
+    ending: str | None = None
+    try:
+        with RunProgress(console, len(todo)) as progress:
+            for row in run_tasks(
+                todo, engine, oom=oom, began=progress.begin, budget_s=request.budget_s
+            ):
+                writer.append(row)
+                rows[row.id] = row
+                progress.finish(row)
+    except KeyboardInterrupt:
+        ending = "interrupted"
+    except OSError as error:
+        ending = f"stopped, since {writer.folder} cannot be written ({error.strerror})"
+    left = len(todo) - writer.count
+    if ending is None and left:
+        ending = "stopped, since the time budget is spent"
+    _show(console, list(rows.values()), len(tasks))
+    if request.plots and rows:
+        _draw(console, writer.folder)
+    if ending is not None:
+        say(
+            console,
+            f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
+            f"go on with: resblock-bench run --resume --output {writer.folder}",
+        )
+    return _exit_code(list(rows.values()), ending)
+
+
+def missing(
+    tasks: Iterable[Task], rows: Mapping[str, Row], *, retry: bool, ignore_oom: bool
+) -> list[Task]:
+    """The tasks that have no row yet, by id; those to be tried again as a further attempt.
+
+    retry        whatever has no measurement, but for what ran out of memory
+    ignore_oom   what ran out of memory, or was skipped since a smaller cell did
+    """
+    todo = []
+    for task in tasks:
+        row = rows.get(id_of(task))
+        if row is None:
+            todo.append(task)
+            continue
+        no_memory = row.status == "oom" or (row.reason or "").startswith(EXPECTED_OOM)
+        again = ignore_oom if no_memory else retry and row.status != "ok"
+        if again:
+            todo.append(replace(task, attempt=row.attempt + 1))
+    return todo
+
+
+def _begin_line(
+    tasks: Sequence[Task],
+    todo: Sequence[Task],
+    earlier: Sequence[Row],
+    rows: Mapping[str, Row],
+    folder: Path,
+) -> str:
+    kind, found = tasks[0].device, tasks[0].environment
+    name = (found.gpu if kind == "cuda" else found.cpu) or "CPU"
+    text = f"{len(todo)} cells on {name} into {folder}"
+    if earlier:
+        text += f", which has {len(rows)} of {len(tasks)}"
+    others = len(earlier) - len(rows)
+    if others:
+        text += (
+            f"; {others} rows there were measured by other code (this is {code_fingerprint()}) "
+            "and do not count"
+        )
+    return text
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
     """SIGTERM like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -99,11 +239,11 @@ def _show(console: Console, rows: list[Row], planned: int) -> None:
         width = min(console.width, table.WIDTH)
         console.print(table.results_table(rows), width=width)
     for line in table.problems(rows):
-        _say(console, line)
-    _say(console, table.summary(rows, planned))
+        say(console, line)
+    say(console, table.summary(rows, planned))
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
     """A line as it is: paths and reasons are not markup and must not be broken."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -112,9 +252,14 @@ def _draw(console: Console, folder: Path) -> None:
     # Here and not above: matplotlib takes a second to import, and not every run draws.
     from resblock_bench.bench.plots import draw_all
 
-    for path in draw_all(read_run(folder)):
+    try:
+        paths = draw_all(read_run(folder))
+    except OSError as error:
+        say(console, f"no figures: {folder} cannot be written ({error.strerror})")
+        return
+    for path in paths:
         if path.suffix == ".png":
-            _say(console, f"figure: {path}")
+            say(console, f"figure: {path}")
 
 
 def _exit_code(rows: list[Row], ending: str | None) -> int:
@@ -122,6 +267,7 @@ def _exit_code(rows: list[Row], ending: str | None) -> int:
     if "wrong" in statuses:
         return exitcodes.WRONG
     # Out of memory and skipped are results; but a sweep that measured nothing is not a success.
-    if ending is not None or "failed" in statuses or "ok" not in statuses:
+    broken = statuses & {"failed", "timeout", "crashed", "impossible"}
+    if ending is not None or broken or "ok" not in statuses:
         return exitcodes.INCOMPLETE
     return exitcodes.OK

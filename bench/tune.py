@@ -23,7 +23,7 @@ from rich.console import Console
 from resblock_bench.bench import environment, exitcodes
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.sweep import _terminable
+from resblock_bench.bench.sweep import terminable
 from resblock_bench.bench.tune_choices import buckets
 from resblock_bench.bench.tune_gpu import Bench, DeviceLost, open_gpu
 from resblock_bench.bench.tune_measure import Outcome, measure
@@ -132,7 +132,7 @@ def tune(
         return request.budget_s is not None and clock() - started >= request.budget_s
 
     try:
-        with _terminable(), TuneProgress(console, len(works)) as progress:
+        with terminable(), TuneProgress(console, len(works)) as progress:
             for work in works:
                 if expired():
                     break

@@ -22,6 +22,22 @@ def parse_duration_s(text: str) -> float:
     return seconds
 
 
+_BYTES = {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as '24GiB', '512 MiB' or '80GB'."""
+    match = _SIZE.fullmatch(text.strip())
+    count = int(float(match[1]) * _BYTES.get(match[2], 0)) if match else 0
+    if count <= 0:
+        raise UsageError(
+            f"{text!r} is not a size: write a positive number and its unit, {', '.join(_BYTES)}, "
+            "such as 24GiB"
+        )
+    return count
+
+
 def format_duration(seconds: float) -> str:
     """'0.4s', '12s', '3m05s' or '2h07m'."""
     if seconds < 10:

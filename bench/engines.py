@@ -1,0 +1,115 @@
+"""Engines carry tasks out: an engine takes cells and yields rows.
+
+local   a lane for each visible GPU, or one on the CPU, each cell in a process of its own
+ray     the same on the nodes of a Ray cluster (ray_engine.py)
+"""
+
+import fcntl
+import os
+import queue
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.lane import Lane
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.process import Processes
+from resblock_bench.bench.records import Row
+
+
+class Engine(Protocol):
+    """Measures up to `lanes` tasks at a time. `close` ends what still runs; its rows are lost."""
+
+    @property
+    def lanes(self) -> int: ...
+
+    def submit(self, task: Task) -> Future[Row]: ...
+
+    def close(self) -> None: ...
+
+
+class LocalEngine:
+    """This machine. Two cells never share a GPU, also not with another run of this suite.
+
+    gpus        UUIDs of the GPUs to use, a lane each; empty for one lane on the CPU
+    limit_s     the time limit of a cell, seconds
+
+    Raises UsageError where another run uses one of the GPUs.
+    """
+
+    def __init__(self, gpus: Sequence[str], *, limit_s: float) -> None:
+        self._open = ExitStack()
+        self._processes = Processes()
+        self._open.callback(self._processes.close)
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self.lanes = max(1, len(gpus))
+        try:
+            for gpu in gpus:
+                self._open.enter_context(_only_user(gpu))
+            for gpu in gpus or (None,):
+                folder = self._open.enter_context(tempfile.TemporaryDirectory("-resblock-bench"))
+                self._lanes.put(Lane(self._processes, Path(folder), limit_s=limit_s, gpu=gpu))
+        except BaseException:
+            self._open.close()
+            raise
+        self._threads = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")
+        self._open.callback(self._threads.shutdown, wait=True, cancel_futures=True)
+        # Last in, first out: the processes must end before their lanes can.
+        self._open.callback(self._processes.close)
+
+    @property
+    def processes(self) -> Processes:
+        """For what is to be run beside the cells, such as the survey of the machine."""
+        return self._processes
+
+    def submit(self, task: Task) -> Future[Row]:
+        return self._threads.submit(self._measure, task)
+
+    def _measure(self, task: Task) -> Row:
+        lane = self._lanes.get()
+        try:
+            return lane.measure(task)
+        finally:
+            self._lanes.put(lane)
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> "LocalEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def _only_user(gpu: str) -> Iterator[None]:
+    """Holds the lock of a GPU; it goes with the process, however that ends."""
+    name = re.sub(r"[^A-Za-z0-9-]", "-", gpu)
+    path = Path(tempfile.gettempdir()) / f"resblock-bench-{name}.lock"
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        # Not always: a file that somebody else made there may not be opened with O_CREAT.
+        file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(
+            f"another run of this suite measures on {gpu}: wait for it, or name another GPU with "
+            "--devices"
+        ) from None
+    finally:
+        os.close(file)

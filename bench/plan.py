@@ -1,0 +1,51 @@
+"""What a run set out to measure: written beside its rows, so that it can be resumed."""
+
+from msgspec.structs import replace
+
+from resblock_bench.bench.devices import Kind
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench.records import SCHEMA_VERSION, Count, Environment, Positive, Record
+from resblock_bench.bench.timing import Rule
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """The cells of a run and how they are measured; `threads` None are the usable CPUs."""
+
+    schema_version: int = SCHEMA_VERSION
+    device: Kind
+    rule: Rule
+    seed: int
+    threads: Positive | None
+    memory_limit_bytes: Count | None
+    cells: list[PlannedCell]
+
+    def joined(self, later: "Plan") -> "Plan":
+        """This plan with the cells of a later request added.
+
+        Raises UsageError where the two would be measured differently.
+        """
+        for field in ("device", "rule", "seed", "threads", "memory_limit_bytes"):
+            mine, asked = getattr(self, field), getattr(later, field)
+            if mine != asked:
+                raise UsageError(
+                    f"the run was begun with {field} {mine}, and {asked} was asked for: resume it "
+                    "with the options it was begun with, or with --output and --resume alone"
+                )
+        cells = {item.cell: item for item in [*self.cells, *later.cells]}
+        return replace(self, cells=list(cells.values()))
+
+
+_FINGERPRINT = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
+_PACKAGES = ("python", "torch", "triton", "numpy", "cuda", "cudnn")
+
+
+def difference(before: Environment, now: Environment) -> str | None:
+    """The first thing in which two environments differ that changes what a cell costs, or None."""
+    for field in _FINGERPRINT:
+        if getattr(before, field) != getattr(now, field):
+            return f"{field} was {getattr(before, field)} and is {getattr(now, field)}"
+    for name in _PACKAGES:
+        if before.versions.get(name) != now.versions.get(name):
+            return f"{name} was {before.versions.get(name)} and is {now.versions.get(name)}"
+    return None
