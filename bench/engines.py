@@ -52,9 +52,10 @@ class LocalEngine:
         try:
             for gpu in gpus:
                 self._open.enter_context(_only_user(gpu))
-            for gpu in gpus or (None,):
+            each: Sequence[str | None] = gpus or (None,)
+            for own in each:
                 folder = self._open.enter_context(tempfile.TemporaryDirectory("-resblock-bench"))
-                self._lanes.put(Lane(self._processes, Path(folder), limit_s=limit_s, gpu=gpu))
+                self._lanes.put(Lane(self._processes, Path(folder), limit_s=limit_s, gpu=own))
         except BaseException:
             self._open.close()
             raise
