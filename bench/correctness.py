@@ -12,13 +12,13 @@ square of all the block's gradients would give a tensor of that size, that size 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import torch
 from torch import Tensor
 
-from resblock_bench.bench.records import Cell, Correctness, site_of
+from resblock_bench.bench.records import Cell, Correctness
 from resblock_bench.bench.workload import DTYPES, Inputs, Workload, draw_inputs, draw_weights
 
 FLOOR_EPS = {"fp32": 4, "bf16": 1, "fp16": 1}
@@ -37,25 +37,6 @@ class Truth:
     tensors: dict[str, Tensor]
     scales: dict[str, float]
     limits: dict[str, float]
-
-
-@dataclass
-class TruthStore:
-    """Computes the truth of a site once and keeps it for the variants that follow."""
-
-    device: torch.device
-    seed: int
-    _site: Cell | None = None
-    _truth: Truth | None = field(default=None, repr=False)
-
-    def of(self, cell: Cell) -> Truth:
-        site = checked_cell(site_of(cell))
-        if self._truth is None or site != self._site:
-            # Forgotten first: two truths need not be alive at once.
-            self._site, self._truth = None, None
-            self._truth = compute_truth(site, self.device, self.seed)
-            self._site = site
-        return self._truth
 
 
 def checked_cell(cell: Cell) -> Cell:

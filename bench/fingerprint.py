@@ -1,11 +1,15 @@
 """The code that a measurement depends on, as one short digest.
 
+Other packages' implementations count by name and version.
+
 Part of a row's identity: a row that other code measured is not the row that is asked for. Only
 files count that can change a number; what shows, stores or plans does not.
 """
 
 import functools
 import hashlib
+import importlib
+from importlib import metadata
 from pathlib import Path
 
 _MEASURING = (
@@ -32,6 +36,9 @@ def code_fingerprint(root: Path | None = None) -> str:
         content = path.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
+    for point in metadata.entry_points(group="resblock_bench.implementations"):
+        version = point.dist.version if point.dist else ""
+        digest.update(f"{point.name}={point.value} {version}\0".encode())
     return digest.hexdigest()[:12]
 
 
@@ -52,7 +59,5 @@ def _files(root: Path | None) -> list[tuple[str, Path]]:
 def _folder(root: Path | None, package: str) -> Path:
     if root is not None:
         return root / package
-    import importlib
-
     module = importlib.import_module(f"resblock_bench.{package}")
     return Path(str(module.__file__)).resolve().parent

@@ -1,5 +1,8 @@
 """The implementations that a cell can name, each in every checkpoint mode.
 
+An installed package adds its own by the entry point group `resblock_bench.implementations`: the
+name is what a cell names, the object an `Implementation`.
+
 What a mode keeps for the backward pass, for every implementation:
 
     none        whatever autograd saves
@@ -14,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -125,6 +129,35 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "fused": Implementation("this project's fused block", _build_fused, _as_it_is, _always_usable),
 }
+
+
+def _offered(point: metadata.EntryPoint) -> Implementation:
+    """An implementation of another package, which is not imported before a cell needs it."""
+
+    @functools.cache
+    def loaded() -> Implementation:
+        found = point.load()
+        if not isinstance(found, Implementation):
+            raise TypeError(f"{point.value} is a {type(found).__name__}, not an Implementation")
+        return found
+
+    def unusable(device: str) -> str | None:
+        try:
+            return loaded().unusable(device)
+        except Exception as error:  # whatever a foreign import raises
+            return f"its package cannot be used ({type(error).__name__}: {error}): mend it"
+
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    return Implementation(
+        f"of the package {package}",
+        lambda cell: loaded().build(cell),
+        lambda module, cell: loaded().wrap(module, cell),
+        unusable,
+    )
+
+
+for _point in metadata.entry_points(group="resblock_bench.implementations"):
+    IMPLEMENTATIONS.setdefault(_point.name, _offered(_point))
 
 
 def could_not_compile(error: Exception) -> bool:

@@ -119,7 +119,7 @@ def survey(processes: Processes, plan: Plan) -> Environment:
     reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
     if reply.environment is None:
         raise UsageError(str(reply.refusal))
-    return reply.environment
+    return replace(reply.environment, machine=environment.machine_name())
 
 
 def _sweep(

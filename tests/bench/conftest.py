@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from resblock_bench.bench import cli, environment
-from resblock_bench.bench.devices import open_device
-from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench import measure as measuring
+from resblock_bench.bench.correctness import checked_cell, compute_truth
 from resblock_bench.bench.implementations import IMPLEMENTATIONS
-from resblock_bench.bench.measure import Session, measure_cell
-from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.records import Cell, Environment, Row, site_of
 from resblock_bench.bench.timing import Rule
+from resblock_bench.bench.truth_file import truth_path, write_truth
 
 TINY = Cell(
     model=None,
@@ -55,16 +56,57 @@ def make_cell() -> Callable[..., Cell]:
     return lambda **changes: msgspec.structs.replace(TINY, **changes)
 
 
-@pytest.fixture
-def session() -> Session:
-    threads = torch.get_num_threads()
-    return Session(open_device("cpu", threads), environment.gather(threads), FAST, seed=0)
+@pytest.fixture(scope="session")
+def found() -> Environment:
+    """This machine."""
+    return environment.gather(1)
 
 
 @pytest.fixture
-def measure(session: Session, make_cell: Callable[..., Cell]) -> Callable[..., Row]:
+def make_task(make_cell: Callable[..., Cell], found: Environment) -> Callable[..., Task]:
+    """The task of a tiny cell; fields of the task or of the cell changed."""
+
+    def make(**changes: object) -> Task:
+        task = Task(
+            cell=TINY,
+            multiplicity=1,
+            attempt=1,
+            device="cpu",
+            rule=FAST,
+            seed=0,
+            environment=found,
+            memory_limit_bytes=None,
+            telemetry=None,
+        )
+        own = {name: changes.pop(name) for name in list(changes) if name in Task.__struct_fields__}
+        return msgspec.structs.replace(task, cell=make_cell(**changes), **own)
+
+    return make
+
+
+@pytest.fixture
+def measure_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Task], Row]:
+    """The row of a task, measured in this process."""
+
+    def run(task: Task) -> Row:
+        reason = measuring.why_skipped(task.cell, task.device)
+        if reason is not None:
+            return measuring.row_of(task, "skipped", reason)
+        path = truth_path(tmp_path_factory.getbasetemp(), task.cell, task.seed)
+        if not path.exists():
+            site = checked_cell(site_of(task.cell))
+            write_truth(path, compute_truth(site, torch.device("cpu"), task.seed))
+        return measuring.measure(task, path)
+
+    return run
+
+
+@pytest.fixture
+def measure(
+    make_task: Callable[..., Task], measure_task: Callable[[Task], Row]
+) -> Callable[..., Row]:
     """The row of a tiny cell with some fields changed."""
-    return lambda **changes: measure_cell(PlannedCell(make_cell(**changes), 1), session)
+    return lambda **changes: measure_task(make_task(**changes))
 
 
 @pytest.fixture

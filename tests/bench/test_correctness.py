@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resblock_bench.bench import correctness
-from resblock_bench.bench.correctness import TruthStore, check, compute_truth, relative_errors
+from resblock_bench.bench.correctness import check, compute_truth, relative_errors
 from resblock_bench.bench.implementations import block_arguments
 from resblock_bench.bench.records import Cell, Row
 from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
@@ -120,25 +120,6 @@ def test_a_vanishing_gradient_is_held_against_the_typical_one(make_cell: MakeCel
     wrong = results(cell)
     wrong[name] += 1e-3 * truth.scales[name]
     assert not check(wrong, truth)[0]
-
-
-def test_the_truth_of_a_site_is_computed_once_for_its_variants(
-    make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    computed: list[Cell] = []
-
-    def counted(site: Cell, device: torch.device, seed: int) -> object:
-        computed.append(site)
-        return object()
-
-    monkeypatch.setattr(correctness, "compute_truth", counted)
-    store = TruthStore(CPU, 0)
-    for impl, checkpoint in (("reference", "none"), ("fused", "none"), ("fused", "full")):
-        store.of(make_cell(impl=impl, checkpoint=checkpoint, dropout=0.1))
-    assert computed == [make_cell()]
-    store.of(make_cell(batch=3))
-    store.of(make_cell())
-    assert [site.batch for site in computed] == [2, 3, 2]
 
 
 @pytest.mark.parametrize("mode", ["inference", "forward", "train"])

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.measure import Session, contract_of, measure_cell
+from resblock_bench.bench.measure import Task, contract_of, id_of
 from resblock_bench.bench.records import Cell, Row, cell_id
 from resblock_bench.bench.stats import median_interval
 
 
-def test_a_row_is_self_describing(measure: Callable[..., Row], session: Session) -> None:
+def test_a_row_is_self_describing(
+    measure: Callable[..., Row], make_task: Callable[..., Task]
+) -> None:
     row = measure(batch=3)
     assert row.status == "ok"
     assert row.axes.batch == 3
-    assert row.contract == contract_of(row.axes, session)
+    assert row.contract == contract_of(make_task(batch=3))
     assert row.id == cell_id(row.axes, row.contract, row.code)
     assert row.versions["torch"] == torch.__version__
     assert row.started_at.endswith("+00:00")
@@ -33,11 +34,10 @@ def test_its_numbers_follow_from_its_samples(measure: Callable[..., Row]) -> Non
 
 
 def test_the_contract_says_what_the_mode_s_step_contains(
-    session: Session, make_cell: Callable[..., Cell]
+    make_task: Callable[..., Task],
 ) -> None:
     steps = {
-        mode: contract_of(make_cell(mode=mode), session).step
-        for mode in ("inference", "forward", "train")
+        mode: contract_of(make_task(mode=mode)).step for mode in ("inference", "forward", "train")
     }
     assert "no_grad" in steps["inference"]
     assert "backward" not in steps["forward"]
@@ -45,10 +45,9 @@ def test_the_contract_says_what_the_mode_s_step_contains(
 
 
 def test_multiplicity_is_recorded_and_no_part_of_the_identity(
-    session: Session, make_cell: Callable[..., Cell]
+    measure: Callable[..., Row],
 ) -> None:
-    cell = make_cell(mode="inference")
-    rows = [measure_cell(PlannedCell(cell, count), session) for count in (1, 7)]
+    rows = [measure(mode="inference", multiplicity=count) for count in (1, 7)]
     assert [row.multiplicity for row in rows] == [1, 7]
     assert rows[0].id == rows[1].id
 
@@ -81,12 +80,6 @@ def test_an_exception_becomes_a_status_with_its_reason(
     assert row.samples_ms is None
 
 
-def test_memory_that_is_not_there_is_a_result(measure: Callable[..., Row]) -> None:
-    """2^16 squared pixels are 1 PiB of input: the allocator itself refuses."""
-    row = measure(resolution=2**16, batch=2**11, mode="inference")
-    assert row.status == "oom", row.reason
-
-
 def test_an_interrupt_is_not_swallowed(
     measure: Callable[..., Row], add_implementation: Callable[..., None]
 ) -> None:
@@ -104,12 +97,8 @@ def test_a_cell_that_torch_does_not_have_is_skipped(measure: Callable[..., Row])
     assert "one spatial dimension" in (row.reason or "")
 
 
-def test_the_seed_decides_the_inputs(
-    session: Session, make_cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = Session(session.device, session.environment, session.rule, seed=1)
-    cell = make_cell(mode="inference")
-    first, second = (measure_cell(PlannedCell(cell, 1), s) for s in (session, other))
+def test_the_seed_decides_the_inputs(measure: Callable[..., Row]) -> None:
+    first, second = (measure(mode="inference", seed=seed) for seed in (0, 1))
     assert first.id != second.id
     assert first.correctness is not None
     assert second.correctness is not None
@@ -120,14 +109,15 @@ def test_the_seed_decides_the_inputs(
     "change", [{"batch": 3}, {"dtype": "bf16"}, {"impl": "fused"}, {"model": "x"}], ids=str
 )
 def test_the_id_depends_on_every_axis(
-    session: Session, make_cell: Callable[..., Cell], change: dict[str, object]
+    make_task: Callable[..., Task], change: dict[str, object]
 ) -> None:
-    contract = contract_of(make_cell(), session)
-    assert cell_id(make_cell(**change), contract, "c") != cell_id(make_cell(), contract, "c")
+    assert id_of(make_task(**change)) != id_of(make_task())
 
 
-def test_the_id_depends_on_the_contract(session: Session, make_cell: Callable[..., Cell]) -> None:
-    contract = contract_of(make_cell(), session)
+def test_the_id_depends_on_contract_and_code(
+    make_task: Callable[..., Task], make_cell: Callable[..., Cell]
+) -> None:
+    contract = contract_of(make_task())
     ids = {cell_id(make_cell(), contract, "c"), cell_id(make_cell(), contract, "d")}
     for field in ("threads", "max_samples", "min_samples"):
         ids.add(cell_id(make_cell(), msgspec.structs.replace(contract, **{field: 77}), "c"))

@@ -10,16 +10,15 @@ from matplotlib.figure import Figure
 from resblock_bench.bench.dots import QUANTITIES, draw_dots
 from resblock_bench.bench.figures import site_labels
 from resblock_bench.bench.front import draw_front
-from resblock_bench.bench.measure import Session
 from resblock_bench.bench.plots import draw_all
-from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.records import Cell, Environment, Row
 from resblock_bench.bench.storage import Run
 
 MODES = ("none", "selective", "full")
 
 
 @pytest.fixture
-def run(measure: Callable[..., Row], session: Session, tmp_path: Path) -> Run:
+def run(measure: Callable[..., Row], found: Environment, tmp_path: Path) -> Run:
     """Two sites in every variant; timings made up, so that positions are known."""
     base = measure()
     rows = []
@@ -39,7 +38,7 @@ def run(measure: Callable[..., Row], session: Session, tmp_path: Path) -> Run:
                     throughput_images_per_s=batch / median * 1e3,
                 )
             )
-    return Run(tmp_path / "a-run", session.environment, rows)
+    return Run(tmp_path / "a-run", found, rows)
 
 
 def texts(figure: Figure) -> list[str]:

@@ -1,43 +1,140 @@
 from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import chain, repeat
 
 import pytest
 
-from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.records import Cell
-from resblock_bench.bench.runner import run_cells
+from resblock_bench.bench.measure import Task, row_of
+from resblock_bench.bench.records import Row, Status
+from resblock_bench.bench.runner import OomRecord, run_tasks
+
+
+class Instant:
+    """An engine that answers at once, with the status that it was told for a batch size."""
+
+    def __init__(self, lanes: int = 1, **statuses: Status) -> None:
+        self.lanes = lanes
+        self.statuses = statuses
+        self.seen: list[int] = []
+
+    def submit(self, task: Task) -> Future[Row]:
+        self.seen.append(task.cell.batch)
+        future: Future[Row] = Future()
+        future.set_result(row_of(task, self.statuses.get(f"b{task.cell.batch}", "ok")))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+class Manual(Instant):
+    """An engine whose cells end when the test says so."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__(lanes)
+        self.running: list[tuple[Task, Future[Row]]] = []
+
+    def submit(self, task: Task) -> Future[Row]:
+        future: Future[Row] = Future()
+        self.running.append((task, future))
+        if len(self.running) == self.lanes:
+            task, first = self.running.pop()
+            first.set_result(row_of(task, "ok"))
+        return future
 
 
 @pytest.fixture
-def planned(make_cell: Callable[..., Cell]) -> list[PlannedCell]:
-    return [PlannedCell(make_cell(batch=batch), 1) for batch in (1, 2, 3, 4)]
+def tasks(make_task: Callable[..., Task]) -> list[Task]:
+    return [make_task(batch=batch) for batch in (1, 2, 3, 4)]
 
 
-def test_rows_come_in_order_and_only_when_asked_for(planned: list[PlannedCell]) -> None:
-    measured: list[int] = []
-
-    def measure(item: PlannedCell) -> int:
-        measured.append(item.cell.batch)
-        return item.cell.batch
-
-    rows = run_cells(planned, measure)  # type: ignore[arg-type]
-    assert next(rows) == 1
-    assert measured == [1]
-    assert list(rows) == [2, 3, 4]
+def batches(rows: list[Row]) -> list[int]:
+    return [row.axes.batch for row in rows]
 
 
-def test_a_budget_ends_the_run_between_two_cells(planned: list[PlannedCell]) -> None:
-    now_s = 0.0
-
-    def measure(item: PlannedCell) -> int:
-        nonlocal now_s
-        now_s += 10
-        return item.cell.batch
-
-    rows = run_cells(planned, measure, budget_s=15, clock=lambda: now_s)  # type: ignore[arg-type]
-    assert list(rows) == [1, 2]
+def test_rows_come_in_order_and_only_when_asked_for(tasks: list[Task]) -> None:
+    engine = Instant()
+    rows = run_tasks(tasks, engine, oom=None)
+    assert next(rows).axes.batch == 1
+    assert engine.seen == [1]
+    assert batches(list(rows)) == [2, 3, 4]
 
 
-def test_without_a_budget_everything_is_measured(planned: list[PlannedCell]) -> None:
-    ticks = iter(range(0, 10**9, 10**6))
-    rows = run_cells(planned, lambda item: item, clock=lambda: next(ticks))  # type: ignore
-    assert len(list(rows)) == 4
+def test_an_engine_is_kept_busy_and_rows_come_as_they_end(tasks: list[Task]) -> None:
+    engine = Manual(lanes=2)
+    rows = run_tasks(tasks, engine, oom=None)
+    assert [next(rows).axes.batch for _ in range(3)] == [2, 3, 4]
+    ((task, future),) = engine.running
+    future.set_result(row_of(task, "ok"))
+    assert batches(list(rows)) == [1]
+
+
+def test_a_budget_ends_the_run_between_two_cells(tasks: list[Task]) -> None:
+    engine = Instant()
+    rows = run_tasks(tasks, engine, oom=None, budget_s=15, clock=lambda: 10 * len(engine.seen))
+    assert batches(list(rows)) == [1, 2]
+
+
+def test_what_is_under_way_when_the_budget_is_spent_still_yields_its_row(
+    tasks: list[Task],
+) -> None:
+    engine = Manual(lanes=2)
+    times = chain([0, 0, 0], repeat(100))
+    rows = run_tasks(tasks, engine, oom=None, budget_s=15, clock=lambda: next(times))
+    assert next(rows).axes.batch == 2
+    ((task, future),) = engine.running
+    future.set_result(row_of(task, "ok"))
+    assert batches(list(rows)) == [1]
+
+
+def test_a_clock_that_jumps_backwards_ends_nothing(tasks: list[Task]) -> None:
+    times = iter([1000.0, 0.0, -5.0, 3.0, 2.0, 1.0, 0.0])
+    rows = run_tasks(tasks, Instant(), oom=None, budget_s=15, clock=lambda: next(times))
+    assert batches(list(rows)) == [1, 2, 3, 4]
+
+
+def test_a_cell_that_cannot_be_measured_here_needs_no_engine(make_task: Callable) -> None:
+    engine = Instant()
+    tasks = [make_task(dims=1, layout="nhwc"), make_task()]
+    assert [row.status for row in run_tasks(tasks, engine, oom=None)] == ["skipped", "ok"]
+    assert engine.seen == [2]
+
+
+def test_larger_cells_of_a_series_that_ran_out_of_memory_are_skipped(tasks: list[Task]) -> None:
+    engine = Instant(b2="oom")
+    rows = list(run_tasks(tasks, engine, oom=OomRecord()))
+    assert [row.status for row in rows] == ["ok", "oom", "skipped", "skipped"]
+    assert engine.seen == [1, 2]
+    assert "b2" in (rows[2].reason or "")
+    assert "ran out of memory" in (rows[2].reason or "")
+
+
+def test_the_record_can_be_ignored(tasks: list[Task]) -> None:
+    rows = run_tasks(tasks, Instant(b2="oom"), oom=None)
+    assert [row.status for row in rows] == ["ok", "oom", "ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"batch": 3}, True),
+        ({"resolution": 16}, True),
+        ({"out_channels": 64}, True),
+        ({"model": "iddpm-cifar10-uncond"}, True),
+        ({"batch": 1}, False),
+        ({"batch": 3, "resolution": 4}, False),
+        ({"channels": 64, "batch": 1}, False),
+        ({"checkpoint": "full"}, False),
+        ({"impl": "fused"}, False),
+        ({"dtype": "bf16"}, False),
+        ({"mode": "inference"}, False),
+        ({"updown": "down"}, False),
+    ],
+    ids=str,
+)
+def test_what_counts_as_larger(
+    make_task: Callable[..., Task], change: dict[str, object], expected: bool
+) -> None:
+    record = OomRecord([row_of(make_task(), "oom"), row_of(make_task(batch=1), "failed")])
+    assert (record.verdict(make_task(**change).cell) is not None) == expected

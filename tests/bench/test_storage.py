@@ -8,8 +8,10 @@ import pandas
 import pytest
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.measure import Session
-from resblock_bench.bench.records import Row
+from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.plan import Plan
+from resblock_bench.bench.records import Environment, Row
 from resblock_bench.bench.storage import RunWriter, default_output, read_run
 
 Measure = Callable[..., Row]
@@ -23,17 +25,27 @@ def rows(measure: Measure) -> list[Row]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, rows: list[Row], session: Session) -> Path:
-    with RunWriter(tmp_path / "run", session.environment) as writer:
+def plan(make_task: Callable[..., Task]) -> Plan:
+    task = make_task()
+    cells = [PlannedCell(task.cell, 1)]
+    return Plan(
+        device="cpu", rule=task.rule, seed=0, threads=None, memory_limit_bytes=None, cells=cells
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rows: list[Row], plan: Plan, found: Environment) -> Path:
+    with RunWriter(tmp_path / "run") as writer:
+        writer.describe(plan, found)
         for row in rows:
             writer.append(row)
     return tmp_path / "run"
 
 
-def test_what_is_written_is_read_back(folder: Path, rows: list[Row], session: Session) -> None:
+def test_what_is_written_is_read_back(folder: Path, rows: list[Row], found: Environment) -> None:
     run = read_run(folder)
     assert run.rows == rows
-    assert run.environment == session.environment
+    assert run.environment == found
 
 
 def test_pandas_reads_the_rows(folder: Path, rows: list[Row]) -> None:
@@ -45,12 +57,13 @@ def test_pandas_reads_the_rows(folder: Path, rows: list[Row]) -> None:
 
 
 def test_a_row_is_on_disk_before_append_returns(
-    tmp_path: Path, rows: list[Row], session: Session, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: list[Row], plan: Plan, found: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = tmp_path / "run" / "cells.jsonl"
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(cells.read_bytes())))
-    with RunWriter(tmp_path / "run", session.environment) as writer:
+    with RunWriter(tmp_path / "run") as writer:
+        writer.describe(plan, found)
         for row in rows:
             writer.append(row)
             assert synced[-1] == len(cells.read_bytes()) > 0
@@ -58,7 +71,7 @@ def test_a_row_is_on_disk_before_append_returns(
 
 
 def test_a_full_disk_leaves_whole_rows(
-    tmp_path: Path, rows: list[Row], session: Session, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: list[Row], plan: Plan, found: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
 
@@ -67,7 +80,8 @@ def test_a_full_disk_leaves_whole_rows(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data[: len(data) - 50])
 
-    with RunWriter(tmp_path / "run", session.environment) as writer:
+    with RunWriter(tmp_path / "run") as writer:
+        writer.describe(plan, found)
         writer.append(rows[0])
         monkeypatch.setattr(os, "write", half)
         with pytest.raises(OSError, match="No space left"):
@@ -82,7 +96,8 @@ def test_a_full_disk_leaves_whole_rows(
 def test_an_interrupt_leaves_whole_rows(
     tmp_path: Path,
     rows: list[Row],
-    session: Session,
+    plan: Plan,
+    found: Environment,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
     kept: int,
@@ -90,7 +105,8 @@ def test_an_interrupt_leaves_whole_rows(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    with RunWriter(tmp_path / "run", session.environment) as writer:
+    with RunWriter(tmp_path / "run") as writer:
+        writer.describe(plan, found)
         writer.append(rows[0])
         monkeypatch.setattr(os, where, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -100,19 +116,19 @@ def test_an_interrupt_leaves_whole_rows(
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
-    folder: Path, session: Session
+    folder: Path, found: Environment
 ) -> None:
     before = (folder / "cells.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="already holds a run: give another --output"):
-        RunWriter(folder, session.environment)
+    with pytest.raises(UsageError, match="already holds a run: continue it with --resume"):
+        RunWriter(folder)
     assert (folder / "cells.jsonl").read_bytes() == before
 
 
-def test_an_unwritable_folder_is_refused(tmp_path: Path, session: Session) -> None:
+def test_an_unwritable_folder_is_refused(tmp_path: Path, found: Environment) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UsageError, match="give an"):
-            RunWriter(place, session.environment)
+            RunWriter(place)
 
 
 def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None:

@@ -1,0 +1,120 @@
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import process_functions as functions
+import pytest
+
+from resblock_bench.bench.process import OUTPUT_BYTES, Processes
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    made = Processes()
+    yield made
+    made.close()
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group still runs; a dead one may wait to be reaped."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            return True
+    return False
+
+
+def test_every_call_has_a_process_of_its_own(processes: Processes) -> None:
+    endings = [processes.run(functions.echo, b"pid ") for _ in range(2)]
+    pids = {ending.reply for ending in endings}
+    assert len(pids) == 2
+    assert f"pid {os.getpid()}".encode() not in pids
+    assert {(ending.exit_code, ending.phase) for ending in endings} == {(0, "echoing")}
+
+
+def test_a_process_begins_warm_and_clean(processes: Processes) -> None:
+    reply = processes.run(functions.state, b"").reply
+    assert reply is not None
+    warm, cuda, threads = reply.decode().split()
+    assert (warm, cuda) == ("True", "False")
+    assert int(threads) <= 2  # no pool was started, but NumPy's
+
+
+def test_variables_are_set_for_one_call(processes: Processes) -> None:
+    given = processes.run(functions.environment, b"GREETING", environment={"GREETING": "hello"})
+    assert given.reply == b"hello"
+    assert processes.run(functions.environment, b"GREETING").reply == b"absent"
+
+
+def test_what_hangs_is_ended_with_all_that_it_started(processes: Processes, tmp_path: Path) -> None:
+    note = tmp_path / "group"
+    ending = processes.run(functions.hang, str(note).encode(), limit_s=3)
+    assert (ending.reply, ending.exit_code, ending.phase) == (None, None, "hanging")
+    assert "I hang" in ending.output
+    assert not alive(int(note.read_text()))
+
+
+def test_of_a_megabyte_of_output_the_end_is_kept(processes: Processes) -> None:
+    ending = processes.run(functions.print_much, b"")
+    assert ending.reply == b"done"
+    assert ending.output.endswith("x the end\n")
+    assert len(ending.output) == OUTPUT_BYTES
+
+
+def test_an_exception_leaves_its_traceback(processes: Processes) -> None:
+    ending = processes.run(functions.fail, b"")
+    assert (ending.reply, ending.exit_code, ending.phase) == (None, 1, "failing")
+    assert "ValueError: no good" in ending.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_signal_is_reported(processes: Processes, number: signal.Signals) -> None:
+    ending = processes.run(functions.end_by_signal, str(int(number)).encode())
+    assert (ending.reply, ending.exit_code) == (None, -number)
+
+
+def test_a_reply_larger_than_a_pipe_comes_whole(processes: Processes) -> None:
+    reply = processes.run(functions.large_reply, b"3000000").reply
+    assert reply == b"r" * 3_000_000
+
+
+def test_closing_ends_what_runs_and_refuses_more(processes: Processes, tmp_path: Path) -> None:
+    note = tmp_path / "group"
+    endings = []
+
+    def work() -> None:
+        endings.append(processes.run(functions.hang, str(note).encode()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not note.exists() or not note.read_text():
+        time.sleep(0.01)
+    processes.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert [ending.exit_code for ending in endings] == [-signal.SIGKILL]
+    with pytest.raises(InterruptedError):
+        processes.run(functions.echo, b"")
+
+
+def test_several_threads_get_their_own_replies(processes: Processes) -> None:
+    replies: dict[int, bytes | None] = {}
+
+    def work(number: int) -> None:
+        replies[number] = processes.run(functions.echo, f"{number} ".encode()).reply
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {number: (reply or b"").split()[0] for number, reply in replies.items()} == {
+        number: str(number).encode() for number in range(8)
+    }
+    assert len(set(replies.values())) == 8

@@ -1,0 +1,77 @@
+"""Implementations that go wrong, each in its own way; offered as an installed package would."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from resblock_bench.bench.implementations import IMPLEMENTATIONS, Implementation
+from resblock_bench.bench.records import Cell
+
+not_an_implementation = 3
+
+
+def _around(description: str, around: Callable[[Tensor], Tensor]) -> Implementation:
+    """The reference with something done to its output in each call."""
+
+    def wrap(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, emb: around(module(x, emb))
+
+    return replace(IMPLEMENTATIONS["reference"], description=description, wrap=wrap)
+
+
+def _raise(out: Tensor) -> Tensor:
+    raise RuntimeError("illegal access [of memory]")
+
+
+def _exhaust(out: Tensor) -> Tensor:
+    # Written to, so that it is not merely promised by the kernel: 64 GiB.
+    return out + torch.ones(2**34).sum()
+
+
+def _hang(out: Tensor) -> Tensor:
+    while True:
+        time.sleep(60)
+
+
+def _print(out: Tensor) -> Tensor:
+    print("spam " * 200_000, flush=True)
+    print("the end of the spam", file=sys.stderr, flush=True)
+    return out
+
+
+def _segfault(out: Tensor) -> Tensor:
+    ctypes.string_at(0)
+    return out
+
+
+def _kill(out: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return out
+
+
+def _exit(out: Tensor) -> Tensor:
+    print("leaving", flush=True)
+    os._exit(7)
+
+
+def _dawdle(out: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return out
+
+
+wrong = _around("off by one per cent", lambda out: out * 1.01)
+raising = _around("raises", _raise)
+greedy = _around("wants 64 GiB", _exhaust)
+hanging = _around("never returns", _hang)
+printing = _around("prints a megabyte in each call", _print)
+segfaulting = _around("reads address 0", _segfault)
+killed = _around("ends by SIGKILL", _kill)
+exiting = _around("ends its process with code 7", _exit)
+slow = _around("sleeps 20 ms in each call", _dawdle)
