@@ -145,7 +145,7 @@ def _processes(gpu: nvml.Gpu) -> Iterator[Finding]:
     advice = "wait for them" if free is None else "pick a free one"
     yield Finding(
         "",
-        f"{len(others)} other processes compute on it: {', '.join(map(str, others))}",
+        f"other processes compute on it: {', '.join(map(str, others))}",
         f"they take its time and memory: {advice}",
         "nvidia-smi" if free is None else f"export CUDA_VISIBLE_DEVICES={free}",
     )

@@ -30,8 +30,8 @@ class FakeGpu:
             "nvmlDeviceGetTotalEnergyConsumption": 1_234_500,
             "nvmlDeviceGetCurrentClocksEventReasons": 0x1,
             "nvmlDeviceGetPersistenceMode": 1,
-            "nvmlDeviceGetEccMode": [1, 1],
-            "nvmlDeviceGetMigMode": [0, 0],
+            "nvmlDeviceGetEccMode": [1, 0],  # current, pending
+            "nvmlDeviceGetMigMode": [0, 1],
             "nvmlDeviceGetViolationStatus": {},
             "nvmlDeviceGetFieldValues": {},
         }

@@ -58,7 +58,7 @@ def test_a_good_gpu_takes_two_lines_and_nothing_is_to_mend(monkeypatch) -> None:
             "capped at 350 W of 700 W by default",
             f"sudo nvidia-smi -i {A} -pl 700",
         ),
-        ({"nvmlDeviceGetMigMode": [1, 1]}, "MIG on", f"sudo nvidia-smi -i {A} -mig 0"),
+        ({"nvmlDeviceGetMigMode": [1, 0]}, "MIG on", f"sudo nvidia-smi -i {A} -mig 0"),
         (
             {"nvmlDeviceGetPersistenceMode": 0},
             "persistence mode off",
@@ -66,7 +66,7 @@ def test_a_good_gpu_takes_two_lines_and_nothing_is_to_mend(monkeypatch) -> None:
         ),
         (
             {"nvmlDeviceGetComputeRunningProcesses": processes(999_999_999)},
-            "1 other processes compute on it: 999999999",
+            "other processes compute on it: 999999999",
             "nvidia-smi",
         ),
     ],
@@ -91,7 +91,7 @@ def test_only_visible_gpus_are_looked_at_and_a_free_one_is_offered(monkeypatch) 
 
 
 def test_commands_for_a_slice_name_the_whole_gpu(monkeypatch) -> None:
-    whole = FakeGpu(A, nvmlDeviceGetMigMode=[1, 1])
+    whole = FakeGpu(A, nvmlDeviceGetMigMode=[1, 0])
     fake = install(monkeypatch, whole)
     fake.slices.append(FakeGpu(SLICE, nvmlDeviceGetDeviceHandleFromMigDeviceHandle=whole))
     found = gpu_findings({"CUDA_VISIBLE_DEVICES": SLICE})
@@ -144,7 +144,7 @@ def test_a_bad_gpu_is_only_read_and_fits_the_screen(monkeypatch) -> None:
         nvmlDeviceGetCurrentClocksEventReasons=0x4 | 0x8 | 0x40,
         nvmlDeviceGetTemperature={pynvml.NVML_TEMPERATURE_GPU: 92},
         nvmlDeviceGetEnforcedPowerLimit=350_000,
-        nvmlDeviceGetMigMode=[1, 1],
+        nvmlDeviceGetMigMode=[1, 0],
         nvmlDeviceGetPersistenceMode=0,
         nvmlDeviceGetComputeRunningProcesses=processes(999_999_998, 999_999_999),
     )

@@ -161,7 +161,7 @@ def test_without_a_driver_nothing_is_known(monkeypatch) -> None:
         ("1,0", [B, A]),
         (" 1 , 0 ", [B, A]),
         ("1,-1,0", [B]),
-        ("0,7,1", [A]),
+        ("0,2,1", [A]),
         ("0,0", []),
         (f"0,{A}", []),
         (B, [B]),
