@@ -1,4 +1,5 @@
 import os
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -57,6 +58,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml(FakeGpu(A, nvmlDeviceGetPowerUsage=1000), FakeGpu(B))
     monkeypatch.setattr(nvml, "pynvml", fake)
     return fake
+
+
+def read_once(machine: Path) -> Reading:
+    with closing(GpuProbe(B, machine)) as probe:
+        return probe.read()
 
 
 def test_cpu_times_are_seconds_without_idleness_guests_and_steal(machine: Path) -> None:
@@ -121,14 +127,15 @@ def test_the_gpu_of_the_uuid_is_read_and_the_processor_beside_it(
 
 def test_the_visible_gpu_is_read_and_not_the_first(gpus: FakeNvml) -> None:
     (visible,) = visible_gpus({"CUDA_VISIBLE_DEVICES": "1"})
-    assert open_probe("cuda", visible.uuid, None).read().power_w == 250
+    with closing(open_probe("cuda", visible.uuid, None)) as probe:
+        assert probe.read().power_w == 250
 
 
 def test_strangers_on_the_gpu_are_counted_and_relatives_are_not(
     gpus: FakeNvml, machine: Path
 ) -> None:
     gpus.gpus[1].answers["nvmlDeviceGetComputeRunningProcesses"] = processes(OWN, 100, 300, 400, 9)
-    assert GpuProbe(B, machine).read().foreign_processes == 2
+    assert read_once(machine).foreign_processes == 2
 
 
 @pytest.mark.parametrize("listed", [[], [777]])
@@ -136,9 +143,9 @@ def test_a_driver_that_hides_this_process_cannot_tell_others(
     gpus: FakeNvml, machine: Path, monkeypatch: pytest.MonkeyPatch, listed: list[int]
 ) -> None:
     gpus.gpus[1].answers["nvmlDeviceGetComputeRunningProcesses"] = processes(*listed)
-    assert GpuProbe(B, machine).read().foreign_processes == len(listed)
+    assert read_once(machine).foreign_processes == len(listed)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    found = GpuProbe(B, machine).read()
+    found = read_once(machine)
     assert found.foreign_processes is None
     assert "does not list this process" in found.notes[0]
 
@@ -162,7 +169,7 @@ def test_nvml_that_fails_in_between_leaves_a_note_and_the_processor(
 def test_one_failing_counter_costs_that_counter_only(gpus: FakeNvml, machine: Path) -> None:
     error = pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
     gpus.gpus[1].answers["nvmlDeviceGetComputeRunningProcesses"] = error
-    found = GpuProbe(B, machine).read()
+    found = read_once(machine)
     assert (found.power_w, found.foreign_processes) == (250, None)
     assert found.notes == ["NVML failed: Insufficient Permissions (foreign_processes)"]
 
