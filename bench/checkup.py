@@ -1,6 +1,6 @@
 """What about this machine would spoil a measurement, and what to do about it.
 
-Reads only files and NVML counters that need no privilege; changes nothing.
+Reads only files that need no privilege; changes nothing.
 """
 
 import os
@@ -14,17 +14,27 @@ from resblock_bench.bench.units import format_bytes
 
 
 class Finding(NamedTuple):
-    """One fact; `advice` is None where there is nothing to mend."""
+    """One fact; `advice` and the `command` that follows it are None where nothing is to mend."""
 
     topic: str
     found: str
     advice: str | None = None
+    command: str | None = None
 
 
-def findings(root: Path = Path("/")) -> list[Finding]:
-    """Every finding about processor, load, power and GPU. `root` is where /sys and /proc hang."""
-    found = [_governor(root), _load(root), _threads(root), _power(root), _memory(root)]
-    return [*filter(None, found), *gpu_findings()]
+def cpu_findings(root: Path = Path("/")) -> list[Finding]:
+    """What is found of the processor, its load and its limits; `root` holds /sys and /proc."""
+    found = [
+        Finding("CPU", environment.cpu_model(root) or "model unknown"),
+        _governor(root),
+        _turbo(root),
+        _smt(root),
+        _load(root),
+        _threads(root),
+        _power(root),
+        _memory(root),
+    ]
+    return [finding for finding in found if finding is not None]
 
 
 def _governor(root: Path) -> Finding:
@@ -38,20 +48,59 @@ def _governor(root: Path) -> Finding:
     if governors == {"performance"}:
         return Finding("CPU governor", text)
     return Finding(
-        "CPU governor", text, "clocks follow the load: set it to 'performance' while measuring"
+        "CPU governor",
+        text,
+        "clocks follow the load: set it to 'performance' while measuring",
+        "sudo cpupower frequency-set -g performance",
+    )
+
+
+def _turbo(root: Path) -> Finding | None:
+    folder = root / "sys/devices/system/cpu"
+    for name, on, off in (("intel_pstate/no_turbo", "0", "1"), ("cpufreq/boost", "1", "0")):
+        state = _read(folder / name)
+        if state == on:
+            return Finding(
+                "turbo",
+                "on",
+                "clocks vary with heat and busy cores: switch it off to compare runs",
+                f"echo {off} | sudo tee /sys/devices/system/cpu/{name}",
+            )
+        if state == off:
+            return Finding("turbo", "off")
+    return None
+
+
+def _smt(root: Path) -> Finding | None:
+    active = _read(root / "sys/devices/system/cpu/smt/active")
+    if active not in ("0", "1"):
+        return None
+    cores = environment.physical_cores(root)
+    if active == "0" or cores is None or environment.usable_cpus(root) <= cores:
+        return Finding("SMT", "on" if active == "1" else "off")
+    return Finding(
+        "SMT",
+        f"on, {cores} cores",
+        "two threads on a core slow each other: measure with one a core",
+        f"resblock-bench run --threads {cores}",
     )
 
 
 def _load(root: Path) -> Finding | None:
     try:
-        minute = float((root / "proc/loadavg").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
+        minute = float(_read(root / "proc/loadavg").split()[0])
+    except (ValueError, IndexError):
         return None
-    cpus = os.cpu_count() or 1
+    found = f"{minute:.2f} on {os.cpu_count() or 1} CPUs"
     # Half a CPU of background work is what an idle desktop shows.
-    busy = minute > 0.5
-    advice = "other work competes for the CPUs: stop it, or expect wide intervals"
-    return Finding("load average", f"{minute:.2f} on {cpus} CPUs", advice if busy else None)
+    if minute <= 0.5:
+        return Finding("load average", found)
+    return Finding(
+        "load average",
+        found,
+        "other work competes for the CPUs: stop it, or expect wide intervals",
+        "ps -eo pid,user,pcpu,args --sort=-pcpu | head",
+    )
 
 
 def _threads(root: Path) -> Finding:
@@ -59,11 +108,14 @@ def _threads(root: Path) -> Finding:
     quota = environment.cgroup_quota(root)
     granted = "no cgroup quota" if quota is None else f"cgroup quota {quota:g}"
     found = f"{usable} usable CPUs ({granted}); PyTorch would start {default} threads"
-    if default > usable:
-        return Finding(
-            "threads", found, f"set OMP_NUM_THREADS={usable} in your own programs; run does so"
-        )
-    return Finding("threads", found)
+    if default <= usable:
+        return Finding("threads", found)
+    return Finding(
+        "threads",
+        found,
+        "more threads than CPUs wait for each other in your own programs; run takes care of it",
+        f"export OMP_NUM_THREADS={usable}",
+    )
 
 
 def _power(root: Path) -> Finding | None:
@@ -84,47 +136,28 @@ def _memory(root: Path) -> Finding | None:
     except (OSError, ValueError, IndexError, KeyError):
         return None
     found = f"{format_bytes(available)} available of {format_bytes(total)}"
-    short = available < 0.25 * total
-    return Finding("memory", found, "little is free: close what holds it" if short else None)
+    limit = _memory_limit(root)
+    if limit is not None and limit < total:
+        found += f", cgroup limit {format_bytes(limit)}"
+    if available >= 0.25 * total:
+        return Finding("memory", found)
+    return Finding(
+        "memory",
+        found,
+        "little is free: close what holds it",
+        "ps -eo pid,user,rss,args --sort=-rss | head",
+    )
 
 
-def gpu_findings() -> list[Finding]:
-    """What NVML says of each GPU; a single finding where there is no GPU or no driver."""
-    import pynvml
+def _memory_limit(root: Path) -> int | None:
+    """Bytes that the cgroup (version 2 or 1) grants, None without a limit."""
+    folder = root / "sys/fs/cgroup"
+    text = _read(folder / "memory.max") or _read(folder / "memory/memory.limit_in_bytes")
+    return int(text) if text.isdecimal() else None
 
+
+def _read(path: Path) -> str:
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [Finding("GPU", f"none visible to NVML ({error})")]
-    found: list[Finding] = []
-    try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            found += _one_gpu(pynvml.nvmlDeviceGetHandleByIndex(index), f"GPU {index}")
-    finally:
-        pynvml.nvmlShutdown()
-    if found and not torch.cuda.is_available():
-        advice = "this PyTorch cannot use the GPU: install a CUDA build that fits the driver"
-        found.append(Finding("PyTorch", f"{torch.__version__}, no CUDA", advice))
-    return found
-
-
-def _one_gpu(handle: object, topic: str) -> list[Finding]:
-    import pynvml
-
-    found = [Finding(topic, str(pynvml.nvmlDeviceGetName(handle)))]
-    try:
-        temperature = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
-        now = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
-        most = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
-        hot = "let it cool: it will lower its clocks" if temperature >= 80 else None
-        found.append(Finding(topic, f"{temperature} °C, SM clock {now} of {most} MHz", hot))
-        processes = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        shared = "others use this GPU: stop them, or pick a free one" if processes else None
-        found.append(Finding(topic, f"{processes} compute processes", shared))
-        if pynvml.nvmlDeviceGetPersistenceMode(handle) == 0:
-            found.append(
-                Finding(topic, "persistence mode off", "each run starts cold: nvidia-smi -pm 1")
-            )
-    except pynvml.NVMLError as error:
-        found.append(Finding(topic, f"NVML does not say more ({error})"))
-    return found
+        return path.read_text().strip()
+    except OSError:
+        return ""

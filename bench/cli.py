@@ -3,6 +3,7 @@
 Verbs import what they need themselves, so that --help does not wait for PyTorch.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -270,10 +271,12 @@ def tune(
 @app.command()
 def env() -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
-    from resblock_bench.bench import checkup, environment
+    from resblock_bench.bench import environment
+    from resblock_bench.bench.checkup import cpu_findings
+    from resblock_bench.bench.checkup_gpu import gpu_findings
     from resblock_bench.bench.listing import machine
 
-    found = checkup.findings()
+    found = [*cpu_findings(), *gpu_findings(os.environ)]
     console = _console()
     console.print(machine(environment.gather(environment.usable_cpus()), found))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from resblock_bench.bench import nvml
 from resblock_bench.bench.records import Environment
 
 _PACKAGES = ("torch", "triton", "numpy", "resblock-bench")
@@ -29,7 +30,7 @@ def gather(threads: int) -> Environment:
         gpu=gpu.name if gpu else None,
         gpu_memory_bytes=gpu.total_memory if gpu else None,
         gpu_uuid=str(gpu.uuid) if gpu else None,
-        gpu_driver=gpu_driver() if gpu else None,
+        gpu_driver=nvml.driver_version() if gpu else None,
         os=platform.platform(),
         threads=threads,
         versions=versions(),
@@ -48,15 +49,15 @@ def machine_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
 
 
-def cpu_model() -> str | None:
+def cpu_model(root: Path = Path("/")) -> str | None:
     """The processor's marketing name."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or None
 
 
-def physical_cores() -> int | None:
+def physical_cores(root: Path = Path("/")) -> int | None:
     """Cores without their hyperthreads."""
-    text = _read("/proc/cpuinfo")
+    text = _read(root / "proc/cpuinfo")
     sockets = re.findall(r"^physical id\s*:\s*(\d+)", text, re.MULTILINE)
     cores = re.findall(r"^core id\s*:\s*(\d+)", text, re.MULTILINE)
     return len(set(zip(sockets, cores, strict=False))) or None
@@ -91,17 +92,6 @@ def memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return None
-
-
-def gpu_driver() -> str | None:
-    """The NVIDIA driver's version, if NVML answers."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
         return None
 
 

@@ -109,8 +109,15 @@ def machine(found: Environment, findings: Sequence[Finding]) -> RenderableType:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {version}" for key, version in value.items() if version)
         facts.add_row(name, Text("unknown or absent" if value is None else str(value)))
-    checks = _table("before trusting a measurement", "", "found", "to mend")
+    checks = _table("before trusting a measurement")
+    checks.add_column()
+    checks.add_column(overflow="fold")
     for finding in findings:
-        checks.add_row(finding.topic, finding.found, Text(finding.advice or "", style="yellow"))
+        text = Text(finding.found)
+        if finding.advice is not None:
+            text.append(f"\n{finding.advice}", style="yellow")
+        if finding.command is not None:
+            text.append(f"\n$ {finding.command}", style="bold")
+        checks.add_row(finding.topic, text)
     count = sum(finding.advice is not None for finding in findings)
     return Group(facts, "", checks, "", f"{count} to mend." if count else "Nothing to mend.")
