@@ -93,6 +93,18 @@ def run(
         str | None,
         typer.Option(metavar="4GiB", help="What a CPU cell may allocate. Default: what is free."),
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1", help="GPUs, by position or UUID, a lane each. Default: all visible."
+        ),
+    ] = None,
+    telemetry: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Play back a recorded trace in place of the machine's counters."
+        ),
+    ] = None,
     max_time: Annotated[
         str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
     ] = None,
@@ -121,11 +133,13 @@ def run(
     from resblock_bench.bench.plan import Plan
     from resblock_bench.bench.presets import choose
     from resblock_bench.bench.sweep import Request, carry_out
+    from resblock_bench.bench.telemetry import Replay
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
 
-    for flag, given in (("--retry-failed", retry_failed),):
-        if given and not resume:
-            raise UsageError(f"{flag} goes with --resume: it looks at the rows of an earlier run")
+    if retry_failed and not resume:
+        raise UsageError("--retry-failed goes with --resume: it looks at the rows of that run")
+    if telemetry is not None:
+        Replay(telemetry)  # a bad trace is found before anything is measured
 
     kind = None if device is None else device_kind(device)
     sweep = choose(axis or [], preset, config, kind or default_kind())
@@ -158,6 +172,8 @@ def run(
         ignore_oom=ignore_oom_record,
         timeout_s=parse_duration_s(timeout),
         budget_s=budget_s,
+        telemetry=telemetry,
+        devices=devices.split(",") if devices else (),
         plots=not no_plots,
     )
     raise typer.Exit(carry_out(request, console))
@@ -190,6 +206,8 @@ def plot(
     from resblock_bench.bench.storage import read_run
 
     for run_ in [read_run(folder) for folder in runs]:
+        for note in run_.notes:
+            typer.echo(note, err=True)
         paths = draw_all(run_)
         if not paths:
             raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")

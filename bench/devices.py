@@ -34,6 +34,7 @@ class Device:
     kind: Kind
     torch_device: torch.device
     name: str
+    uuid: str | None
     timer: Timer
     meter: MemoryMeter
 
@@ -59,7 +60,7 @@ def open_device(kind: Kind, threads: int) -> Device:
     torch.set_num_threads(threads)
     if kind == "cpu":
         name = environment.cpu_model() or "CPU"
-        return Device(kind, torch.device("cpu"), name, CpuTimer(), TrackerMeter())
+        return Device(kind, torch.device("cpu"), name, None, CpuTimer(), TrackerMeter())
     if not torch.cuda.is_available():
         raise UsageError(
             "device 'cuda' was asked for, but PyTorch sees no GPU: use --device cpu, or install a "
@@ -73,6 +74,7 @@ def open_device(kind: Kind, threads: int) -> Device:
         kind,
         device,
         torch.cuda.get_device_name(device),
+        str(torch.cuda.get_device_properties(device).uuid),
         CudaTimer(device),
         CudaMeter(device),
     )

@@ -18,6 +18,7 @@ import torch
 from msgspec.structs import replace
 
 from resblock_bench.bench import stats
+from resblock_bench.bench.conditions import conditions
 from resblock_bench.bench.correctness import check, checked_cell
 from resblock_bench.bench.devices import TOOLS, Device, Kind, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
@@ -25,6 +26,7 @@ from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_comp
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
     Cell,
+    Conditions,
     Contract,
     Count,
     Environment,
@@ -34,6 +36,7 @@ from resblock_bench.bench.records import (
     Status,
     cell_id,
 )
+from resblock_bench.bench.telemetry import Reading, open_probe
 from resblock_bench.bench.timing import Rule, Timing, time_fn
 from resblock_bench.bench.truth_file import read_truth
 from resblock_bench.bench.workload import (
@@ -142,7 +145,7 @@ def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) ->
     """
     started = time.monotonic()
     device = open_device(task.device, task.environment.threads)
-    row = row_of(task, "failed", device_name=device.name)
+    row = row_of(task, "failed", device_name=device.name, device_uuid=device.uuid)
     try:
         found = _measured(task, truth, device, announce)
     except Exception as error:
@@ -171,19 +174,41 @@ def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) 
     announce("memory")
     memory_note = device.meter.unusable(cell.impl)
     memory = device.meter.measure(workload) if memory_note is None else None
-    announce("timing")
     del truth
     gc.collect()
-    torch.manual_seed(seed)  # the masks of dropout
-    timing = time_fn(workload.step, device.timer, task.rule, prepare=workload.reset)
+    announce("timing")
+    timing, circumstances = _timed(task, workload, device)
     return {
         "status": "ok",
         "reason": None,
         "correctness": correctness,
         "memory": memory,
         "memory_note": memory_note,
+        "conditions": circumstances,
         **_timing_fields(timing, cell, task.rule),
     }
+
+
+def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Conditions]:
+    """The samples, and what the machine went through while they were taken."""
+    trace = None if task.telemetry is None else Path(task.telemetry)
+    probe = open_probe(device.kind, device.uuid, trace)
+    readings: list[Reading] = []
+    torch.manual_seed(task.seed)  # the masks of dropout
+    try:
+        timing = time_fn(
+            workload.step,
+            device.timer,
+            task.rule,
+            prepare=workload.reset,
+            warm=lambda: readings.append(probe.read()),
+        )
+        readings.append(probe.read())
+    finally:
+        probe.close()
+    images = task.cell.batch * len(timing.samples_ms)
+    threads = task.environment.threads
+    return timing, conditions(*readings, source=probe.source, images=images, threads=threads)
 
 
 def _timing_fields(timing: Timing, cell: Cell, rule: Rule) -> dict[str, Any]:

@@ -88,11 +88,11 @@ class RunWriter:
                     "--output, or remove it"
                 ) from None
             raise UsageError(f"{error.filename} is not a folder: give another --output") from None
-        except FileNotFoundError:
-            raise UsageError(
-                f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
-            ) from None
         except OSError as error:
+            if resume and isinstance(error, FileNotFoundError):
+                raise UsageError(
+                    f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
+                ) from None
             raise UsageError(
                 f"cannot write to {folder}: {error.strerror}; give an --output that is writable"
             ) from None

@@ -22,6 +22,7 @@ from resblock_bench.bench.progress import RunProgress
 from resblock_bench.bench.records import Environment, Row
 from resblock_bench.bench.runner import EXPECTED_OOM, OomRecord, run_tasks
 from resblock_bench.bench.storage import Run, RunWriter, default_output, read_plan, read_run
+from resblock_bench.bench.visible_gpus import chosen_gpus
 
 TIMEOUT_S = 300.0
 """What a cell may take unless said otherwise: compiling one takes up to a minute."""
@@ -37,6 +38,7 @@ class Request:
     retry        and again what failed there
     ignore_oom   try cells that are larger than one which ran out of memory
     telemetry    a recorded trace in place of the machine's counters
+    devices      of the visible GPUs these, by position or UUID; empty for all
     """
 
     plan: Plan | None
@@ -47,6 +49,7 @@ class Request:
     timeout_s: float = TIMEOUT_S
     budget_s: float | None = None
     telemetry: Path | None = None
+    devices: Sequence[str] = ()
     plots: bool = True
 
 
@@ -67,7 +70,8 @@ def _carry_out(request: Request, console: Console) -> int:
         else:
             assert request.plan is not None
             writer, plan, earlier = None, request.plan, None
-        engine = stack.enter_context(LocalEngine([], limit_s=request.timeout_s))
+        gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
+        engine = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
         found = survey(engine.processes, plan)
         if writer is None or earlier is None:
             folder = request.output or default_output(found.machine, Path.cwd())
@@ -157,13 +161,14 @@ def _sweep(
                 todo, engine, oom=oom, began=progress.begin, budget_s=request.budget_s
             ):
                 writer.append(row)
-                rows[row.id] = row
                 progress.finish(row)
     except KeyboardInterrupt:
         ending = "interrupted"
     except OSError as error:
         ending = f"stopped, since {writer.folder} cannot be written ({error.strerror})"
     left = len(todo) - writer.count
+    # Read back, since an interrupt may have come between a row and the note of it.
+    rows = {row.id: row for row in read_run(writer.folder).rows if row.id in asked}
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
     _show(console, list(rows.values()), len(tasks))

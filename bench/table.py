@@ -11,7 +11,16 @@ from resblock_bench.bench.records import Cell, Row, site_name, site_of
 from resblock_bench.bench.units import format_mib
 
 WIDTH = 100
-_STYLES = {"ok": "", "skipped": "dim", "failed": "red", "oom": "yellow", "wrong": "bold red"}
+_STYLES = {
+    "ok": "",
+    "skipped": "dim",
+    "failed": "red",
+    "oom": "yellow",
+    "timeout": "red",
+    "crashed": "red",
+    "impossible": "bold red",
+    "wrong": "bold red",
+}
 
 
 def by_site(rows: Iterable[Row]) -> dict[Cell, list[Row]]:

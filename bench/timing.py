@@ -65,12 +65,14 @@ def time_fn(
     rule: Rule,
     *,
     prepare: Callable[[], object] = lambda: None,
+    warm: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Timing:
     """Sample `step` until the rule stops it.
 
     step      what is timed; what it returns is freed after the sample
     prepare   called before every step, outside the timed span
+    warm      called once, between the warm-up and the first sample
     clock     seconds, for the warm-up and the time limit only
 
     The time limit covers sampling with its preparations, not the warm-up; at least
@@ -88,6 +90,7 @@ def time_fn(
             sample_ms()
             warmup_steps += 1
         warmup_s = clock() - started
+        warm()
 
         samples: list[float] = []
         stop: StopRule | None = None

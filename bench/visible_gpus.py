@@ -1,9 +1,11 @@
 """Which GPUs CUDA_VISIBLE_DEVICES lets a program see, found without starting CUDA."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from resblock_bench.bench import nvml
+from resblock_bench.bench.errors import UsageError, unknown
 
 
 class VisibleGpu(NamedTuple):
@@ -31,6 +33,26 @@ def visible_gpus(environ: Mapping[str, str]) -> list[VisibleGpu]:
         uuids = everyone if entries is None else _named(entries.split(","), everyone)
         gpus = map(nvml.Gpu, uuids)
         return [VisibleGpu(gpu.uuid, gpu.name(), gpu.memory_bytes()) for gpu in gpus]
+
+
+def chosen_gpus(wanted: Sequence[str]) -> list[VisibleGpu]:
+    """Of the visible GPUs those named by position or UUID; all where none is named.
+
+    Raises UsageError for a name that fits none, and where no GPU is visible.
+    """
+    try:
+        visible = visible_gpus(os.environ)
+    except nvml.NvmlError as error:
+        raise UsageError(f"no GPU can be used: {error}; use --device cpu") from None
+    if not visible:
+        raise UsageError("no GPU is visible: mend CUDA_VISIBLE_DEVICES, or use --device cpu")
+    known = {str(position): gpu for position, gpu in enumerate(visible)}
+    known |= {gpu.uuid: gpu for gpu in visible}
+    for name in wanted:
+        if name.strip() not in known:
+            raise unknown("GPU", name, known)
+    chosen = [known[name.strip()] for name in wanted] or visible
+    return list(dict.fromkeys(chosen))
 
 
 def _named(entries: list[str], everyone: list[str]) -> list[str]:

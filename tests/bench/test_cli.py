@@ -1,4 +1,3 @@
-import json
 import re
 import subprocess
 import sys
@@ -221,17 +220,6 @@ def test_help_does_not_wait_for_pytorch() -> None:
     code = "import sys, resblock_bench.bench.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_the_rows_of_an_installed_package_outside_git_have_no_commit(
-    run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("resblock_bench.bench.environment._git", lambda *arguments: None)
-    arguments = ("-a", "impl=reference", "--no-plots", "--output", tmp_path / "run")
-    assert run_cli("run", *TINY, *arguments).code == 0
-    row = json.loads((tmp_path / "run" / "cells.jsonl").read_text())
-    assert (row["commit"], row["dirty"]) == (None, None)
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["commit"] is None
 
 
 def test_opening_a_device_fixes_the_threads() -> None:

@@ -133,11 +133,13 @@ def test_what_failed_is_tried_again_on_request_only(run_cli: Callable, tmp_path:
     assert (rows_of(folder)["raising"].attempt, len(read_run(folder).rows)) == (2, 2)
 
 
-def started(folder: Path, *more: str, **options: object) -> "subprocess.Popen[str]":
+def started(
+    folder: Path, *more: str, impl: str = "reference", cells: int = 300, **options: object
+) -> "subprocess.Popen[str]":
     """A sweep of some hundred cells in a process of its own."""
     command = [sys.executable, "-m", "resblock_bench.bench", "run", *QUICK]
-    command += ["-a", "channels=32", "-a", "resolution=4", "-a", "batch=[1:300:+1]"]
-    command += ["-a", "mode=inference", "-a", "impl=reference", "--output", str(folder), *more]
+    command += ["-a", "channels=32", "-a", "resolution=4", "-a", f"batch=[1:{cells}:+1]"]
+    command += ["-a", "mode=inference", "-a", f"impl={impl}", "--output", str(folder), *more]
     # A shell's background jobs ignore Ctrl-C, and so would this process.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(
@@ -183,7 +185,7 @@ def test_kill_9_at_a_random_cell_then_resume(run_cli: Callable, tmp_path: Path) 
     folder = tmp_path / "run"
     process = started(folder)
     try:
-        wait_for_rows(process, folder, 2 + time.time_ns() % 7)
+        wait_for_rows(process, folder, 1 + time.time_ns() % 5)
         family = children_of(process.pid)
         process.kill()
         process.communicate(timeout=60)
@@ -212,7 +214,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
     folder = tmp_path / "run"
     process = started(folder)
     try:
-        wait_for_rows(process, folder, 3)
+        wait_for_rows(process, folder, 2)
         family = children_of(process.pid)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
@@ -233,7 +235,7 @@ def test_kill_9_of_a_cell_from_outside_is_a_crash_of_that_cell(
     run_cli: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = started(folder, "-a", "impl=hanging", "--timeout", "60s")
+    process = started(folder, "--timeout", "60s", impl="hanging")
     try:
         deadline = time.monotonic() + 60
         victim = 0
@@ -262,12 +264,12 @@ def test_a_full_disk_keeps_what_fitted_and_can_be_resumed(
     run_cli: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    limit = 12000  # about three rows
+    limit = 40_000  # about ten rows, and the plan
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = started(folder, "--seed", "0", preexec_fn=fill)
+    process = started(folder, cells=40, preexec_fn=fill)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 3, (out, err)
     assert "Traceback" not in err
