@@ -37,7 +37,7 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
             description = "mine"
             device = "cpu"
             [settings]
-            max_time = "2s"
+            max_time = "3s"
             min_samples = 7
             [[grid]]
             channels = [64, 32]
@@ -48,7 +48,7 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
         )
     )
     assert preset.grids == ({"channels": (64, 32), "resolution": (8, 16)}, {"dims": (1,)})
-    assert preset.settings.rule() == Rule(max_time_s=2.0, min_samples=7)
+    assert preset.settings.rule() == Rule(max_time_s=3.0, min_samples=7)
     assert (preset.name, preset.description, preset.device) == ("sweep", "mine", "cpu")
 
 
