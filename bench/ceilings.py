@@ -6,8 +6,8 @@ A ceiling is a maximum, so each figure is the best of several samples and of sev
     peak     copies of all sizes down to those that stay in a cache
     matrix   square products, growing until one takes too long; 2n³ operations
 
-The samples come from the device's own timer. It flushes a GPU's L2 before a sample, so a sample of
-a small size holds many copies, of which only the first finds its bytes in memory.
+The samples come from the device's own timer. It flushes a GPU's L2 before a sample, so there a
+sample of a small size holds many copies, of which only the first finds its bytes in memory.
 """
 
 import functools
@@ -26,11 +26,12 @@ COPY_BYTES = {"cpu": (64 * 2**20, 512 * 2**20), "cuda": (256 * 2**20, 1024 * 2**
 LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 """Such as 32768K."""
 SMALLEST_COPY_BYTES = 64 * 2**10
-COPIES = 64
-"""In one sample of a small size, at most."""
+COPIES = {"cpu": 4, "cuda": 64}
+"""In one sample of a small size, at most. A CPU's threads meet after each, which takes long where
+other programs hold one up; a GPU's first copy misses its flushed cache."""
 SMALLEST_PRODUCT = {"fp32": 512, "bf16": 128, "fp16": 128}
 LARGEST_PRODUCT = 8192
-PRODUCT_S = 0.03
+PRODUCT_S = 0.02
 """Sizes are doubled until a product would take longer: 16 bits are slow on some CPUs."""
 SAMPLES = 3
 SAMPLING_S = 0.015
@@ -40,7 +41,7 @@ SAMPLING_S = 0.015
 def measure_ceilings(device: Device) -> Ceilings:
     """The ceilings of an opened device, in its dtypes and with TF32 as it was opened, off.
 
-    Takes below a second on a CPU, and leaves no memory behind.
+    Takes about a second on a CPU that is not busy otherwise, and leaves no memory behind.
     """
     try:
         copy, peak = _bytes_per_s(device)
@@ -60,7 +61,7 @@ def _bytes_per_s(device: Device) -> tuple[float, float]:
     copy = best = _best_per_s(device, lambda: target.copy_(source), 2 * largest)
     size = SMALLEST_COPY_BYTES
     while size <= largest // 4:
-        repeats = min(COPIES, largest // size)
+        repeats = min(COPIES[device.kind], largest // size)
         copies = functools.partial(_copy, source[: size // 4], target[: size // 4], repeats)
         best = max(best, _best_per_s(device, copies, 2 * size * repeats))
         size *= 4

@@ -16,8 +16,8 @@ random walk that wanders the further the longer the samples stay on one side:
 
 This self-normalised interval (Lobato 2001; Shao 2010, J. R. Stat. Soc. B 72, 343) needs no
 bandwidth, no block length and no estimate of the correlation. q is the quantile of
-|W(1)| / √∫(W(t) − t·W(1))² dt with W a Wiener process, 6.747 for 95 %. For independent samples it
-is about 1.4 times as wide as the binomial one.
+|W(1)| / √∫(W(t) − t·W(1))² dt with W a Wiener process, 6.747 for 95 %. For independent samples the
+wider of the two is on average 1.35 times as wide as the binomial one.
 """
 
 import functools
