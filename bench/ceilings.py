@@ -29,7 +29,7 @@ SMALLEST_COPY_BYTES = 64 * 2**10
 COPIES = {"cpu": 4, "cuda": 64}
 """In one sample of a small size, at most. A CPU's threads meet after each, which takes long where
 other programs hold one up; a GPU's first copy misses its flushed cache."""
-SMALLEST_PRODUCT = {"fp32": 512, "bf16": 128, "fp16": 128}
+SMALLEST_PRODUCT = {"fp32": 1024, "bf16": 128, "fp16": 128}
 LARGEST_PRODUCT = 8192
 PRODUCT_S = 0.02
 """Sizes are doubled until a product would take longer: 16 bits are slow on some CPUs."""
