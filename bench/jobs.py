@@ -6,6 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from resblock_bench.bench import environment
+from resblock_bench.bench.ceilings import measure_ceilings
 from resblock_bench.bench.correctness import checked_cell, compute_truth
 from resblock_bench.bench.devices import Kind, open_device
 from resblock_bench.bench.errors import UsageError
@@ -23,7 +24,7 @@ class CellJob(msgspec.Struct):
 
 
 class SurveyJob(msgspec.Struct):
-    """Find out about the machine."""
+    """Find out about the machine, and measure its ceilings."""
 
     device: Kind
     threads: int
@@ -69,8 +70,8 @@ def survey(argument: bytes, announce: Announce) -> bytes:
     announce("survey")
     job = msgspec.json.decode(argument, type=SurveyJob)
     try:
-        open_device(job.device, job.threads)
+        device = open_device(job.device, job.threads)
     except UsageError as error:
         return msgspec.json.encode(Survey(refusal=str(error)))
     found = environment.gather(job.threads)
-    return msgspec.json.encode(Survey(environment=replace(found, ceilings=None)))
+    return msgspec.json.encode(Survey(replace(found, ceilings=measure_ceilings(device))))

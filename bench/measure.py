@@ -20,8 +20,10 @@ from msgspec.structs import replace
 from resblock_bench.bench import stats
 from resblock_bench.bench.conditions import conditions
 from resblock_bench.bench.correctness import check, checked_cell
+from resblock_bench.bench.cuda_graph import CaptureError, capture
 from resblock_bench.bench.devices import TOOLS, Device, Kind, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
+from resblock_bench.bench.floor import floor_of, impossible
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
@@ -185,7 +187,9 @@ def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) 
         "memory": memory,
         "memory_note": memory_note,
         "conditions": circumstances,
-        **_timing_fields(timing, cell, task.rule),
+        **_timing_fields(timing, task),
+        # Last, since a graph's memory pool stays.
+        **(_graph_fields(task, workload, device) if device.kind == "cuda" else {}),
     }
 
 
@@ -202,6 +206,7 @@ def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Cond
             task.rule,
             prepare=workload.reset,
             warm=lambda: readings.append(probe.read()),
+            clock_mhz=lambda: probe.read().sm_clock_mhz,
         )
         readings.append(probe.read())
     finally:
@@ -211,10 +216,19 @@ def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Cond
     return timing, conditions(*readings, source=probe.source, images=images, threads=threads)
 
 
-def _timing_fields(timing: Timing, cell: Cell, rule: Rule) -> dict[str, Any]:
+def _timing_fields(timing: Timing, task: Task) -> dict[str, Any]:
     median_ms = statistics.median(timing.samples_ms)
-    low, high = stats.median_interval(timing.samples_ms, rule.confidence) or (None, None)
+    low, high = stats.median_interval(timing.samples_ms, task.rule.confidence) or (None, None)
+    found: dict[str, Any] = {}
+    ceilings = task.environment.ceilings
+    if ceilings is not None:
+        floor = floor_of(task.cell, ceilings, median_ms)
+        found = {"floor": floor}
+        reason = impossible(floor, ceilings, min(timing.samples_ms))
+        if reason is not None:
+            found |= {"status": "impossible", "reason": reason}
     return {
+        **found,
         "samples_ms": timing.samples_ms,
         "bursts": timing.bursts,
         "median_ms": median_ms,
@@ -225,8 +239,19 @@ def _timing_fields(timing: Timing, cell: Cell, rule: Rule) -> dict[str, Any]:
         "warmup_steps": timing.warmup_steps,
         "warmup_s": timing.warmup_s,
         "warmup_steady": timing.warmup_steady,
-        "throughput_images_per_s": cell.batch / median_ms * 1e3,
+        "throughput_images_per_s": task.cell.batch / median_ms * 1e3,
     }
+
+
+def _graph_fields(task: Task, workload: Workload, device: Device) -> dict[str, Any]:
+    """The same step replayed by a CUDA graph, without the host's cost of launching it."""
+    try:
+        replay = capture(workload)
+    except CaptureError as error:
+        return {"graph_note": str(error)}
+    timing = time_fn(replay, device.timer, task.rule)
+    samples = timing.samples_ms
+    return {"graph_samples_ms": samples, "graph_median_ms": statistics.median(samples)}
 
 
 def status_of(error: Exception) -> Status:

@@ -41,6 +41,7 @@ class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """How cells are timed; None keeps the default of timing.Rule."""
 
     warmup: str | None = None
+    warmup_max: str | None = None
     max_time: str | None = None
     min_samples: Annotated[int, Meta(ge=1)] | None = None
     max_samples: Annotated[int, Meta(ge=1)] | None = None
@@ -50,6 +51,7 @@ class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
         """The stop rule with these settings applied; raises UsageError for a bad duration."""
         changes: dict[str, Any] = {
             "warmup_s": self.warmup and parse_duration_s(self.warmup),
+            "warmup_max_s": self.warmup_max and parse_duration_s(self.warmup_max),
             "max_time_s": self.max_time and parse_duration_s(self.max_time),
             "min_samples": self.min_samples,
             "max_samples": self.max_samples,

@@ -1,12 +1,27 @@
-"""Order statistics of timing samples; nothing here assumes a distribution.
+"""Order statistics of timing samples; nothing here assumes a distribution or independence.
 
-The interval of the median is the binomial one: of n independent samples the number below the
-median is Binomial(n, 1/2), so with j the largest index for which P(B ≤ j − 1) ≤ (1 − c)/2, the j-th
-smallest and the j-th largest sample enclose the median with probability at least c
-(Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2).
+Two intervals of the median are formed, and the wider one is taken.
+
+The binomial one is right for independent samples: of n the number below the median is
+Binomial(n, 1/2), so with j the largest rank for which P(B ≤ j − 1) ≤ (1 − c)/2, the j-th smallest
+and the j-th largest sample enclose the median with probability at least c (Conover, Practical
+Nonparametric Statistics, 3rd ed., section 3.2).
+
+Samples taken one after the other are not independent: clocks, caches and other programs change
+more slowly than a step takes. So the share of samples below the median m is given the width that
+the series itself shows, with the partial sums S_t = Σ_{i≤t} (1[x_i < m] + 1[x_i = m]/2 − 1/2), a
+random walk that wanders the further the longer the samples stay on one side:
+
+    p = 1/2 ± q·√(Σ_t S_t² / n³),    from the p-quantiles of the samples (Woodruff 1952)
+
+This self-normalised interval (Lobato 2001; Shao 2010, J. R. Stat. Soc. B 72, 343) needs no
+bandwidth, no block length and no estimate of the correlation. q is the quantile of
+|W(1)| / √∫(W(t) − t·W(1))² dt with W a Wiener process, 6.747 for 95 %. For independent samples the
+wider of the two is on average 1.35 times as wide as the binomial one.
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -21,13 +36,47 @@ def interval_rank(count: int, confidence: float) -> int:
     return int(np.searchsorted(cumulative, (1 - confidence) / 2, side="right"))
 
 
+@functools.cache
+def self_normalised_quantile(confidence: float) -> float:
+    """q above.
+
+    W(1) is normal and independent of the bridge, whose ∫B² has the Laplace transform
+    E exp(−s∫B²) = √(u / sinh u), u = √(2s). With Craig's integral for the normal tail,
+
+        P(|W(1)| / √∫B² > q) = 2/π · ∫ √(u / sinh u) dθ over 0 … π/2,    u = q / sin θ
+    """
+    nodes = 256  # the midpoint rule converges geometrically: all derivatives vanish or are odd
+    sine = np.sin((np.arange(nodes) + 0.5) * (np.pi / 2 / nodes))
+
+    def tail(q: float) -> float:
+        u = q / sine
+        return float(np.mean(np.sqrt(2 * u / -np.expm1(-2 * u)) * np.exp(-u / 2)))
+
+    low, high = 0.0, 1.0
+    while tail(high) > 1 - confidence:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle) > 1 - confidence else (low, middle)
+    return high
+
+
 def median_interval(samples: Sequence[float], confidence: float) -> tuple[float, float] | None:
-    """The interval that covers the median with at least `confidence`; None if too few samples."""
-    rank = interval_rank(len(samples), confidence)
+    """The interval of the median of samples in the order taken; None if there are too few.
+
+    It covers the median with at least `confidence` if the samples are independent, and nearly so
+    if their correlation is short against the series. It never exceeds the samples' range.
+    """
+    count = len(samples)
+    rank = interval_rank(count, confidence)
     if rank == 0:
         return None
-    ordered = sorted(samples)
-    return ordered[rank - 1], ordered[-rank]
+    series = np.asarray(samples)
+    sums = np.cumsum(0.5 * np.sign(np.median(series) - series))
+    reach = self_normalised_quantile(confidence) * math.sqrt(float(sums @ sums) / count)
+    rank = max(1, min(rank, math.floor(count / 2 - reach) + 1))
+    ordered = np.sort(series)
+    return float(ordered[rank - 1]), float(ordered[-rank])
 
 
 def relative_half_width(samples: Sequence[float], confidence: float) -> float:

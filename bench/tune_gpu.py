@@ -23,7 +23,10 @@ from resblock_bench.kernels.tiers import (
 # Within a bucket most of the time goes to compiling, 0.2 to 0.7 s a kernel.
 TIMING = Rule(
     warmup_s=0.01,
+    warmup_max_s=0.1,
     warmup_min_steps=3,
+    burst_s=0.01,
+    gap_s=0.002,
     rel_half_width=0.005,
     min_samples=20,
     max_samples=300,

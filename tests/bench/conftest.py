@@ -35,7 +35,7 @@ TINY = Cell(
     impl="reference",
     checkpoint="none",
 )
-FAST = Rule(warmup_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
+FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 
 
 @pytest.fixture(scope="session", autouse=True)

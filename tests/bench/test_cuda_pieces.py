@@ -54,7 +54,7 @@ def test_the_cache_is_flushed_before_the_timed_span(events: list[str]) -> None:
 
 def test_the_flush_buffer_lives_for_one_series(events: list[str]) -> None:
     timer = CudaTimer(CPU)
-    rule = Rule(warmup_s=0, min_samples=6, max_samples=6)
+    rule = Rule(warmup_s=0, warmup_max_s=0, min_samples=6, max_samples=6)
     for _ in range(2):
         time_fn(lambda: None, timer, rule)
         assert timer._buffer is None

@@ -37,7 +37,9 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
             description = "mine"
             device = "cpu"
             [settings]
-            max_time = "2s"
+            max_time = "3s"
+            warmup = "10ms"
+            warmup_max = "20ms"
             min_samples = 7
             [[grid]]
             channels = [64, 32]
@@ -48,7 +50,9 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
         )
     )
     assert preset.grids == ({"channels": (64, 32), "resolution": (8, 16)}, {"dims": (1,)})
-    assert preset.settings.rule() == Rule(max_time_s=2.0, min_samples=7)
+    assert preset.settings.rule() == Rule(
+        warmup_s=0.01, warmup_max_s=0.02, max_time_s=3.0, min_samples=7
+    )
     assert (preset.name, preset.description, preset.device) == ("sweep", "mine", "cpu")
 
 

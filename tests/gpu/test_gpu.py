@@ -16,6 +16,9 @@ from oracle import NAMES, Problem, check, error, gradients, problem
 from running import run_operator
 from torch import Tensor
 
+from resblock_bench.bench.cuda_graph import capture
+from resblock_bench.bench.records import Cell
+from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.kernels import ResBlock, dispatch, launch, prefer
 from resblock_bench.kernels.blocks import CheckpointMode
 from resblock_bench.kernels.spec import Modulation, Spec
@@ -134,6 +137,31 @@ def test_graph_capture_replays_with_new_masks() -> None:
     for drawn in (first, y):
         torch.testing.assert_close(drawn, torch.where(drawn != 0, 2 * expected, 0.0))
     assert not torch.equal(first != 0, y != 0)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
+@pytest.mark.parametrize("impl", ["reference", "compiled", "fused"])
+@pytest.mark.parametrize("mode", ["inference", "forward", "train"])
+def test_a_captured_step_has_the_results_of_the_step(mode: str, impl: str, checkpoint: str) -> None:
+    cell = Cell(
+        model=None, dims=2, resolution=16, channels=64, out_channels=128, emb_channels=128,
+        conditioning="scale_shift", dropout=0.0, updown="none", batch=4, dtype="fp32",
+        layout="nchw", mode=mode, impl=impl, checkpoint=checkpoint,
+    )  # fmt: skip
+    device = torch.device("cuda", torch.cuda.current_device())
+    workload = Workload(cell, draw_weights(cell, 0), draw_inputs(cell, device, 0), device)
+    expected = workload.results()
+    replay = capture(workload)
+    leaves = workload.leaves() if mode == "train" else {}
+    for leaf in leaves.values():
+        assert leaf.grad is not None
+        leaf.grad.zero_()
+    for _ in range(2):  # gradients are written, not added up
+        found = {"out": replay(), **{f"grad {name}": leaf.grad for name, leaf in leaves.items()}}
+    torch.cuda.synchronize()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
