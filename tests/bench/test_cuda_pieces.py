@@ -158,7 +158,8 @@ def test_no_flush_buffer_is_counted(
 
     alive: list[int] = []
     monkeypatch.setattr(torch, "empty", allocate)
-    rule = Rule(warmup_s=0, min_samples=6, max_samples=6)
-    time_fn(lambda: alive.append(len(gpu.flush)), CudaTimer(CPU), rule)
+    timer, rule = CudaTimer(CPU), Rule(warmup_s=0, min_samples=6, max_samples=6)
+    time_fn(lambda: alive.append(len(gpu.flush)), timer, rule)
     assert set(alive) == {1}
     assert CudaMeter(CPU).measure(workload).baseline_bytes == 1000
+    del timer  # alive until here, as a session's is
