@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from resblock_bench.bench.devices import Device, forget_cell
+from resblock_bench.bench.devices import Device
 from resblock_bench.bench.records import Ceilings
 from resblock_bench.bench.workload import DTYPES
 
@@ -48,7 +48,6 @@ def measure_ceilings(device: Device) -> Ceilings:
         matrix = {name: _flops_per_s(device, name) for name in SMALLEST_PRODUCT}
     finally:
         device.timer.close()
-        forget_cell(device)
     return Ceilings(copy_bytes_per_s=copy, peak_bytes_per_s=peak, matrix_flops_per_s=matrix)
 
 

@@ -115,6 +115,12 @@ def run(
         int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, inputs and dropout.")] = 0,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="csv,parquet,md", help="Write the rows in these formats, too."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the cells and predicted bytes; run nothing.")
     ] = False,
@@ -128,6 +134,7 @@ def run(
     import dataclasses
 
     from resblock_bench.bench.devices import default_kind, device_kind
+    from resblock_bench.bench.export import parse_formats
     from resblock_bench.bench.grid import plan
     from resblock_bench.bench.listing import planned_cells
     from resblock_bench.bench.plan import Plan
@@ -175,6 +182,7 @@ def run(
         telemetry=telemetry,
         devices=devices.split(",") if devices else (),
         plots=not no_plots,
+        formats=parse_formats(formats) if formats else (),
     )
     raise typer.Exit(carry_out(request, console))
 

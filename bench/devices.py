@@ -1,5 +1,7 @@
 """The one place where a CPU and a GPU differ: timer, memory meter, backend flags, name."""
 
+import functools
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +10,7 @@ import torch
 from resblock_bench.bench import environment
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.memory import CudaMeter, MemoryMeter, TrackerMeter
+from resblock_bench.bench.nvml import process_bytes
 from resblock_bench.bench.timing import CpuTimer, CudaTimer, Timer
 
 Kind = Literal["cpu", "cuda"]
@@ -70,11 +73,12 @@ def open_device(kind: Kind, threads: int) -> Device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda", torch.cuda.current_device())
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
     return Device(
         kind,
         device,
         torch.cuda.get_device_name(device),
-        str(torch.cuda.get_device_properties(device).uuid),
+        uuid,
         CudaTimer(device),
-        CudaMeter(device),
+        CudaMeter(device, functools.partial(process_bytes, uuid, os.getpid())),
     )

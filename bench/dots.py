@@ -1,10 +1,13 @@
 """Dot plots of one quantity: a panel a checkpoint mode, a line a site, a dot an implementation.
 
-A cell that failed or ran out of memory is written out in its place.
+A cell without a number has its status written in its place. Where the memory is drawn, one that ran
+out of it stands as a × at the wall: the limit that it ran into. The limit is on everything that a
+cell allocates, while the axis leaves out parameters and inputs, so a × says that the cell wanted
+more than the limit less those.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -13,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from resblock_bench.bench.figures import (
+    GREY,
     MODE_TITLES,
     colour_of,
     finish,
@@ -20,10 +24,12 @@ from resblock_bench.bench.figures import (
     marker_of,
     site_labels,
 )
-from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row
 from resblock_bench.bench.storage import Run
 from resblock_bench.bench.table import by_site
-from resblock_bench.bench.units import MIB
+from resblock_bench.bench.units import MIB, format_bytes
+
+"""How the reason of a cell begins that was skipped because a smaller one had run out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Quantity:
     label: str
     value: Callable[[Row], float | None]
     interval: Callable[[Row], tuple[float, float] | None]
+    has_wall: bool
 
 
 def _throughput_interval(row: Row) -> tuple[float, float] | None:
@@ -54,6 +61,7 @@ QUANTITIES = (
         "images / s (log scale; more is better)",
         lambda row: row.throughput_images_per_s,
         _throughput_interval,
+        has_wall=False,
     ),
     Quantity(
         "memory",
@@ -61,8 +69,37 @@ QUANTITIES = (
         "MiB (log scale; less is better)",
         _peak_mib,
         lambda row: None,
+        has_wall=True,
     ),
 )
+
+
+def ran_out(row: Row) -> bool:
+    """Whether memory ran out, or would have: a smaller cell of the series could not run either."""
+    return row.status == "oom" or _is_expected(row)
+
+
+def _is_expected(row: Row) -> bool:
+    return row.status == "skipped" and (row.reason or "").startswith(OOM_EXPECTED)
+
+
+def walls(run: Run) -> dict[Cell, float]:
+    """The MiB of the limit that each cell without enough memory ran into, where known.
+
+    A row names its own limit; failing that it is the whole of the GPU's memory, or for a cell that
+    was never started the lowest limit that others ran into.
+    """
+    whole = run.environment.gpu_memory_bytes
+    known: dict[Cell, float] = {}
+    beyond = [row for row in run.rows if ran_out(row)]
+    for row in beyond:
+        limit = row.memory_limit_bytes or (whole if row.contract.device == "cuda" else None)
+        if limit:
+            known[row.axes] = limit / MIB
+    if known:
+        lowest = min(known.values())
+        known |= {row.axes: lowest for row in beyond if _is_expected(row) and row.axes not in known}
+    return known
 
 
 def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
@@ -70,8 +107,9 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
 
     Beside a dot stands its ratio to the reference. None where no row has the quantity.
     """
-    if all(quantity.value(row) is None for row in run.rows):
+    if all(_value(row, quantity) is None for row in run.rows):
         return None
+    wall = walls(run) if quantity.has_wall else {}
     sites = sorted(by_site(run.rows), key=_site_order)
     impls = list(dict.fromkeys(row.axes.impl for row in run.rows))
     modes = [mode for mode in MODE_TITLES if any(r.axes.checkpoint == mode for r in run.rows)]
@@ -92,7 +130,7 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
             if line % 2 == 0:
                 ax.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", linewidth=0, zorder=0)
             rows = [r for r in by_site(run.rows)[site] if r.axes.checkpoint == mode]
-            _draw_line(ax, line, rows, impls, quantity)
+            _draw_line(ax, line, rows, impls, quantity, wall)
         ax.set_xscale("log")
         ax.set_xlabel(quantity.label)
         ax.set_yticks(range(len(sites)), [labels[site] for site in sites])
@@ -100,20 +138,62 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
         ax.grid(axis="x", which="major", color="#cccccc", linewidth=0.6, zorder=0)
         ax.set_axisbelow(True)
     grid[0][0].set_ylim(len(sites) - 0.5, -0.5)
-    _widen(grid[0][0])
     handles = [handle(impl, colour_of(impl, impls), marker_of(impl, impls)) for impl in impls]
-    finish(figure, run, quantity.title, handles)
+    note = ""
+    if wall:
+        _draw_wall(grid[0], len(sites), wall.values())
+        note = "×: out of memory; the limit is on everything, parameters and inputs included"
+        if any(_is_expected(row) for row in run.rows):
+            note += "; pale ×: not started, as a smaller cell ran out"
+    _widen(grid[0][0])
+    finish(figure, run, quantity.title, handles, note)
     return figure
 
 
+def _value(row: Row, quantity: Quantity) -> float | None:
+    """Only a cell that is right, and ran to its end, has numbers to show."""
+    return quantity.value(row) if row.status == "ok" else None
+
+
+def _draw_wall(panels: Sequence[Axes], count: int, limits: Collection[float]) -> None:
+    """A line at the limit, the lowest if they differ; its label in a strip under the last site."""
+    low, high = (format_bytes(int(find(limits) * MIB)) for find in (min, max))
+    label = f"{low}, the limit" if low == high else f"{low} to {high}, the limits"
+    panels[0].set_ylim(count + 0.1, -0.5)  # shared by all panels
+    for ax in panels:
+        ax.axvline(min(limits), color=GREY, linewidth=1.2, zorder=1)
+        ax.annotate(
+            label,
+            (min(limits), count - 0.2),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+            color=GREY,
+        )
+
+
 def _draw_line(
-    ax: Axes, line: int, rows: Sequence[Row], impls: Sequence[str], quantity: Quantity
+    ax: Axes,
+    line: int,
+    rows: Sequence[Row],
+    impls: Sequence[str],
+    quantity: Quantity,
+    wall: Mapping[Cell, float],
 ) -> None:
-    values = {row.axes.impl: quantity.value(row) for row in rows}
+    values = {row.axes.impl: _value(row, quantity) for row in rows}
     for row in rows:
         impl = row.axes.impl
         height = line + (impls.index(impl) - (len(impls) - 1) / 2) / (len(impls) + 1)
         colour, value = colour_of(impl, impls), values[impl]
+        if row.axes in wall:
+            pale = 0.4 if _is_expected(row) else 1.0
+            ax.plot(
+                wall[row.axes], height, "x", color=colour, alpha=pale, markersize=6,
+                markeredgewidth=2, zorder=3,
+            )  # fmt: skip
+            continue
         if value is None:
             note = "not measured" if row.status == "ok" else row.status
             ax.text(

@@ -5,6 +5,7 @@ every checkpoint mode also has a marker of its own.
 """
 
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from resblock_bench.bench.records import Cell
 from resblock_bench.bench.storage import Run
+from resblock_bench.bench.table import source_of
 
 COLOURS = {"reference": "#000000", "compiled": "#0072B2", "fused": "#D55E00"}
 MARKERS = {"reference": "o", "compiled": "s", "fused": "D"}
@@ -28,6 +30,7 @@ MODE_TITLES = {
     "full": "full checkpointing",
 }
 GREY = "#595959"
+_CAPTION_CHARACTERS = 17  # that fit an inch of the caption's type
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -101,20 +104,17 @@ def finish(
     where = "outside right center" if beside else "outside upper right"
     columns = 1 if beside else len(handles)
     figure.legend(handles=handles, loc=where, ncols=columns, frameon=False)  # type: ignore[call-overload]
-    figure.supxlabel(_caption(run, note), x=0.01, ha="left", fontsize=7, color=GREY)
+    width = int(_CAPTION_CHARACTERS * figure.get_figwidth())
+    caption = "\n".join(textwrap.fill(line, width) for line in _caption(run, note) if line)
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color=GREY)
 
 
-def _caption(run: Run, note: str) -> str:
-    """Where the numbers are from; what all rows share and the labels therefore leave out."""
+def _caption(run: Run, note: str) -> list[str]:
+    """What all rows share and the labels therefore leave out; where the numbers are from."""
     cells = [row.axes for row in run.rows]
     shared = []
     for name in ("model", "mode", "dtype", "layout", "batch"):
         values = {getattr(cell, name) for cell in cells}
         if len(values) == 1 and (value := values.pop()) is not None:
             shared.append(f"batch {value}" if name == "batch" else str(value))
-    versions = run.environment.versions
-    source = (
-        f"{run.rows[0].device_name}, {run.rows[0].contract.threads} threads; "
-        f"torch {versions['torch']}, triton {versions['triton']}; run {run.folder.resolve().name}"
-    )
-    return "\n".join(filter(None, ["; ".join(filter(None, [", ".join(shared), note])), source]))
+    return ["; ".join(filter(None, [", ".join(shared), note])), source_of(run)]

@@ -23,12 +23,12 @@ def draw_front(run: Run) -> Figure | None:
     sites = 0
     for rows in by_site(run.rows).values():
         base = next((row for row in rows if variant_name(row.axes) == "reference/none"), None)
-        if base is None or base.memory is None or base.median_ms is None:
+        if base is None or base.status != "ok" or base.memory is None or base.median_ms is None:
             missing["without a reference"] += len(rows)
             continue
         sites += 1
         for row in rows:
-            if row.memory is None or row.median_ms is None:
+            if row.status != "ok" or row.memory is None or row.median_ms is None:
                 missing["not measurable" if row.status == "ok" else row.status] += 1
                 continue
             point = (
@@ -59,7 +59,8 @@ def draw_front(run: Run) -> Figure | None:
         ax.set_xlabel("memory, × reference (less is better)")
     panels[0].set_ylabel("throughput, × reference (more is better)")
     modes = [mode for mode in MODE_TITLES if any(key[1] == mode for key in points)]
-    handles = [handle(impl, colour_of(impl, impls), "o") for impl in impls]
+    drawn = [impl for impl in impls if any(key[0] == impl for key in points)]
+    handles = [handle(impl, colour_of(impl, impls), "o") for impl in drawn]
     handles += [handle(MODE_TITLES[mode], GREY, MODE_MARKERS[mode]) for mode in modes]
     note = f"reference: without checkpointing; small: each of {sites} blocks; large: geometric mean"
     if missing:

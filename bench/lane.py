@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from resblock_bench.bench import jobs
 from resblock_bench.bench.measure import Task, row_of
+from resblock_bench.bench.memory_limit import oom_kills
 from resblock_bench.bench.process import Ending, Processes
 from resblock_bench.bench.records import Row, Status
 from resblock_bench.bench.truth_file import truth_path
@@ -52,9 +53,15 @@ class Lane:
                     wall_s=ending.wall_s,
                 )
             self._truth = truth
+        kills = oom_kills()
         ending = self._run(jobs.measure_cell, argument)
         if ending.reply is None:
-            return self._without_reply(task, ending, f"in its phase {ending.phase!r}")
+            row = self._without_reply(task, ending, f"in its phase {ending.phase!r}")
+            # A kill that came from the system's out-of-memory killer, which counts them.
+            if ending.exit_code == -signal.SIGKILL and oom_kills() != kills:
+                reason = f"the system ran out of memory: {row.reason}"
+                row = replace(row, status="oom", reason=reason)
+            return row
         row = msgspec.json.decode(ending.reply, type=Row)
         overhead_s = max(0.0, ending.wall_s - (row.wall_s or 0.0))
         output = None if row.status == "ok" else ending.output or None

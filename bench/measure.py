@@ -8,6 +8,7 @@ import datetime
 import gc
 import platform
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from resblock_bench.bench.devices import TOOLS, Device, Kind, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.floor import floor_of, impossible
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
+from resblock_bench.bench.memory_limit import limit_memory
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
     Cell,
@@ -38,6 +40,7 @@ from resblock_bench.bench.records import (
     Status,
     cell_id,
 )
+from resblock_bench.bench.snapshot import recording
 from resblock_bench.bench.telemetry import Reading, open_probe
 from resblock_bench.bench.timing import Rule, Timing, time_fn
 from resblock_bench.bench.truth_file import read_truth
@@ -52,13 +55,16 @@ from resblock_bench.bench.workload import (
 )
 
 Announce = Callable[[str], None]
+SNAPSHOTS = "snapshots"
+_CPU_OOM = ("DefaultCPUAllocator: can't allocate", "could not create a primitive")
 
 
 class Task(Record, frozen=True, kw_only=True):
     """A cell with all that its process needs to know; it travels as JSON.
 
-    `memory_limit_bytes` is what a cell on a CPU may allocate, None for no limit; `telemetry` a
-    recorded trace that stands for the machine's own counters.
+    `memory_limit_bytes` is what a cell on a CPU may allocate, None for no limit; `folder` the
+    run's, which takes a snapshot where memory runs out; `telemetry` a recorded trace that stands
+    for the machine's own counters.
     """
 
     cell: Cell
@@ -69,6 +75,7 @@ class Task(Record, frozen=True, kw_only=True):
     seed: int
     environment: Environment
     memory_limit_bytes: Count | None
+    folder: str | None
     telemetry: str | None
 
 
@@ -152,17 +159,45 @@ def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) ->
         found = _measured(task, truth, device, announce)
     except Exception as error:
         found = {"status": status_of(error), "reason": reason_of(error)}
+    snapshot = _snapshot_file(task)
+    if snapshot.exists():
+        found["snapshot"] = f"{SNAPSHOTS}/{snapshot.name}"
     return replace(row, **found, wall_s=time.monotonic() - started)
+
+
+def _snapshot_file(task: Task) -> Path:
+    """For PyTorch's memory viewer, where the GPU's memory runs out."""
+    folder = Path(task.folder or tempfile.gettempdir())
+    return folder / SNAPSHOTS / f"{id_of(task)}-{task.attempt}.pickle"
 
 
 def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) -> dict[str, Any]:
     cell, seed = task.cell, task.seed
     announce("check")
     truth = read_truth(truth_file)
+    if task.memory_limit_bytes is not None:
+        limit_memory(task.memory_limit_bytes)
     weights = draw_weights(cell, seed)
     inputs = draw_inputs(cell, device.torch_device, seed)
-    workload = Workload(checked_cell(cell), weights, inputs, device.torch_device)
-    right, correctness = check(workload.results(), truth)
+    workload = Workload(cell, weights, inputs, device.torch_device)
+    memory_note = device.meter.unusable(cell.impl)
+    with recording(device.torch_device, _snapshot_file(task)):
+        if memory_note is None:
+            results, cold_peak_bytes = device.meter.first_results(workload)
+        else:
+            results, cold_peak_bytes = workload.results(), None
+        if cell.dropout:
+            checked = Workload(checked_cell(cell), weights, inputs, device.torch_device)
+            results = checked.results()
+            del checked
+        right, correctness = check(results, truth)
+        # An allocator cannot tell them from what the measured step allocates.
+        del results, truth
+        gc.collect()
+        announce("memory")
+        memory = None
+        if right and memory_note is None:
+            memory = device.meter.measure(workload, cold_peak_bytes)
     if not right:
         worst = correctness.worst
         error, limit = correctness.errors[worst], correctness.limits[worst]
@@ -171,13 +206,6 @@ def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) 
             "reason": f"{worst}: relative error {error} is above its limit {limit}",
             "correctness": correctness,
         }
-    if cell.dropout:
-        workload = Workload(cell, weights, inputs, device.torch_device)
-    announce("memory")
-    memory_note = device.meter.unusable(cell.impl)
-    memory = device.meter.measure(workload) if memory_note is None else None
-    del truth
-    gc.collect()
     announce("timing")
     timing, circumstances = _timed(task, workload, device)
     return {
@@ -258,8 +286,8 @@ def status_of(error: Exception) -> Status:
     """What an exception means for a row."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "oom"
-    # The CPU allocator has no exception class of its own.
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error):
+    # The CPU's libraries have no exception class of their own.
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_OOM):
         return "oom"
     return "skipped" if could_not_compile(error) else "failed"
 

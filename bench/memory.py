@@ -1,9 +1,16 @@
-"""The bytes that one warm step needs, exact and repeatable.
+"""The bytes that a step needs: of a warm step, exact and repeatable, and of the first.
 
     baseline    live just before the step: parameters, x, emb, cotangent
-    peak        the most that is live at any moment of the step
+    peak        the most that is live at any moment of a warm step
     saved       what stays alive when only the graph is held: the block runs on a copy of x and emb,
                 everything but out.grad_fn is dropped, and what was not there before is counted
+    cold peak   the most that is live during the first step of the process, in which libraries
+                allocate their workspaces and try algorithms
+    reserved    the most that the caching allocator held during the warm step, its cache and what
+                it loses to fragmentation included
+    process     what the system charges the process with, its libraries included. On a GPU NVML's
+                figure after the warm step; on a CPU the peak resident set since the process began,
+                so the correctness check is part of it. It does not repeat exactly.
 
 `saved` is thus the bytes kept for the backward pass however they are kept: by autograd, by a
 checkpoint's own hooks, or as attributes of a context, and counts the block's input where it is
@@ -11,10 +18,18 @@ kept. Parameters are not part of it. Without checkpointing it equals the sum ove
 `saved_tensors_hooks` of distinct storages that are not parameters.
 
 Live bytes come from MemTracker (storages of live tensors; scratch memory inside an operator is not
-seen) on a CPU and from the caching allocator (rounded up to its 512-byte blocks) on a GPU.
+seen) on a CPU and from the caching allocator (rounded up to its 512-byte blocks) on a GPU. On a CPU
+the cold peak differs from the warm one only where an implementation keeps tensors from its first
+step.
+
+The first step is the cell's own. It serves the correctness check at once, but for a cell with
+dropout, whose check runs without: its masks would be missing from the cold peak, so such a cell
+makes one step of its own before the check.
 """
 
 import gc
+import resource
+import sys
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -27,11 +42,18 @@ from resblock_bench.bench.workload import Workload
 
 
 class MemoryMeter(Protocol):
-    """Measures a workload, or says why it cannot."""
+    """Measures a workload, or says why it cannot.
+
+    `first_results` makes the first step of the process: its results, and its peak in bytes, which
+    is handed to `measure` as `cold_peak_bytes`. The results must be let go of before `measure`:
+    an allocator cannot tell them from the step's own tensors.
+    """
 
     def unusable(self, impl: str) -> str | None: ...
 
-    def measure(self, workload: Workload) -> Memory: ...
+    def first_results(self, workload: Workload) -> tuple[dict[str, Tensor], int]: ...
+
+    def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory: ...
 
 
 class TrackerMeter:
@@ -45,16 +67,36 @@ class TrackerMeter:
             return "MemTracker makes torch.compile step aside, so compiled code is not measurable"
         return None
 
-    def measure(self, workload: Workload) -> Memory:
+    def first_results(self, workload: Workload) -> tuple[dict[str, Tensor], int]:
+        with _tracking(workload) as tracker:
+            results = workload.results()
+        return results, _peak_bytes(tracker)
+
+    def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
         with _tracking(workload) as tracker:
             baseline = _live_bytes(tracker)
             workload.step()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+        peak = _peak_bytes(tracker)
         workload.reset()
         with _tracking(workload) as tracker:
             saved = _graph_bytes(workload, lambda: _live_bytes(tracker))
         workload.reset()
-        return _memory(self._method, baseline, peak, saved)
+        return Memory(
+            method=self._method,
+            baseline_bytes=baseline,
+            peak_bytes=peak,
+            peak_above_baseline_bytes=peak - baseline,
+            saved_for_backward_bytes=saved,
+            cold_peak_bytes=cold_peak_bytes,
+            reserved_peak_bytes=None,
+            process_bytes=peak_resident_bytes() if self._method == "mem_tracker" else None,
+        )
+
+
+def peak_resident_bytes() -> int:
+    """The most main memory that this process has held since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tracking(workload: Workload) -> MemTracker:
@@ -75,28 +117,64 @@ def _live_bytes(tracker: MemTracker) -> int:
     return int(tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"])
 
 
-class CudaMeter:
-    """The caching allocator's allocated bytes; no flush buffer may be alive."""
+def _peak_bytes(tracker: MemTracker) -> int:
+    return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
-    def __init__(self, device: torch.device) -> None:
+
+class CudaMeter:
+    """The caching allocator's bytes; no flush buffer may be alive.
+
+    `process_bytes` reads what the driver charges this process with.
+    """
+
+    def __init__(
+        self, device: torch.device, process_bytes: Callable[[], int | None] = lambda: None
+    ) -> None:
         self._device = device
+        self._process_bytes = process_bytes
 
     def unusable(self, impl: str) -> str | None:
         return None
 
-    def measure(self, workload: Workload) -> Memory:
-        workload.results()  # warm: libraries have allocated their workspaces
-        gc.collect()
+    def first_results(self, workload: Workload) -> tuple[dict[str, Tensor], int]:
+        self._reset_peaks()
+        results = workload.results()
         torch.cuda.synchronize(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        return results, torch.cuda.max_memory_allocated(self._device)
+
+    def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
+        workload.results()  # warm: libraries have allocated their workspaces
+        self._reset_peaks()
         baseline = self._live_bytes()
         workload.step()
         torch.cuda.synchronize(self._device)
         peak = torch.cuda.max_memory_allocated(self._device)
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        charged = self._process_bytes()  # while the allocator still holds what the step needed
         workload.reset()
         saved = _graph_bytes(workload, self._live_bytes)
         workload.reset()
-        return _memory("cuda_allocator", baseline, peak, saved)
+        return Memory(
+            method="cuda_allocator",
+            baseline_bytes=baseline,
+            peak_bytes=peak,
+            peak_above_baseline_bytes=peak - baseline,
+            saved_for_backward_bytes=saved,
+            cold_peak_bytes=cold_peak_bytes,
+            reserved_peak_bytes=reserved,
+            process_bytes=charged,
+        )
+
+    def _reset_peaks(self) -> None:
+        """Start the statistics of a step on an empty cache.
+
+        A cached block that is a little too large is handed out, and counted, whole; and what
+        earlier steps left in the cache would count as reserved by this one.
+        """
+        gc.collect()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def _live_bytes(self) -> int:
         return torch.cuda.memory_allocated(self._device)
@@ -115,21 +193,3 @@ def _graph_bytes(workload: Workload, live_bytes: Callable[[], int]) -> int:
     held = live_bytes() - before
     del graph
     return held
-
-
-def _memory(
-    method: Literal["mem_tracker", "cuda_allocator", "fake_tensors"],
-    baseline: int,
-    peak: int,
-    saved: int,
-) -> Memory:
-    return Memory(
-        method=method,
-        baseline_bytes=baseline,
-        peak_bytes=peak,
-        peak_above_baseline_bytes=peak - baseline,
-        saved_for_backward_bytes=saved,
-        cold_peak_bytes=None,
-        reserved_peak_bytes=None,
-        process_bytes=None,
-    )

@@ -22,6 +22,9 @@ UpDown = Literal["none", "up", "down"]
 Status = Literal["ok", "skipped", "failed", "oom", "timeout", "crashed", "impossible", "wrong"]
 StopRule = Literal["precision", "time", "samples"]
 
+OOM_EXPECTED = "out of memory is expected"
+"""How the reason of a row begins that was skipped because a smaller cell ran out of memory."""
+
 Positive = Annotated[int, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
 NonNegative = Annotated[float, Meta(ge=0)]

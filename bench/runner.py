@@ -12,11 +12,9 @@ import msgspec
 
 from resblock_bench.bench.engines import Engine
 from resblock_bench.bench.measure import Task, row_of, why_skipped
-from resblock_bench.bench.records import Cell, Row, cell_name
+from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row, cell_name
 
 _SIZES = ("batch", "resolution", "channels", "out_channels")
-EXPECTED_OOM = "out of memory is expected"
-"""How the reason of a row begins that was skipped because a smaller cell ran out of memory."""
 
 
 class OomRecord:
@@ -39,7 +37,7 @@ class OomRecord:
         """Why the cell need not be tried, or None."""
         for other in self._cells:
             if _is_larger(cell, other):
-                return f"{EXPECTED_OOM}: {cell_name(other)}, which is no larger, ran out of memory"
+                return f"{OOM_EXPECTED}: {cell_name(other)}, which is no larger, ran out of memory"
         return None
 
 

@@ -31,7 +31,6 @@ CELLS = "cells.jsonl"
 PLAN = "plan.json"
 ENVIRONMENT = "environment.json"
 FIGURES = "figures"
-SNAPSHOTS = "snapshots"
 
 
 class Run(NamedTuple):

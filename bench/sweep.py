@@ -14,13 +14,15 @@ from rich.console import Console
 from resblock_bench.bench import environment, exitcodes, jobs, table
 from resblock_bench.bench.engines import LocalEngine
 from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.export import export
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.measure import Task, id_of
+from resblock_bench.bench.memory_limit import available_bytes
 from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.progress import RunProgress
-from resblock_bench.bench.records import Environment, Row
-from resblock_bench.bench.runner import EXPECTED_OOM, OomRecord, run_tasks
+from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row
+from resblock_bench.bench.runner import OomRecord, run_tasks
 from resblock_bench.bench.storage import Run, RunWriter, default_output, read_plan, read_run
 from resblock_bench.bench.visible_gpus import chosen_gpus
 
@@ -51,6 +53,7 @@ class Request:
     telemetry: Path | None = None
     devices: Sequence[str] = ()
     plots: bool = True
+    formats: Sequence[str] = ()
 
 
 def carry_out(request: Request, console: Console) -> int:
@@ -135,6 +138,7 @@ def _sweep(
     earlier: list[Row],
     console: Console,
 ) -> int:
+    free_bytes = available_bytes() if plan.device == "cpu" else None
     tasks = [
         Task(
             cell=item.cell,
@@ -144,7 +148,8 @@ def _sweep(
             rule=plan.rule,
             seed=plan.seed,
             environment=found,
-            memory_limit_bytes=plan.memory_limit_bytes,
+            memory_limit_bytes=plan.memory_limit_bytes or free_bytes,
+            folder=str(writer.folder.resolve()),
             telemetry=None if request.telemetry is None else str(request.telemetry),
         )
         for item in plan.cells
@@ -172,8 +177,8 @@ def _sweep(
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
     _show(console, list(rows.values()), len(tasks))
-    if request.plots and rows:
-        _draw(console, writer.folder)
+    if rows:
+        _derive(request, console, writer.folder)
     if ending is not None:
         say(
             console,
@@ -197,7 +202,7 @@ def missing(
         if row is None:
             todo.append(task)
             continue
-        no_memory = row.status == "oom" or (row.reason or "").startswith(EXPECTED_OOM)
+        no_memory = row.status == "oom" or (row.reason or "").startswith(OOM_EXPECTED)
         again = ignore_oom if no_memory else retry and row.status != "ok"
         if again:
             todo.append(replace(task, attempt=row.attempt + 1))
@@ -253,18 +258,21 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _draw(console: Console, folder: Path) -> None:
-    # Here and not above: matplotlib takes a second to import, and not every run draws.
-    from resblock_bench.bench.plots import draw_all
-
+def _derive(request: Request, console: Console, folder: Path) -> None:
+    """The files that follow from the rows: what cannot be written is no loss."""
+    run = read_run(folder)
     try:
-        paths = draw_all(read_run(folder))
+        for path in export(run, request.formats):
+            say(console, f"table: {path}")
+        if request.plots:
+            # Here and not above: matplotlib takes a second to import, and not every run draws.
+            from resblock_bench.bench.plots import draw_all
+
+            for path in draw_all(run):
+                if path.suffix == ".png":
+                    say(console, f"figure: {path}")
     except OSError as error:
-        say(console, f"no figures: {folder} cannot be written ({error.strerror})")
-        return
-    for path in paths:
-        if path.suffix == ".png":
-            say(console, f"figure: {path}")
+        say(console, f"no more tables or figures: {folder} cannot be written ({error.strerror})")
 
 
 def _exit_code(rows: list[Row], ending: str | None) -> int:

@@ -7,19 +7,21 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench.records import Cell, Row, site_name, site_of
+from resblock_bench.bench.records import Cell, Row, Status, site_name, site_of
+from resblock_bench.bench.storage import Run
 from resblock_bench.bench.units import format_mib
 
 WIDTH = 100
-_STYLES = {
+HEADINGS = ("block, variant", "images/s", "±", "×ref", "peak MiB", "saved MiB", "error")
+_STYLES: dict[Status, str] = {
     "ok": "",
     "skipped": "dim",
-    "failed": "red",
     "oom": "yellow",
-    "timeout": "red",
+    "timeout": "yellow",
+    "failed": "red",
     "crashed": "red",
-    "impossible": "bold red",
     "wrong": "bold red",
+    "impossible": "bold red",
 }
 
 
@@ -37,7 +39,10 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
-    """Throughput over that of the reference in the same checkpoint mode of the same site."""
+    """Throughput over that of the reference in the same checkpoint mode of the same site.
+
+    None unless both are `ok`: a time that is impossible compares with nothing.
+    """
     peer = next(
         (
             other
@@ -46,7 +51,9 @@ def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
         ),
         None,
     )
-    if peer is None or peer.median_ms is None or row.median_ms is None:
+    if peer is None or {peer.status, row.status} != {"ok"}:
+        return None
+    if peer.median_ms is None or row.median_ms is None:
         return None
     return peer.median_ms / row.median_ms
 
@@ -54,8 +61,8 @@ def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
 def results_table(rows: Sequence[Row]) -> Table:
     """One section a site, one line a variant."""
     table = Table(expand=False, pad_edge=False, width=None)
-    table.add_column("block, variant", max_width=36, overflow="fold")
-    for heading in ("images/s", "±", "×ref", "peak MiB", "saved MiB", "error"):
+    table.add_column(HEADINGS[0], max_width=36, overflow="fold")
+    for heading in HEADINGS[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
@@ -65,11 +72,12 @@ def results_table(rows: Sequence[Row]) -> Table:
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{count}", style="dim"))
         for row in members:
-            table.add_row(*_line(row, members), style=_STYLES[row.status])
+            table.add_row(*variant_line(row, members), style=_STYLES[row.status])
     return table
 
 
-def _line(row: Row, members: Sequence[Row]) -> list[str | Text]:
+def variant_line(row: Row, members: Sequence[Row]) -> list[str]:
+    """The cells of a row under HEADINGS; `members` are the rows of its site."""
     name = f"  {row.axes.impl} {row.axes.checkpoint}"
     error = "–"
     if row.correctness is not None:
@@ -106,14 +114,23 @@ def problems(rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def summary(rows: Sequence[Row], planned: int) -> str:
+def source_of(run: Run) -> str:
+    """Where the numbers are from: device, threads, versions and the run's name."""
+    row, versions = run.rows[0], run.environment.versions
+    return (
+        f"{row.device_name}, {row.contract.threads} threads; torch {versions['torch']}, "
+        f"triton {versions['triton']}; run {run.folder.resolve().name}"
+    )
+
+
+def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     """Counts by status, and how each other implementation stands to the reference.
 
     The ratio is the geometric mean over the cells that both completed, with its range: a mean
     alone would hide a loss.
     """
     counts = Counter(row.status for row in rows)
-    text = f"{len(rows)} of {planned} cells: " + (
+    text = f"{len(rows)}{'' if planned is None else f' of {planned}'} cells: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
     ratios: dict[str, list[float]] = {}

@@ -76,6 +76,7 @@ def make_task(make_cell: Callable[..., Cell], found: Environment) -> Callable[..
             seed=0,
             environment=found,
             memory_limit_bytes=None,
+            folder=None,
             telemetry=None,
         )
         own = {name: changes.pop(name) for name in list(changes) if name in Task.__struct_fields__}

@@ -1,12 +1,15 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from resblock_bench.bench.memory import TrackerMeter
+from resblock_bench.bench.memory import TrackerMeter, peak_resident_bytes
 from resblock_bench.bench.predict import predict_memory
 from resblock_bench.bench.records import Cell, Memory
 from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
@@ -28,13 +31,99 @@ def measured(cell: Cell) -> Memory:
     return TrackerMeter().measure(workload(cell))
 
 
+def repeatable(memory: Memory) -> Memory:
+    """Without what the operating system says, which no two processes share."""
+    return msgspec.structs.replace(memory, process_bytes=None)
+
+
 @pytest.mark.parametrize(("impl", "checkpoint"), VARIANTS)
 def test_two_measurements_are_identical(make_cell: MakeCell, impl: str, checkpoint: str) -> None:
     cell = make_cell(impl=impl, checkpoint=checkpoint, channels=64, dropout=0.1)
     made = workload(cell)
-    first = TrackerMeter().measure(made)
-    assert TrackerMeter().measure(made) == first
-    assert measured(cell) == first
+    first = repeatable(TrackerMeter().measure(made))
+    assert repeatable(TrackerMeter().measure(made)) == first
+    assert repeatable(measured(cell)) == first
+
+
+# A cell's process is forked from one that has imported everything and computed nothing.
+FRESH_PROCESSES = """
+import json, os, sys, msgspec
+from resblock_bench.bench.memory import TrackerMeter, peak_resident_bytes
+from resblock_bench.bench.records import Cell
+from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
+import torch
+
+def measure(cell):
+    cpu = torch.device("cpu")
+    made = Workload(cell, draw_weights(cell, 0), draw_inputs(cell, cpu, 0), cpu)
+    meter = TrackerMeter()
+    memory = meter.measure(made, meter.first_results(made)[1])
+    os.write(1, msgspec.json.encode(memory) + b"\\n")
+
+for cell in msgspec.json.decode(sys.argv[1], type=list[Cell]):
+    child = os.fork()
+    if child == 0:
+        measure(cell)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_fresh_processes_agree_to_the_byte(make_cell: MakeCell) -> None:
+    """Three runs, each in an interpreter of its own with its own hash seed and addresses."""
+    cells = [make_cell(impl=i, checkpoint=c, channels=64, dropout=0.1) for i, c in VARIANTS]
+    command = [sys.executable, "-c", FRESH_PROCESSES, msgspec.json.encode(cells).decode()]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [run.communicate(timeout=120)[0].splitlines() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    first, *others = (
+        [repeatable(msgspec.json.decode(line, type=Memory)) for line in lines] for lines in outputs
+    )
+    assert len(first) == len(VARIANTS)
+    assert others == [first, first]
+    for memory in first:
+        assert memory.cold_peak_bytes is not None
+        assert memory.cold_peak_bytes >= memory.peak_bytes > memory.baseline_bytes
+
+
+def test_what_only_the_first_step_needs_is_in_the_cold_peak_only(
+    make_cell: MakeCell, add_implementation: Callable[..., None]
+) -> None:
+    steps: list[int] = []
+
+    def around(module: torch.nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        scratch = x.new_empty(0 if steps else 2**20)
+        steps.append(1)
+        out: Tensor = module(x, emb)
+        del scratch
+        return out
+
+    add_implementation("warming_up", around)
+    made = workload(make_cell(impl="warming_up"))
+    meter = TrackerMeter()
+    results, cold = meter.first_results(made)
+    assert set(results) == {"out", *(f"grad {name}" for name in made.leaves())}
+    memory = meter.measure(made, cold)
+    assert memory.cold_peak_bytes == cold
+    assert cold > memory.baseline_bytes + 4 * 2**20 > memory.peak_bytes
+
+
+def test_tensors_of_others_do_not_count(make_cell: MakeCell) -> None:
+    cell = make_cell(impl="fused")
+    alone = measured(cell)
+    unrelated = torch.zeros(2**24)
+    assert repeatable(measured(cell)) == repeatable(alone)
+    del unrelated
+
+
+def test_the_resident_set_includes_what_was_touched() -> None:
+    """In bytes: an error in the unit would be off by 1024."""
+    before = peak_resident_bytes()
+    touched = torch.ones(2**28 // 4)
+    del touched
+    after = peak_resident_bytes()
+    assert 2**26 < before <= after < 2**36
+    assert after > 2**28
 
 
 @pytest.mark.parametrize(
@@ -54,7 +143,8 @@ def test_the_prediction_is_the_measurement(
     real = measured(cell)
     assert predicted is not None
     assert (predicted.method, real.method) == ("fake_tensors", "mem_tracker")
-    fields = [name for name in Memory.__struct_fields__ if name != "method"]
+    assert predicted.process_bytes is None
+    fields = [name for name in Memory.__struct_fields__ if name not in ("method", "process_bytes")]
     assert {f: getattr(predicted, f) for f in fields} == {f: getattr(real, f) for f in fields}
 
 

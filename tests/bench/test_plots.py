@@ -1,3 +1,4 @@
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,14 +7,16 @@ import msgspec
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from resblock_bench.bench.dots import QUANTITIES, draw_dots
 from resblock_bench.bench.figures import site_labels
 from resblock_bench.bench.front import draw_front
 from resblock_bench.bench.plots import draw_all
-from resblock_bench.bench.records import Cell, Environment, Row
+from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Row, Status
 from resblock_bench.bench.storage import Run
 
+BROKEN = [status for status in typing.get_args(Status) if status != "ok"]
 MODES = ("none", "selective", "full")
 
 
@@ -75,7 +78,7 @@ def test_the_same_run_gives_the_same_vector_graphics(run: Run) -> None:
 def test_a_dot_stands_at_its_value(run: Run) -> None:
     figure = draw_dots(run, QUANTITIES[0])
     assert figure is not None
-    dots = {
+    found = {
         (panel, line.get_color(), round(float(line.get_xdata()[0]), 3))
         for panel, ax in enumerate(figure.axes)
         for line in ax.lines
@@ -89,12 +92,12 @@ def test_a_dot_stands_at_its_value(run: Run) -> None:
         )
         for row in run.rows
     }
-    assert dots == expected
+    assert found == expected
     assert f"{10 / 11:.2f}×" in texts(figure)
     plt.close(figure)
 
 
-@pytest.mark.parametrize("status", ["oom", "failed", "wrong", "skipped"])
+@pytest.mark.parametrize("status", BROKEN)
 def test_a_cell_without_a_number_is_written_out(run: Run, status: str) -> None:
     empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None}
     rows = [msgspec.structs.replace(run.rows[0], status=status, **empty), *run.rows[1:]]
@@ -109,6 +112,120 @@ def test_a_cell_without_a_number_is_written_out(run: Run, status: str) -> None:
     assert front is not None
     assert "each of 1 blocks" in " ".join(supxlabels(front))
     plt.close(front)
+
+
+def test_numbers_of_a_cell_that_is_not_right_are_not_drawn(run: Run) -> None:
+    """An impossible cell has a time, which nothing may be compared with."""
+    row = run.rows[1]
+    rows = [run.rows[0], msgspec.structs.replace(row, status="impossible"), *run.rows[2:]]
+    broken = run._replace(rows=rows)
+    for quantity in QUANTITIES:
+        figure = draw_dots(broken, quantity)
+        assert figure is not None
+        assert texts(figure).count("impossible") == 1
+        assert len(dots(figure)) == len(rows) - 1
+        plt.close(figure)
+    front = draw_front(broken)
+    assert front is not None
+    assert "not drawn: 1 impossible" in " ".join(supxlabels(front)).replace("\n", " ")
+    plt.close(front)
+
+
+def dots(figure: Figure) -> list[Line2D]:
+    return [line for ax in figure.axes for line in ax.lines if line.get_marker() in ("o", "D")]
+
+
+def crosses(figure: Figure) -> list[tuple[int, float, float | None]]:
+    """Panel, place in GiB and paleness of every ×."""
+    return [
+        (panel, float(line.get_xdata()[0]) / 1024, line.get_alpha())
+        for panel, ax in enumerate(figure.axes)
+        for line in ax.lines
+        if line.get_marker() == "x"
+    ]
+
+
+def without_memory(run: Run, changes: dict[int, dict[str, object]]) -> Run:
+    """The run with some rows, by position, out of memory or as said."""
+    empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None, "status": "oom"}
+    return run._replace(
+        rows=[
+            msgspec.structs.replace(row, **{**empty, **changes[place]}) if place in changes else row
+            for place, row in enumerate(run.rows)
+        ]
+    )
+
+
+EXPECTED = {"status": "skipped", "reason": f"{OOM_EXPECTED}: batch 2 ran out"}
+
+
+def test_cells_out_of_memory_stand_at_the_wall(run: Run) -> None:
+    limit = {"memory_limit_bytes": 24 * 2**30}
+    broken = without_memory(run, {0: limit, 2: {**EXPECTED, **limit}, 4: EXPECTED})
+    figure = draw_dots(broken, QUANTITIES[1])
+    assert figure is not None
+    assert crosses(figure) == [(0, 24.0, 1.0), (1, 24.0, 0.4), (2, 24.0, 0.4)]
+    assert texts(figure).count("24.0 GiB, the limit") == 3
+    for ax in figure.axes:
+        (wall,) = (line for line in ax.lines if list(line.get_xdata()) == [24 * 1024] * 2)
+        assert ax.get_xlim()[0] < wall.get_xdata()[0] < ax.get_xlim()[1]
+        assert overlapping(figure, ax) == []
+    caption = " ".join(supxlabels(figure)).replace("\n", " ")
+    assert "everything, parameters and inputs included" in caption
+    assert "pale ×: not started" in caption
+    plt.close(figure)
+    throughput = draw_dots(broken, QUANTITIES[0])
+    assert throughput is not None
+    assert crosses(throughput) == []
+    assert [texts(throughput).count(word) for word in ("oom", "skipped")] == [1, 2]
+    plt.close(throughput)
+
+
+def test_limits_that_differ_are_given_as_a_range(run: Run) -> None:
+    gib = 2**30
+    limits = {place: {"memory_limit_bytes": size * gib} for place, size in ((0, 20), (2, 24))}
+    figure = draw_dots(without_memory(run, limits), QUANTITIES[1])
+    assert figure is not None
+    assert [place for _, place, _ in crosses(figure)] == [20.0, 24.0]
+    assert "20.0 GiB to 24.0 GiB, the limits" in texts(figure)
+    assert "pale" not in " ".join(supxlabels(figure))
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", [(0, 80.0, 1.0)]), ("cpu", [])])
+def test_the_wall_of_a_gpu_is_its_memory(
+    run: Run, device: str, expected: list[tuple[int, float, float]]
+) -> None:
+    contract = msgspec.structs.replace(run.rows[0].contract, device=device)
+    environment = msgspec.structs.replace(run.environment, gpu_memory_bytes=80 * 2**30)
+    broken = without_memory(run, {0: {"contract": contract}})._replace(environment=environment)
+    figure = draw_dots(broken, QUANTITIES[1])
+    assert figure is not None
+    assert crosses(figure) == expected
+    assert texts(figure).count("oom") == 1 - len(expected)
+    plt.close(figure)
+
+
+def test_another_reason_to_skip_is_no_wall(run: Run) -> None:
+    reason = {"status": "skipped", "reason": "no such layout", "memory_limit_bytes": 2**30}
+    figure = draw_dots(without_memory(run, {0: reason}), QUANTITIES[1])
+    assert figure is not None
+    assert crosses(figure) == []
+    assert texts(figure).count("skipped") == 1
+    plt.close(figure)
+
+
+def test_the_caption_stays_inside_the_figure(run: Run) -> None:
+    name = " ".join(["a processor with a long name"] * 10)
+    rows = [msgspec.structs.replace(row, device_name=name) for row in run.rows]
+    figure = draw_front(run._replace(rows=rows))
+    assert figure is not None
+    figure.canvas.draw()
+    caption = figure._supxlabel  # type: ignore[attr-defined]
+    box = caption.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    assert name in caption.get_text().replace("\n", " ")
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    plt.close(figure)
 
 
 def supxlabels(figure: Figure) -> list[str]:

@@ -1,10 +1,11 @@
+import typing
 from collections.abc import Callable
 
 import msgspec
 import pytest
 from rich.console import Console
 
-from resblock_bench.bench.records import Row
+from resblock_bench.bench.records import Row, Status
 from resblock_bench.bench.table import (
     WIDTH,
     geometric_mean,
@@ -49,7 +50,7 @@ def test_the_ratio_is_to_the_reference_in_the_same_mode(make_row: Callable[..., 
     assert speed_ratio(rows[1], rows) == 1.0
 
 
-@pytest.mark.parametrize("status", ["oom", "failed", "wrong", "skipped"])
+@pytest.mark.parametrize("status", [s for s in typing.get_args(Status) if s != "ok"])
 def test_without_a_measured_peer_there_is_no_ratio(
     make_row: Callable[..., Row], status: str
 ) -> None:
@@ -57,6 +58,14 @@ def test_without_a_measured_peer_there_is_no_ratio(
     assert speed_ratio(rows[1], rows) is None
     assert speed_ratio(rows[0], rows) is None
     assert status in shown(rows)
+
+
+def test_an_impossible_time_makes_no_ratio(make_row: Callable[..., Row]) -> None:
+    rows = [make_row(10.0), make_row(1e-3, "impossible", impl="fused")]
+    assert speed_ratio(rows[1], rows) is None
+    assert "fused runs" not in summary(rows, 2)
+    rows = [make_row(1e-3, "impossible"), make_row(10.0, impl="fused")]
+    assert speed_ratio(rows[1], rows) is None
 
 
 def test_the_longest_rows_fit_the_width(make_row: Callable[..., Row]) -> None:
