@@ -248,7 +248,7 @@ def _show(console: Console, rows: list[Row], planned: int) -> None:
     if rows:
         width = min(console.width, table.WIDTH)
         console.print(table.results_table(rows), width=width)
-    for line in table.problems(rows):
+    for line in filter(None, [*table.problems(rows), table.disturbed(rows)]):
         say(console, line)
     say(console, table.summary(rows, planned))
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench.records import Cell, Row, Status, site_name, site_of
+from resblock_bench.bench.records import Cell, Row, Status, cell_name, site_name, site_of
 from resblock_bench.bench.storage import Run
 from resblock_bench.bench.units import format_mib
 
 WIDTH = 100
-HEADINGS = ("block, variant", "images/s", "±", "×ref", "peak MiB", "saved MiB", "error")
+HEADINGS = ("block, variant", "images/s", "±", "×ref", "floor", "peak MiB", "saved MiB", "error")
 _STYLES: dict[Status, str] = {
     "ok": "",
     "skipped": "dim",
@@ -84,7 +84,9 @@ def variant_line(row: Row, members: Sequence[Row]) -> list[str]:
         worst = row.correctness.errors[row.correctness.worst]
         error = "not finite" if worst is None else f"{worst:.1e}"
     if row.status != "ok" or row.throughput_images_per_s is None:
-        return [name, row.status, "", "", "", "", error]
+        return [name, row.status, "", "", "", "", "", error]
+    if row.conditions is not None and row.conditions.disturbances:
+        name += " !"
     ratio = speed_ratio(row, members)
     memory = row.memory
     return [
@@ -92,6 +94,7 @@ def variant_line(row: Row, members: Sequence[Row]) -> list[str]:
         f"{row.throughput_images_per_s:,.1f}",
         _half_width(row),
         "–" if ratio is None else f"{ratio:.2f}",
+        "–" if row.floor is None or row.floor.share is None else f"{row.floor.share:.0%}",
         "–" if memory is None else format_mib(memory.peak_above_baseline_bytes),
         "–" if memory is None else format_mib(memory.saved_for_backward_bytes),
         error,
@@ -114,6 +117,18 @@ def problems(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def disturbed(rows: Sequence[Row]) -> str | None:
+    """How many cells were disturbed while they were timed, with an example; None if none was."""
+    found = [row for row in rows if row.conditions is not None and row.conditions.disturbances]
+    if not found:
+        return None
+    sentences = found[0].conditions.disturbances if found[0].conditions is not None else []
+    return (
+        f"! {len(found)} of {len(rows)} cells were disturbed while they were timed: "
+        f"{cell_name(found[0].axes)}: {'; '.join(sentences)}"
+    )
+
+
 def source_of(run: Run) -> str:
     """Where the numbers are from: device, threads, versions and the run's name."""
     row, versions = run.rows[0], run.environment.versions
@@ -126,22 +141,23 @@ def source_of(run: Run) -> str:
 def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     """Counts by status, and how each other implementation stands to the reference.
 
-    The ratio is the geometric mean over the cells that both completed, with its range: a mean
-    alone would hide a loss.
+    The ratio is the geometric mean over the cells that both completed, with its range and how many
+    there should be: a mean alone would hide a loss, and a hole.
     """
     counts = Counter(row.status for row in rows)
     text = f"{len(rows)}{'' if planned is None else f' of {planned}'} cells: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
-    ratios: dict[str, list[float]] = {}
+    ratios: dict[str, list[float | None]] = {}
     for members in by_site(rows).values():
         for row in members:
-            ratio = speed_ratio(row, members)
-            if row.axes.impl != "reference" and ratio is not None:
-                ratios.setdefault(row.axes.impl, []).append(ratio)
-    for impl, values in ratios.items():
-        text += (
-            f"; {impl} runs at {geometric_mean(values):.2f}× the reference "
-            f"({min(values):.2f}–{max(values):.2f} over {len(values)})"
-        )
+            if row.axes.impl != "reference":
+                ratios.setdefault(row.axes.impl, []).append(speed_ratio(row, members))
+    for impl, found in ratios.items():
+        values = [ratio for ratio in found if ratio is not None]
+        if values:
+            text += (
+                f"; {impl} runs at {geometric_mean(values):.2f}× the reference "
+                f"({min(values):.2f}–{max(values):.2f} over {len(values)} of {len(found)})"
+            )
     return text + "."

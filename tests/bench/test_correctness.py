@@ -190,5 +190,6 @@ def test_dropout_is_off_for_the_check_and_on_for_the_timing(
     assert (row.status, row.axes.dropout) == ("ok", 0.5)
     assert row.correctness is not None
     assert row.correctness.dropout == 0.0
-    assert seen[0] == 0.0
-    assert set(seen[1:]) == {0.5}
+    # The first step is the cell's own, for its cold memory; what it returns is not checked.
+    assert seen[:2] == [0.5, 0.0]
+    assert set(seen[2:]) == {0.5}

@@ -121,7 +121,7 @@ def test_markdown_is_a_table_with_its_summary(run: Run) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(run.rows)
     unescaped = {line.replace("\\|", "").count("|") for line in table}
-    assert unescaped == {10}, "every line has as many cells as the heading"
+    assert unescaped == {11}, "every line has as many cells as the heading"
     assert "reference none" in table[2]
     assert "oom" in table[3]
     assert "- oom: reference, 1 cell: a \\| b &lt;c&gt; second, 'line'" in text

@@ -5,9 +5,10 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from resblock_bench.bench.records import Row, Status
+from resblock_bench.bench.records import Floor, Row, Status
 from resblock_bench.bench.table import (
     WIDTH,
+    disturbed,
     geometric_mean,
     problems,
     results_table,
@@ -111,11 +112,33 @@ def test_the_summary_counts_and_shows_the_range(make_row: Callable[..., Row]) ->
         make_row(5.0, impl="fused"),
         make_row(10.0, batch=3),
         make_row(20.0, impl="fused", batch=3),
-        make_row(None, "oom", batch=4),
+        make_row(10.0, batch=4),
+        make_row(None, "oom", impl="fused", batch=4),
     ]
     text = summary(rows, 7)
-    assert text.startswith("5 of 7 cells: 4 ok, 1 oom; ")
-    assert "fused runs at 1.00× the reference (0.50–2.00 over 2)" in text
+    assert text.startswith("6 of 7 cells: 5 ok, 1 oom; ")
+    assert "fused runs at 1.00× the reference (0.50–2.00 over 2 of 3)" in text
+
+
+def test_a_disturbed_cell_is_marked_and_told(make_row: Callable[..., Row]) -> None:
+    calm = make_row(10.0)
+    assert calm.conditions is not None
+    conditions = msgspec.structs.replace(calm.conditions, disturbances=["others took 1.5 CPUs"])
+    calm = msgspec.structs.replace(
+        calm, conditions=msgspec.structs.replace(conditions, disturbances=[])
+    )
+    shaken = msgspec.structs.replace(make_row(5.0, impl="fused"), conditions=conditions)
+    assert disturbed([calm]) is None
+    assert "fused none !" in shown([calm, shaken])
+    assert "reference none !" not in shown([calm, shaken])
+    text = disturbed([calm, shaken]) or ""
+    assert text.startswith("! 1 of 2 cells were disturbed")
+    assert "others took 1.5 CPUs" in text
+
+
+def test_the_share_of_the_floor_is_shown(make_row: Callable[..., Row]) -> None:
+    floor = Floor(bytes=1, flops=1, bytes_ms=0.1, flops_ms=0.2, share=0.37)
+    assert "37%" in shown([msgspec.structs.replace(make_row(10.0), floor=floor)])
 
 
 def test_the_mean_of_ratios_is_geometric() -> None:
