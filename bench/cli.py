@@ -3,6 +3,7 @@
 Verbs import what they need themselves, so that --help does not wait for PyTorch.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -295,16 +296,33 @@ def tune(
 
 
 @app.command()
-def env() -> None:
+def env(
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Record the machine's counters, too: a trace for run --telemetry."
+        ),
+    ] = None,
+    duration: Annotated[str, typer.Option(metavar="10s", help="How long to record.")] = "10s",
+) -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
-    from resblock_bench.bench import environment
+    from resblock_bench.bench import environment, telemetry
     from resblock_bench.bench.checkup import cpu_findings
     from resblock_bench.bench.checkup_gpu import gpu_findings
+    from resblock_bench.bench.devices import default_kind
     from resblock_bench.bench.listing import machine
+    from resblock_bench.bench.units import parse_duration_s
 
     found = [*cpu_findings(), *gpu_findings(os.environ)]
     console = _console()
-    console.print(machine(environment.gather(environment.usable_cpus()), found))
+    gathered = environment.gather(environment.usable_cpus())
+    console.print(machine(gathered, found))
+    if record is not None:
+        kind = default_kind()
+        probe = telemetry.open_probe(kind, gathered.gpu_uuid, None)
+        with contextlib.closing(probe):
+            count = telemetry.record(probe, record, parse_duration_s(duration))
+        typer.echo(f"{count} readings are in {record}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

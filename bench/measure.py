@@ -234,7 +234,8 @@ def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Cond
             task.rule,
             prepare=workload.reset,
             warm=lambda: readings.append(probe.read()),
-            clock_mhz=lambda: probe.read().sm_clock_mhz,
+            # A trace has as many readings as a timing takes: the warm-up must not use them up.
+            clock_mhz=(lambda: probe.read().sm_clock_mhz) if trace is None else None,
         )
         readings.append(probe.read())
     finally:

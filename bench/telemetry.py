@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, Protocol
@@ -174,3 +175,27 @@ class Replay:
 
     def close(self) -> None:
         pass
+
+
+def record(
+    probe: Probe, path: Path, seconds: float, sleep: Callable[[float], object] = time.sleep
+) -> int:
+    """Write a trace that `Replay` reads: a reading a second, for so many seconds; their number.
+
+    Raises UsageError where the file cannot be written.
+    """
+    count = 0
+    try:
+        with path.open("xb") as file:
+            while True:
+                file.write(msgspec.json.encode(probe.read()) + b"\n")
+                file.flush()
+                count += 1
+                if count > seconds:
+                    return count
+                sleep(1.0)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}; name a new file in a folder that is "
+            "writable"
+        ) from None

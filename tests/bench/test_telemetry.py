@@ -10,7 +10,14 @@ from fake_nvml import FakeGpu, FakeNvml, processes
 
 from resblock_bench.bench import nvml
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.telemetry import CpuProbe, GpuProbe, Reading, Replay, open_probe
+from resblock_bench.bench.telemetry import (
+    CpuProbe,
+    GpuProbe,
+    Reading,
+    Replay,
+    open_probe,
+    record,
+)
 from resblock_bench.bench.telemetry_cpu import is_relative, read_cpu
 from resblock_bench.bench.visible_gpus import visible_gpus
 
@@ -224,3 +231,15 @@ def test_a_bad_trace_names_file_and_line(tmp_path: Path, text: str, message: str
 def test_an_absent_trace_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         open_probe("cpu", None, tmp_path / "absent")
+
+
+def test_what_is_recorded_is_played_back(machine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    slept: list[float] = []
+    probe = CpuProbe(machine)
+    assert record(probe, path, 2.0, slept.append) == 3
+    assert slept == [1.0, 1.0]
+    replayed = Replay(path)
+    assert replayed.read().busy_cpu_s == probe.read().busy_cpu_s
+    with pytest.raises(UsageError, match="File exists; name a new file"):
+        record(probe, path, 1.0, slept.append)
