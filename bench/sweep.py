@@ -202,10 +202,13 @@ def _sweep(
     if rows:
         _derive(request, console, writer.folder)
     if ending is not None:
+        engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
+        if request.accelerator is not None:
+            engine_options += f" --accelerator {request.accelerator}"
         say(
             console,
             f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
-            f"go on with: resblock-bench run --resume --output {writer.folder}",
+            f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
         )
     return _exit_code(list(rows.values()), ending)
 

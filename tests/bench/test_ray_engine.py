@@ -124,7 +124,7 @@ def test_a_sweep_survives_the_loss_of_a_node(
     raylet = cluster.doomed.all_processes["raylet"][0].process.pid
 
     def lose_a_node() -> None:
-        wait_for(lambda: any(raylet in ancestors(pid) for pid in cells()))
+        wait_for(lambda: any(raylet in ancestors(pid) for pid in processes(b"measure_on_node")))
         cluster.remove_node(cluster.doomed, allow_graceful=False)
 
     loss = threading.Thread(target=lose_a_node)
@@ -161,11 +161,13 @@ def test_closing_ends_the_cells_and_leaves_nothing(
 
 def cells() -> set[int]:
     """Processes of cells, and the servers they are forked from."""
-    return {
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"multiprocessing.forkserver" in _read(path)
-    }
+    return processes(b"multiprocessing.forkserver")
+
+
+def processes(part: bytes) -> set[int]:
+    """Those with `part` in their command line."""
+    paths = Path("/proc").glob("[0-9]*/cmdline")
+    return {int(path.parent.name) for path in paths if part in _read(path)}
 
 
 def ancestors(pid: int) -> list[int]:
