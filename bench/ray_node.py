@@ -47,7 +47,9 @@ def measure_on_node(argument: bytes) -> bytes:
     task = msgspec.json.decode(job.task, type=Task)
 
     def measure(processes: Processes) -> bytes:
-        own = _survey(processes, task.device, task.environment.threads)
+        # The ceilings of a run are measured once, by its own survey.
+        survey = jobs.SurveyJob(task.device, task.environment.threads, ceilings=False)
+        own = _survey(processes, survey)
         if _device(own, task.device) == _device(task.environment, task.device):
             own = replace(own, ceilings=task.environment.ceilings)
         gpu = os.environ["CUDA_VISIBLE_DEVICES"] if task.device == "cuda" else None
@@ -61,15 +63,15 @@ def measure_on_node(argument: bytes) -> bytes:
 def survey_on_node(argument: bytes) -> bytes:
     """SurveyJob -> Environment. Raises UsageError where the device cannot be used."""
     job = msgspec.json.decode(argument, type=jobs.SurveyJob)
-    return _with_processes(lambda p: msgspec.json.encode(_survey(p, job.device, job.threads)))
+    return _with_processes(lambda processes: msgspec.json.encode(_survey(processes, job)))
 
 
-def _survey(processes: Processes, kind: Kind, threads: int) -> Environment:
+def _survey(processes: Processes, job: jobs.SurveyJob) -> Environment:
     """This node, as a process of its own sees it: a worker never touches the device."""
-    ending = processes.run(jobs.survey, msgspec.json.encode(jobs.SurveyJob(kind, threads)))
+    ending = processes.run(jobs.survey, msgspec.json.encode(job))
     if ending.reply is None:
         raise UsageError(
-            f"the device {kind!r} of the node {machine_name()} cannot be used: the process that "
+            f"the device {job.device!r} of the node {machine_name()} cannot be used: the process that "
             f"looked at it ended with code {ending.exit_code}: {ending.output.strip()[-500:]}"
         )
     reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
