@@ -26,6 +26,7 @@ from resblock_bench.bench.process import Processes
 from resblock_bench.bench.records import Environment
 
 _POLL_S = 0.2
+_SURVEY_S = 300.0  # A driver that hangs must not hold a node for ever.
 
 
 class NodeJob(msgspec.Struct):
@@ -68,11 +69,11 @@ def survey_on_node(argument: bytes) -> bytes:
 
 def _survey(processes: Processes, job: jobs.SurveyJob) -> Environment:
     """This node, as a process of its own sees it: a worker never touches the device."""
-    ending = processes.run(jobs.survey, msgspec.json.encode(job))
+    ending = processes.run(jobs.survey, msgspec.json.encode(job), limit_s=_SURVEY_S)
     if ending.reply is None:
         raise UsageError(
-            f"the device {job.device!r} of the node {machine_name()} cannot be used: the process that "
-            f"looked at it ended with code {ending.exit_code}: {ending.output.strip()[-500:]}"
+            f"the device {job.device!r} of the node {machine_name()} cannot be used: the process "
+            f"that looked at it ended with code {ending.exit_code}: {ending.output.strip()[-500:]}"
         )
     reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
     if reply.environment is None:
