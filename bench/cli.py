@@ -122,6 +122,13 @@ def run(
             "--format", metavar="csv,parquet,md", help="Write the rows in these formats, too."
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="This machine, or the nodes of a Ray cluster.")
+    ] = "local",
+    accelerator: Annotated[
+        str | None,
+        typer.Option(metavar="H100", help="With --engine ray: the type of GPU, as Ray names it."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the cells and predicted bytes; run nothing.")
     ] = False,
@@ -184,6 +191,8 @@ def run(
         devices=devices.split(",") if devices else (),
         plots=not no_plots,
         formats=parse_formats(formats) if formats else (),
+        engine=engine,
+        accelerator=accelerator,
     )
     raise typer.Exit(carry_out(request, console))
 

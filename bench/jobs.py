@@ -24,10 +24,11 @@ class CellJob(msgspec.Struct):
 
 
 class SurveyJob(msgspec.Struct):
-    """Find out about the machine, and measure its ceilings."""
+    """Find out about the machine, and measure its ceilings where they are wanted."""
 
     device: Kind
     threads: int
+    ceilings: bool = True
 
 
 class Survey(msgspec.Struct):
@@ -74,4 +75,6 @@ def survey(argument: bytes, announce: Announce) -> bytes:
     except UsageError as error:
         return msgspec.json.encode(Survey(refusal=str(error)))
     found = environment.gather(job.threads)
-    return msgspec.json.encode(Survey(replace(found, ceilings=measure_ceilings(device))))
+    if job.ceilings:
+        found = replace(found, ceilings=measure_ceilings(device))
+    return msgspec.json.encode(Survey(found))

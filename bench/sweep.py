@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from resblock_bench.bench import environment, exitcodes, jobs, table
-from resblock_bench.bench.engines import LocalEngine
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.engines import Engine, LocalEngine
+from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.export import export
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.measure import Task, id_of
@@ -21,6 +21,7 @@ from resblock_bench.bench.memory_limit import available_bytes
 from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.progress import RunProgress
+from resblock_bench.bench.ray_engine import RayEngine
 from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row
 from resblock_bench.bench.runner import OomRecord, run_tasks
 from resblock_bench.bench.storage import Run, RunWriter, default_output, read_plan, read_run
@@ -41,6 +42,8 @@ class Request:
     ignore_oom   try cells that are larger than one which ran out of memory
     telemetry    a recorded trace in place of the machine's counters
     devices      of the visible GPUs these, by position or UUID; empty for all
+    engine       "local" or "ray"
+    accelerator  with "ray", the type of GPU; None where the cluster has one type only
     """
 
     plan: Plan | None
@@ -54,6 +57,8 @@ class Request:
     devices: Sequence[str] = ()
     plots: bool = True
     formats: Sequence[str] = ()
+    engine: str = "local"
+    accelerator: str | None = None
 
 
 def carry_out(request: Request, console: Console) -> int:
@@ -73,9 +78,7 @@ def _carry_out(request: Request, console: Console) -> int:
         else:
             assert request.plan is not None
             writer, plan, earlier = None, request.plan, None
-        gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
-        engine = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
-        found = survey(engine.processes, plan)
+        engine, found = _open_engine(request, plan, stack)
         if writer is None or earlier is None:
             folder = request.output or default_output(found.machine, Path.cwd())
             writer = stack.enter_context(RunWriter(folder))
@@ -86,6 +89,25 @@ def _carry_out(request: Request, console: Console) -> int:
         return _sweep(
             request, plan, found, engine, writer, earlier.rows if earlier else [], console
         )
+
+
+def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
+    """The engine of a request, and the machine that it measures on."""
+    if request.engine == "local":
+        gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
+        local = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
+        return local, survey(local.processes, plan)
+    if request.engine != "ray":
+        raise unknown("engine", request.engine, ("local", "ray"))
+    cluster = stack.enter_context(
+        RayEngine(
+            plan.device,
+            threads=plan.threads or environment.usable_cpus(),
+            limit_s=request.timeout_s,
+            accelerator=request.accelerator,
+        )
+    )
+    return cluster, cluster.survey()
 
 
 @contextmanager
@@ -133,7 +155,7 @@ def _sweep(
     request: Request,
     plan: Plan,
     found: Environment,
-    engine: LocalEngine,
+    engine: Engine,
     writer: RunWriter,
     earlier: list[Row],
     console: Console,
@@ -180,10 +202,13 @@ def _sweep(
     if rows:
         _derive(request, console, writer.folder)
     if ending is not None:
+        engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
+        if request.accelerator is not None:
+            engine_options += f" --accelerator {request.accelerator}"
         say(
             console,
             f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
-            f"go on with: resblock-bench run --resume --output {writer.folder}",
+            f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
         )
     return _exit_code(list(rows.values()), ending)
 
