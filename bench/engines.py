@@ -51,7 +51,7 @@ class LocalEngine:
         self.lanes = max(1, len(gpus))
         try:
             for gpu in gpus:
-                self._open.enter_context(_only_user(gpu))
+                self._open.enter_context(only_user(gpu))
             each: Sequence[str | None] = gpus or (None,)
             for own in each:
                 folder = self._open.enter_context(tempfile.TemporaryDirectory("-resblock-bench"))
@@ -95,9 +95,12 @@ class LocalEngine:
 
 
 @contextmanager
-def _only_user(gpu: str) -> Iterator[None]:
-    """Holds the lock of a GPU; it goes with the process, however that ends."""
-    name = re.sub(r"[^A-Za-z0-9-]", "-", gpu)
+def only_user(gpu: str) -> Iterator[None]:
+    """Holds the lock of a GPU, named by its UUID; it goes with the process, however that ends.
+
+    Raises UsageError where another run of this suite holds it.
+    """
+    name = re.sub(r"[^A-Za-z0-9-]", "-", gpu.removeprefix("GPU-"))
     path = Path(tempfile.gettempdir()) / f"resblock-bench-{name}.lock"
     try:
         file = os.open(path, os.O_RDONLY)

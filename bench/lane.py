@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from resblock_bench.bench import jobs
 from resblock_bench.bench.measure import Task, row_of
-from resblock_bench.bench.memory_limit import oom_kills
+from resblock_bench.bench.memory_limit import available_bytes, oom_kills
 from resblock_bench.bench.process import Ending, Processes
 from resblock_bench.bench.records import Row, Status
 from resblock_bench.bench.truth_file import truth_path
@@ -36,6 +36,9 @@ class Lane:
 
     def measure(self, task: Task) -> Row:
         """The row of a task, whatever becomes of its process."""
+        if task.device == "cpu" and task.memory_limit_bytes is None:
+            # What this machine has to give: without a limit its out-of-memory killer decides.
+            task = replace(task, memory_limit_bytes=available_bytes())
         truth = truth_path(self._folder, task.cell, task.seed)
         argument = msgspec.json.encode(jobs.CellJob(task, str(truth)))
         if truth != self._truth:

@@ -8,7 +8,6 @@ import datetime
 import gc
 import platform
 import statistics
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -62,9 +61,9 @@ _CPU_OOM = ("DefaultCPUAllocator: can't allocate", "could not create a primitive
 class Task(Record, frozen=True, kw_only=True):
     """A cell with all that its process needs to know; it travels as JSON.
 
-    `memory_limit_bytes` is what a cell on a CPU may allocate, None for no limit; `folder` the
-    run's, which takes a snapshot where memory runs out; `telemetry` a recorded trace that stands
-    for the machine's own counters.
+    `memory_limit_bytes` is what a cell on a CPU may allocate, None for what is free; `folder` the
+    run's, which takes a snapshot where memory runs out, None where it cannot be reached;
+    `telemetry` a recorded trace that stands for the machine's own counters.
     """
 
     cell: Cell
@@ -160,15 +159,16 @@ def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) ->
     except Exception as error:
         found = {"status": status_of(error), "reason": reason_of(error)}
     snapshot = _snapshot_file(task)
-    if snapshot.exists():
+    if snapshot is not None and snapshot.exists():
         found["snapshot"] = f"{SNAPSHOTS}/{snapshot.name}"
     return replace(row, **found, wall_s=time.monotonic() - started)
 
 
-def _snapshot_file(task: Task) -> Path:
+def _snapshot_file(task: Task) -> Path | None:
     """For PyTorch's memory viewer, where the GPU's memory runs out."""
-    folder = Path(task.folder or tempfile.gettempdir())
-    return folder / SNAPSHOTS / f"{id_of(task)}-{task.attempt}.pickle"
+    if task.folder is None:
+        return None
+    return Path(task.folder) / SNAPSHOTS / f"{id_of(task)}-{task.attempt}.pickle"
 
 
 def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from resblock_bench.bench import jobs
 from resblock_bench.bench.devices import Kind
+from resblock_bench.bench.engines import only_user
 from resblock_bench.bench.environment import machine_name
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fingerprint import code_fingerprint
@@ -53,10 +54,16 @@ def measure_on_node(argument: bytes) -> bytes:
         own = _survey(processes, survey)
         if _device(own, task.device) == _device(task.environment, task.device):
             own = replace(own, ceilings=task.environment.ceilings)
+        # Without a shared file system the run's folder is not here.
+        run_folder = task.folder if task.folder and Path(task.folder).is_dir() else None
         gpu = os.environ["CUDA_VISIBLE_DEVICES"] if task.device == "cuda" else None
-        with tempfile.TemporaryDirectory("-resblock-bench") as folder:
+        with contextlib.ExitStack() as stack:
+            if own.gpu_uuid is not None and gpu is not None:
+                stack.enter_context(only_user(own.gpu_uuid))
+            folder = stack.enter_context(tempfile.TemporaryDirectory("-resblock-bench"))
             lane = Lane(processes, Path(folder), limit_s=job.limit_s, gpu=gpu)
-            return msgspec.json.encode(lane.measure(replace(task, environment=own)))
+            row = lane.measure(replace(task, environment=own, folder=run_folder))
+            return msgspec.json.encode(row)
 
     return _with_processes(measure)
 

@@ -17,9 +17,12 @@ MAX_ENTRIES = 10_000
 
 
 @contextlib.contextmanager
-def recording(device: torch.device, path: Path) -> Iterator[None]:
-    """Keep the allocator's history; where the memory of a GPU runs out, `dump` it to `path`."""
-    if device.type != "cuda":
+def recording(device: torch.device, path: Path | None) -> Iterator[None]:
+    """Keep the allocator's history; where the memory of a GPU runs out, `dump` it to `path`.
+
+    Nothing is done on a CPU, nor without a path.
+    """
+    if device.type != "cuda" or path is None:
         yield
         return
     torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES, stacks="python")

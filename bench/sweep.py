@@ -17,7 +17,6 @@ from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.export import export
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.measure import Task, id_of
-from resblock_bench.bench.memory_limit import available_bytes
 from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.progress import RunProgress
@@ -99,6 +98,11 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
         return local, survey(local.processes, plan)
     if request.engine != "ray":
         raise unknown("engine", request.engine, ("local", "ray"))
+    if request.devices:
+        raise UsageError(
+            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, or "
+            "choose a type of GPU with --accelerator"
+        )
     cluster = stack.enter_context(
         RayEngine(
             plan.device,
@@ -160,7 +164,6 @@ def _sweep(
     earlier: list[Row],
     console: Console,
 ) -> int:
-    free_bytes = available_bytes() if plan.device == "cpu" else None
     tasks = [
         Task(
             cell=item.cell,
@@ -170,7 +173,7 @@ def _sweep(
             rule=plan.rule,
             seed=plan.seed,
             environment=found,
-            memory_limit_bytes=plan.memory_limit_bytes or free_bytes,
+            memory_limit_bytes=plan.memory_limit_bytes,
             folder=str(writer.folder.resolve()),
             telemetry=None if request.telemetry is None else str(request.telemetry),
         )
