@@ -8,7 +8,7 @@ files count that can change a number; what shows, stores or plans does not.
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 from importlib import metadata
 from pathlib import Path
 
@@ -59,5 +59,7 @@ def _files(root: Path | None) -> list[tuple[str, Path]]:
 def _folder(root: Path | None, package: str) -> Path:
     if root is not None:
         return root / package
-    module = importlib.import_module(f"resblock_bench.{package}")
-    return Path(str(module.__file__)).resolve().parent
+    found = importlib.util.find_spec(f"resblock_bench.{package}")  # does not import it
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).resolve().parent

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from resblock_bench.bench.records import Ceilings, Cell, Floor, site_of
 from resblock_bench.bench.units import format_bytes
@@ -68,6 +67,9 @@ def impossible(floor: Floor, ceilings: Ceilings, fastest_ms: float) -> str | Non
 
 @functools.cache
 def _work(site: Cell) -> Work:
+    # Here and not above: it imports Triton, 70 MB that only the process of a cell needs.
+    from torch.utils.flop_counter import FlopCounterMode
+
     cpu = torch.device("cpu")
     with FakeTensorMode():
         workload = Workload(site, draw_weights(site, 0), draw_inputs(site, cpu, 0), cpu)

@@ -31,14 +31,17 @@ import gc
 import resource
 import sys
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from resblock_bench.bench.records import Memory
 from resblock_bench.bench.workload import Workload
+
+if TYPE_CHECKING:
+    # 70 MB that the process which waits for the cells does not need.
+    from torch.distributed._tools.mem_tracker import MemTracker
 
 
 class MemoryMeter(Protocol):
@@ -99,8 +102,10 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _tracking(workload: Workload) -> MemTracker:
+def _tracking(workload: Workload) -> "MemTracker":
     """A tracker that knows the workload's resident tensors; a tracker serves one step only."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
     workload.reset()
     gc.collect()
     tracker = MemTracker()
@@ -113,11 +118,11 @@ def _resident(workload: Workload) -> list[Tensor]:
     return [*state, workload.x, workload.emb, workload.cotangent]
 
 
-def _live_bytes(tracker: MemTracker) -> int:
+def _live_bytes(tracker: "MemTracker") -> int:
     return int(tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"])
 
 
-def _peak_bytes(tracker: MemTracker) -> int:
+def _peak_bytes(tracker: "MemTracker") -> int:
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 

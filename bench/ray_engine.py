@@ -123,8 +123,8 @@ class RayEngine:
         return _row_without_node(task, "crashed", reason)
 
     def _call(self, function: Callable[[bytes], bytes], argument: bytes) -> bytes:
-        """Run `function` on a node. What is lost is begun again here, not by Ray: Ray would repeat
-        without an end what it killed for want of memory.
+        """Run `function` on a node. A second try is made by `_row`, not by Ray, so that a want of
+        memory is told apart from a lost node.
         """
         remote = self._ray.remote(max_calls=1, max_retries=0, **self._options)(function)
         with self._lock:

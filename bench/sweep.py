@@ -100,8 +100,8 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
         raise unknown("engine", request.engine, ("local", "ray"))
     if request.devices:
         raise UsageError(
-            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, or "
-            "choose a type of GPU with --accelerator"
+            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
+            "or choose a type of GPU with --accelerator"
         )
     cluster = stack.enter_context(
         RayEngine(

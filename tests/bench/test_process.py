@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -118,3 +120,14 @@ def test_several_threads_get_their_own_replies(processes: Processes) -> None:
         number: str(number).encode() for number in range(8)
     }
     assert len(set(replies.values())) == 8
+
+
+def test_the_process_that_waits_imports_little_of_what_cells_need() -> None:
+    """Triton and PyTorch's compiler are 140 MB."""
+    code = (
+        "import sys, resblock_bench.bench.sweep\n"
+        "large = ('triton', 'torch._dynamo', 'matplotlib', 'pandas')\n"
+        "print([name for name in large if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -29,6 +29,7 @@ ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 VARYING = {
     "samples_ms", "median_ms", "ci_low_ms", "ci_high_ms", "outliers", "throughput_images_per_s",
     "warmup_s", "conditions", "floor", "started_at", "wall_s", "overhead_s",
+    "memory_limit_bytes",
 }  # fmt: skip
 
 
