@@ -20,8 +20,6 @@ from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
-    Cell,
-    Contract,
     Environment,
     Row,
     cell_id,
@@ -179,56 +177,69 @@ def read_run(folder: Path) -> Run:
     A half-written last line is what a killed run leaves: it is left out, with a note. All else that
     is not a row is an error.
     """
-    try:
-        content = (folder / CELLS).read_bytes()
-        text = (folder / ENVIRONMENT).read_bytes()
-    except OSError as error:
-        raise _no_run(folder, error) from None
-    environment = _decoded(text, Environment, folder / ENVIRONMENT)
+    environment = read_environment(folder)
+    every, torn = _read_cells(folder)
+    # Of a cell that was measured again, by a further attempt or by other code, the last row.
+    rows = {(row.axes, row.contract): row for row in every}
+    note = (
+        f"the last line of {folder / CELLS} is half-written and was left out: its cell is "
+        "measured again by 'resblock-bench run --resume'"
+    )
+    return Run(folder, environment, list(rows.values()), (note,) if torn else ())
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Every row of a run folder in the order in which they were written, all attempts."""
+    return _read_cells(folder)[0]
+
+
+def read_environment(folder: Path) -> Environment:
+    """The machine of a run."""
+    environment: Environment = _decoded(folder / ENVIRONMENT, Environment)
+    return environment
+
+
+def read_plan(folder: Path) -> Plan:
+    """What a run set out to measure."""
+    plan: Plan = _decoded(folder / PLAN, Plan)
+    return plan
+
+
+def _read_cells(folder: Path) -> tuple[list[Row], bool]:
+    """The rows, and whether half a line follows them."""
+    content = _read(folder / CELLS)
     whole, torn = _split_torn(content)
-    notes = []
     if torn and _is_row(torn):
-        whole = len(content)
-    elif torn:
-        notes.append(
-            f"the last line of {folder / CELLS} is half-written and was left out: its cell is "
-            "measured again by 'resblock-bench run --resume'"
-        )
+        whole, torn = len(content), b""
     lines = content[:whole].split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    attempts: dict[tuple[str, int], int] = {}
-    rows: dict[tuple[Cell, Contract], Row] = {}
+    rows: list[Row] = []
+    seen: dict[tuple[str, int], int] = {}
     for number, line in enumerate(lines, start=1):
         row = _read_row(line, f"{folder / CELLS}, line {number}")
-        before = attempts.setdefault((row.id, row.attempt), number)
+        before = seen.setdefault((row.id, row.attempt), number)
         if before != number:
             raise UsageError(
                 f"{folder / CELLS}, line {number} repeats the cell of line {before}; "
                 "remove one of them"
             )
-        rows[row.axes, row.contract] = row
-    return Run(folder, environment, list(rows.values()), tuple(notes))
+        rows.append(row)
+    return rows, bool(torn)
 
 
-def read_plan(folder: Path) -> Plan:
-    """What a run set out to measure. Raises UsageError where that is missing or damaged."""
+def _read(path: Path) -> bytes:
     try:
-        text = (folder / PLAN).read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise _no_run(folder, error) from None
-    plan: Plan = _decoded(text, Plan, folder / PLAN)
-    return plan
+        raise UsageError(
+            f"{path.parent} is not a run folder: {path.name} cannot be read ({error.strerror}); "
+            "give a folder that 'resblock-bench run' wrote"
+        ) from None
 
 
-def _no_run(folder: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"{folder} is not a run folder: {Path(error.filename).name} cannot be read "
-        f"({error.strerror}); give a folder that 'resblock-bench run' wrote"
-    )
-
-
-def _decoded(text: bytes, kind: type[msgspec.Struct], path: Path) -> Any:
+def _decoded(path: Path, kind: type[msgspec.Struct]) -> Any:
+    text = _read(path)
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -1,29 +1,34 @@
 """Carries a sweep out: opens or resumes the folder, measures, shows, draws, says how it ended."""
 
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 from msgspec.structs import replace
 from rich.console import Console
 
-from resblock_bench.bench import environment, exitcodes, jobs, table
+from resblock_bench.bench import environment, jobs
 from resblock_bench.bench.engines import Engine, LocalEngine
 from resblock_bench.bench.errors import UsageError, unknown
-from resblock_bench.bench.export import export
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.measure import Task, id_of
+from resblock_bench.bench.outcome import derive, exit_code, show
 from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.progress import RunProgress
 from resblock_bench.bench.ray_engine import RayEngine
 from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row
 from resblock_bench.bench.runner import OomRecord, run_tasks
-from resblock_bench.bench.storage import Run, RunWriter, default_output, read_plan, read_run
+from resblock_bench.bench.storage import (
+    RunWriter,
+    default_output,
+    read_environment,
+    read_plan,
+    read_rows,
+)
+from resblock_bench.bench.terminal import say, terminable
 from resblock_bench.bench.visible_gpus import chosen_gpus
 
 TIMEOUT_S = 300.0
@@ -72,22 +77,22 @@ def carry_out(request: Request, console: Console) -> int:
 
 def _carry_out(request: Request, console: Console) -> int:
     with ExitStack() as stack:
+        earlier: list[Row] = []
         if request.resume:
-            writer, plan, earlier = stack.enter_context(_reopened(request, console))
+            writer, plan = stack.enter_context(_reopened(request, console))
+            earlier = read_rows(writer.folder)
+            before = read_environment(writer.folder)
+            engine, found = _open_engine(request, plan, stack)
+            _check_machine(writer.folder, before, found)
+            found = replace(found, ceilings=before.ceilings)
         else:
             assert request.plan is not None
-            writer, plan, earlier = None, request.plan, None
-        engine, found = _open_engine(request, plan, stack)
-        if writer is None or earlier is None:
+            plan = request.plan
+            engine, found = _open_engine(request, plan, stack)
             folder = request.output or default_output(found.machine, Path.cwd())
             writer = stack.enter_context(RunWriter(folder))
-        else:
-            _check_machine(earlier, found)
-            found = replace(found, ceilings=earlier.environment.ceilings)
         writer.describe(plan, found)
-        return _sweep(
-            request, plan, found, engine, writer, earlier.rows if earlier else [], console
-        )
+        return _sweep(request, plan, found, engine, writer, earlier, console)
 
 
 def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
@@ -115,8 +120,8 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
 
 
 @contextmanager
-def _reopened(request: Request, console: Console) -> Iterator[tuple[RunWriter, Plan, Run]]:
-    """The folder of an earlier run, with its plan and the cells of the request."""
+def _reopened(request: Request, console: Console) -> Iterator[tuple[RunWriter, Plan]]:
+    """The folder of an earlier run, mended, with its plan and the cells of the request."""
     folder = request.output
     if folder is None:
         raise UsageError("--resume needs the folder of the run: name it with --output DIR")
@@ -127,14 +132,14 @@ def _reopened(request: Request, console: Console) -> Iterator[tuple[RunWriter, P
         repaired = writer.repair()
         if repaired is not None:
             say(console, repaired)
-        yield writer, plan, read_run(folder)
+        yield writer, plan
 
 
-def _check_machine(earlier: Run, found: Environment) -> None:
-    differs = difference(earlier.environment, found)
+def _check_machine(folder: Path, earlier: Environment, found: Environment) -> None:
+    differs = difference(earlier, found)
     if differs is not None:
         raise UsageError(
-            f"{earlier.folder} was measured on another machine or with other software ({differs}): "
+            f"{folder} was measured on another machine or with other software ({differs}): "
             "resume it there, or begin a new run with another --output"
         )
 
@@ -198,12 +203,12 @@ def _sweep(
         ending = f"stopped, since {writer.folder} cannot be written ({error.strerror})"
     left = len(todo) - writer.count
     # Read back, since an interrupt may have come between a row and the note of it.
-    rows = {row.id: row for row in read_run(writer.folder).rows if row.id in asked}
+    rows = {row.id: row for row in read_rows(writer.folder) if row.id in asked}
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
-    _show(console, list(rows.values()), len(tasks))
+    show(console, list(rows.values()), len(tasks))
     if rows:
-        _derive(request, console, writer.folder)
+        derive(console, writer.folder, request.formats, plots=request.plots)
     if ending is not None:
         engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
         if request.accelerator is not None:
@@ -213,7 +218,7 @@ def _sweep(
             f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
             f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
         )
-    return _exit_code(list(rows.values()), ending)
+    return exit_code(list(rows.values()), ending)
 
 
 def missing(
@@ -249,66 +254,10 @@ def _begin_line(
     text = f"{len(todo)} cells on {name} into {folder}"
     if earlier:
         text += f", which has {len(rows)} of {len(tasks)}"
-    others = len(earlier) - len(rows)
+    others = len({row.id for row in earlier} - rows.keys())
     if others:
         text += (
             f"; {others} rows there were measured by other code (this is {code_fingerprint()}) "
             "and do not count"
         )
     return text
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM like Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _show(console: Console, rows: list[Row], planned: int) -> None:
-    if rows:
-        width = min(console.width, table.WIDTH)
-        console.print(table.results_table(rows), width=width)
-    for line in filter(None, [*table.problems(rows), table.disturbed(rows)]):
-        say(console, line)
-    say(console, table.summary(rows, planned))
-
-
-def say(console: Console, text: str) -> None:
-    """A line as it is: paths and reasons are not markup and must not be broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _derive(request: Request, console: Console, folder: Path) -> None:
-    """The files that follow from the rows: what cannot be written is no loss."""
-    run = read_run(folder)
-    try:
-        for path in export(run, request.formats):
-            say(console, f"table: {path}")
-        if request.plots:
-            # Here and not above: matplotlib takes a second to import, and not every run draws.
-            from resblock_bench.bench.plots import draw_all
-
-            for path in draw_all(run):
-                if path.suffix == ".png":
-                    say(console, f"figure: {path}")
-    except OSError as error:
-        say(console, f"no more tables or figures: {folder} cannot be written ({error.strerror})")
-
-
-def _exit_code(rows: list[Row], ending: str | None) -> int:
-    statuses = {row.status for row in rows}
-    if "wrong" in statuses:
-        return exitcodes.WRONG
-    # Out of memory and skipped are results; but a sweep that measured nothing is not a success.
-    broken = statuses & {"failed", "timeout", "crashed", "impossible"}
-    if ending is not None or broken or "ok" not in statuses:
-        return exitcodes.INCOMPLETE
-    return exitcodes.OK

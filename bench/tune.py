@@ -23,11 +23,11 @@ from rich.console import Console
 from resblock_bench.bench import environment, exitcodes
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.sweep import terminable
+from resblock_bench.bench.terminal import say, terminable
 from resblock_bench.bench.tune_choices import buckets
 from resblock_bench.bench.tune_gpu import Bench, DeviceLost, open_gpu
 from resblock_bench.bench.tune_measure import Outcome, measure
-from resblock_bench.bench.tune_report import TuneProgress, say, show
+from resblock_bench.bench.tune_report import TuneProgress, show
 from resblock_bench.kernels import tuned
 from resblock_bench.kernels.tiers import (
     QUAD,

@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Table as Grid
 
 from resblock_bench.bench import table
+from resblock_bench.bench.terminal import say
 from resblock_bench.bench.tune_choices import Work, bucket_name, choice_name
 from resblock_bench.bench.tune_measure import Outcome
 from resblock_bench.bench.units import format_duration
@@ -93,11 +94,6 @@ def show(console: Console, outcomes: Sequence[Outcome], planned: int) -> None:
     for line in refusals(outcomes):
         say(console, line)
     say(console, summary(outcomes, planned))
-
-
-def say(console: Console, text: str) -> None:
-    """A line as it is: paths and reasons are not markup and must not be broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class TuneProgress:
