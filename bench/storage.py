@@ -127,7 +127,7 @@ class RunWriter:
         return f"the half-written last line of {self.folder / CELLS} was removed"
 
     def append(self, row: Row) -> None:
-        """Write one row and wait until it is on disk.
+        """Write one row and wait until it is on disk, unless nothing was run for it.
 
         Raises OSError where it could not be written; what was there before stays intact.
         """
@@ -137,7 +137,8 @@ class RunWriter:
         try:
             while written < len(line):
                 written += os.write(self._file, line[written:])
-            os.fsync(self._file)
+            if row.wall_s is not None:  # a skipped cell costs nothing to find again
+                os.fsync(self._file)
         except BaseException as error:
             if isinstance(error, OSError) or written < len(line):
                 # Half a line would make the whole folder unreadable.

@@ -62,12 +62,12 @@ class Rule:
     warmup_min_steps: int = 2
     steady: float = 0.02
     burst_s: float = 0.2
-    gap_s: float = 0.01
+    gap_s: float = 0.05
     confidence: float = 0.95
     rel_half_width: float = 0.02
     min_samples: int = 8
     max_samples: int = 1000
-    max_time_s: float = 2.0
+    max_time_s: float = 3.0
 
 
 @dataclass(frozen=True)

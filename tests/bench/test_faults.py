@@ -467,6 +467,28 @@ def test_a_run_whose_plan_is_damaged_is_named(run_cli: Callable, finished: Path)
     assert "plan.json is damaged" in done.err
 
 
+def test_foreign_load_while_a_cell_is_timed_is_told(run_cli: Callable, tmp_path: Path) -> None:
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+    ]
+    try:
+        done = run_cli(
+            "run", *TINY, "--threads", 1, "--no-plots", "-a", "impl=slow", "--max-time", "1s",
+            "--output", tmp_path / "run",
+        )  # fmt: skip
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert done.code == 0
+    (row,) = read_run(tmp_path / "run").rows
+    assert row.conditions is not None
+    assert any("CPUs" in sentence for sentence in row.conditions.disturbances)
+    assert "fused" not in done.out
+    assert "!" in done.out
+
+
 def test_two_thousand_skipped_cells_need_no_process(run_cli: Callable, tmp_path: Path) -> None:
     done = run_cli(
         "run", "-a", "channels=32", "-a", "resolution=4", "-a", "batch=[1:2000:+1]", "-a", "dims=1",

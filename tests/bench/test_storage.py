@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pandas
 import pytest
 
@@ -21,7 +22,7 @@ Measure = Callable[..., Row]
 def rows(measure: Measure) -> list[Row]:
     ok = measure(mode="inference")
     skipped = measure(dims=1, layout="nhwc")
-    return [ok, skipped]
+    return [ok, msgspec.structs.replace(skipped, wall_s=0.5)]
 
 
 @pytest.fixture
@@ -68,6 +69,17 @@ def test_a_row_is_on_disk_before_append_returns(
             writer.append(row)
             assert synced[-1] == len(cells.read_bytes()) > 0
     assert len(synced) == 2
+
+
+def test_a_row_for_which_nothing_ran_is_written_and_not_waited_for(
+    tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with RunWriter(tmp_path / "run") as writer:
+        writer.append(msgspec.structs.replace(rows[1], wall_s=None))
+        assert (tmp_path / "run" / "cells.jsonl").read_bytes().count(b"\n") == 1
+    assert synced == []
 
 
 def test_a_full_disk_leaves_whole_rows(
