@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from resblock_bench.bench import exitcodes, table
 from resblock_bench.bench.export import export
+from resblock_bench.bench.process import Announce, Processes
 from resblock_bench.bench.records import Row
 from resblock_bench.bench.storage import read_run
 from resblock_bench.bench.terminal import say
@@ -22,21 +24,50 @@ def show(console: Console, rows: Sequence[Row], planned: int) -> None:
     say(console, table.summary(rows, planned))
 
 
-def derive(console: Console, folder: Path, formats: Sequence[str], *, plots: bool) -> None:
-    """The files that follow from the rows: what cannot be written is no loss."""
-    run = read_run(folder)
-    try:
-        for path in export(run, formats):
-            say(console, f"table: {path}")
-        if plots:
-            # Here and not above: matplotlib takes a second to import, and not every run draws.
-            from resblock_bench.bench.plots import draw_all
+class _Wanted(msgspec.Struct):
+    folder: str
+    formats: list[str]
+    plots: bool
 
-            for path in draw_all(run):
-                if path.suffix == ".png":
-                    say(console, f"figure: {path}")
+
+class _Derived(msgspec.Struct):
+    paths: list[str]
+    problem: str | None = None
+
+
+def derive(console: Console, folder: Path, formats: Sequence[str], *, plots: bool) -> None:
+    """The files that follow from the rows: what cannot be written is no loss.
+
+    In a process of its own, since a figure of many cells takes more memory than all else here.
+    """
+    if not plots and not formats:
+        return
+    wanted = msgspec.json.encode(_Wanted(str(folder), list(formats), plots))
+    ending = Processes().run(_write_derived, wanted)
+    if ending.reply is None:
+        say(console, f"no more tables or figures: {ending.output.strip()[-300:]}")
+        return
+    reply = msgspec.json.decode(ending.reply, type=_Derived)
+    for path in reply.paths:
+        say(console, path)
+    if reply.problem is not None:
+        say(console, f"no more tables or figures: {reply.problem}")
+
+
+def _write_derived(argument: bytes, announce: Announce) -> bytes:
+    from resblock_bench.bench.plots import draw_all
+
+    wanted = msgspec.json.decode(argument, type=_Wanted)
+    run = read_run(Path(wanted.folder))
+    reply = _Derived([])
+    try:
+        reply.paths += [f"table: {path}" for path in export(run, wanted.formats)]
+        if wanted.plots:
+            drawn = draw_all(run)
+            reply.paths += [f"figure: {path}" for path in drawn if path.suffix == ".png"]
     except OSError as error:
-        say(console, f"no more tables or figures: {folder} cannot be written ({error.strerror})")
+        reply.problem = f"{wanted.folder} cannot be written ({error.strerror})"
+    return msgspec.json.encode(reply)
 
 
 def exit_code(rows: Sequence[Row], ending: str | None) -> int:
