@@ -6,6 +6,7 @@ Verbs import what they need themselves, so that --help does not wait for PyTorch
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -49,12 +50,19 @@ DeviceOption = Annotated[
 ]
 
 
-def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: what is measured is still written down."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _console() -> Console:
+    console = _Console()
     if not console.is_terminal:
         from resblock_bench.bench.table import WIDTH
 
-        console = Console(stderr=stderr, width=WIDTH)
+        console = _Console(width=WIDTH)
     return console
 
 
@@ -115,7 +123,9 @@ def run(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, inputs and dropout.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
+    ] = None,
     formats: Annotated[
         str | None,
         typer.Option(
@@ -147,7 +157,8 @@ def run(
     from resblock_bench.bench.listing import planned_cells
     from resblock_bench.bench.plan import Plan
     from resblock_bench.bench.presets import choose
-    from resblock_bench.bench.sweep import Request, carry_out
+    from resblock_bench.bench.storage import read_plan
+    from resblock_bench.bench.sweep import Request, carry_out, folder_to_resume
     from resblock_bench.bench.telemetry import Replay
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
 
@@ -155,32 +166,44 @@ def run(
         raise UsageError("--retry-failed goes with --resume: it looks at the rows of that run")
     if telemetry is not None:
         Replay(telemetry)  # a bad trace is found before anything is measured
-
-    kind = None if device is None else device_kind(device)
-    sweep = choose(axis or [], preset, config, kind or default_kind())
-    rule = sweep.settings.rule()
-    if max_time is not None:
-        rule = dataclasses.replace(rule, max_time_s=parse_duration_s(max_time))
-    if samples is not None:
-        rule = dataclasses.replace(rule, min_samples=samples, max_samples=samples)
     budget_s = None if time_budget is None else parse_duration_s(time_budget)
-    planned = plan(sweep.grids, by_value=budget_s is not None)
+    asked: Plan | None = None
+    # An earlier run knows its own cells, unless some are named.
+    if not resume or axis or preset or config:
+        kind = None if device is None else device_kind(device)
+        sweep = choose(axis or [], preset, config, kind or default_kind())
+        rule = sweep.settings.rule()
+        if max_time is not None:
+            rule = dataclasses.replace(rule, max_time_s=parse_duration_s(max_time))
+        if samples is not None:
+            rule = dataclasses.replace(rule, min_samples=samples, max_samples=samples)
+        asked = Plan(
+            device=kind or sweep.device or default_kind(),
+            rule=rule,
+            seed=seed or 0,
+            threads=threads,
+            memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
+            cells=plan(sweep.grids, by_value=budget_s is not None),
+        )
+    else:
+        settings = {
+            "--device": device,
+            "--seed": seed,
+            "--samples": samples,
+            "--max-time": max_time,
+            "--threads": threads,
+            "--memory-limit": memory_limit,
+        }
+        for flag, given in settings.items():
+            if given is not None:
+                raise UsageError(f"{flag} is set by the run that is resumed: leave it out")
     console = _console()
     if dry_run:
-        console.print(planned_cells(planned))
+        shown = asked or read_plan(folder_to_resume(output))
+        console.print(planned_cells(shown.cells))
         return
-    asked = Plan(
-        device=kind or sweep.device or default_kind(),
-        rule=rule,
-        seed=seed,
-        threads=threads,
-        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
-        cells=planned,
-    )
-    # An earlier run knows its own cells, unless some are named.
-    named = bool(axis or preset or config)
     request = Request(
-        plan=asked if named or not resume else None,
+        plan=asked,
         output=output,
         resume=resume,
         retry=retry_failed,
@@ -337,7 +360,8 @@ def env(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: one sentence and exit code 2 for what the user can mend.
 
-    Ctrl-C ends with INCOMPLETE wherever it strikes; 130 is typer's code for it.
+    Ctrl-C ends with INCOMPLETE wherever it strikes; 130 is typer's code for it. So does a fault of
+    this program, whose traceback is shown: Python's own code for that, 1, means a regression here.
     """
     try:
         app(args=None if arguments is None else list(arguments))
@@ -346,4 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(exitcodes.USAGE)
     except SystemExit as ending:
         sys.exit(exitcodes.INCOMPLETE if ending.code == 130 else ending.code)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(exitcodes.INCOMPLETE)
     sys.exit(exitcodes.OK)

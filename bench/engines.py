@@ -100,20 +100,30 @@ def only_user(gpu: str) -> Iterator[None]:
 
     Raises UsageError where another run of this suite holds it.
     """
-    name = re.sub(r"[^A-Za-z0-9-]", "-", gpu.removeprefix("GPU-"))
+    name = re.sub(r"[^A-Za-z0-9-]", "-", re.sub("^(GPU|MIG)-", "", gpu))
     path = Path(tempfile.gettempdir()) / f"resblock-bench-{name}.lock"
     try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        # Not always: a file that somebody else made there may not be opened with O_CREAT.
-        file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        # Opened before it is created: what somebody else made there may refuse O_CREAT.
+        file = os.open(path, os.O_RDONLY) if path.exists() else _created(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(file)
+            raise
     except BlockingIOError:
         raise UsageError(
             f"another run of this suite measures on {gpu}: wait for it, or name another GPU with "
             "--devices"
         ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be locked ({error.strerror}): remove it") from None
+    try:
+        yield
     finally:
         os.close(file)
+
+
+def _created(path: Path) -> int:
+    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    os.fchmod(file, 0o644)  # whatever the umask: other users must be able to lock it
+    return file

@@ -13,16 +13,25 @@ from importlib import metadata
 from pathlib import Path
 
 _MEASURING = (
+    "ceilings",
+    "conditions",
     "correctness",
     "cuda_graph",
     "devices",
+    "floor",
     "implementations",
     "measure",
     "memory",
+    "memory_limit",
+    "out_of_memory",
+    "stats",
+    "telemetry",
+    "telemetry_cpu",
     "timing",
+    "truth_file",
     "workload",
 )
-"""The modules of bench/ that decide what is run and how it is timed."""
+"""The modules of bench/ that decide what is run, how it is timed and judged."""
 
 
 @functools.cache
@@ -36,9 +45,9 @@ def code_fingerprint(root: Path | None = None) -> str:
         content = path.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
-    for point in metadata.entry_points(group="resblock_bench.implementations"):
-        version = point.dist.version if point.dist else ""
-        digest.update(f"{point.name}={point.value} {version}\0".encode())
+    points = metadata.entry_points(group="resblock_bench.implementations")
+    offers = (f"{p.name}={p.value} {p.dist.version if p.dist else ''}\0" for p in points)
+    digest.update("".join(sorted(offers)).encode())
     return digest.hexdigest()[:12]
 
 
@@ -50,9 +59,7 @@ def _files(root: Path | None) -> list[tuple[str, Path]]:
             if path.suffix in (".py", ".json", ".csv"):
                 found.append((f"{package}/{path.relative_to(folder).as_posix()}", path))
     bench = _folder(root, "bench")
-    found += [
-        (f"bench/{name}.py", path) for name in _MEASURING if (path := bench / f"{name}.py").exists()
-    ]
+    found += [(f"bench/{name}.py", bench / f"{name}.py") for name in _MEASURING]
     return found
 
 

@@ -47,7 +47,7 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
     for selection in given:
         items = list(_expand(selection))
         if by_value:
-            items.sort(key=_weight, reverse=True)  # stable: the variants of a site stay together
+            items.sort(key=weight, reverse=True)  # stable: the variants of a site stay together
         for item in items:
             planned.setdefault(item.cell, item)
     if not planned:
@@ -59,7 +59,8 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
     return list(planned.values())
 
 
-def _weight(item: PlannedCell) -> int:
+def weight(item: PlannedCell) -> int:
+    """Activation elements, times how often the site occurs in its model."""
     cell = item.cell
     positions: int = cell.resolution**cell.dims
     return item.multiplicity * cell.batch * positions * (cell.channels + cell.out_channels)

@@ -11,6 +11,7 @@ from resblock_bench.bench.correctness import checked_cell, compute_truth
 from resblock_bench.bench.devices import Kind, open_device
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.measure import Task, measure, reason_of, status_of
+from resblock_bench.bench.memory_limit import available_bytes, limit_memory
 from resblock_bench.bench.process import Announce
 from resblock_bench.bench.records import Environment, Status, site_of
 from resblock_bench.bench.truth_file import write_truth
@@ -59,6 +60,9 @@ def compute_site_truth(argument: bytes, announce: Announce) -> bytes:
     reply = TruthReply("ok")
     try:
         device = open_device(task.device, task.environment.threads)
+        free = available_bytes() if task.device == "cpu" else None
+        if free is not None:
+            limit_memory(free)
         truth = compute_truth(checked_cell(site_of(task.cell)), device.torch_device, task.seed)
         write_truth(Path(job.truth), truth)
     except Exception as error:

@@ -19,13 +19,14 @@ from msgspec.structs import replace
 
 from resblock_bench.bench import stats
 from resblock_bench.bench.conditions import conditions
-from resblock_bench.bench.correctness import check, checked_cell
+from resblock_bench.bench.correctness import Truth, check, checked_cell
 from resblock_bench.bench.cuda_graph import CaptureError, capture
 from resblock_bench.bench.devices import TOOLS, Device, Kind, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.floor import floor_of, impossible
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
 from resblock_bench.bench.memory_limit import limit_memory
+from resblock_bench.bench.out_of_memory import is_out_of_memory
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
     Cell,
@@ -50,12 +51,10 @@ from resblock_bench.bench.workload import (
     Workload,
     draw_inputs,
     draw_weights,
-    unsupported,
 )
 
 Announce = Callable[[str], None]
 SNAPSHOTS = "snapshots"
-_CPU_OOM = ("DefaultCPUAllocator: can't allocate", "could not create a primitive")
 
 
 class Task(Record, frozen=True, kw_only=True):
@@ -110,11 +109,6 @@ def id_of(task: Task) -> str:
     return cell_id(task.cell, contract_of(task), code_fingerprint())
 
 
-def why_skipped(cell: Cell, device: Kind) -> str | None:
-    """Why a cell cannot be measured here, known without trying."""
-    return unsupported(cell) or IMPLEMENTATIONS[cell.impl].unusable(device)
-
-
 def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) -> Row:
     """The row of a task with what was found; all else is null."""
     contract, environment = contract_of(task), task.environment
@@ -150,14 +144,20 @@ def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) ->
 
     truth       the file of the site's truth
     announce    told which phase begins
+
+    What was measured before an exception stays in the row.
     """
     started = time.monotonic()
-    device = open_device(task.device, task.environment.threads)
-    row = row_of(task, "failed", device_name=device.name, device_uuid=device.uuid)
+    row = row_of(task, "failed")
+    found: dict[str, Any] = {}
     try:
-        found = _measured(task, truth, device, announce)
+        reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
+        if reason is not None:
+            found |= {"status": "skipped", "reason": reason}
+        else:
+            _measure(task, truth, announce, found)
     except Exception as error:
-        found = {"status": status_of(error), "reason": reason_of(error)}
+        found |= {"status": status_of(error), "reason": reason_of(error)}
     snapshot = _snapshot_file(task)
     if snapshot is not None and snapshot.exists():
         found["snapshot"] = f"{SNAPSHOTS}/{snapshot.name}"
@@ -171,54 +171,59 @@ def _snapshot_file(task: Task) -> Path | None:
     return Path(task.folder) / SNAPSHOTS / f"{id_of(task)}-{task.attempt}.pickle"
 
 
-def _measured(task: Task, truth_file: Path, device: Device, announce: Announce) -> dict[str, Any]:
-    cell, seed = task.cell, task.seed
+def _measure(task: Task, truth_file: Path, announce: Announce, found: dict[str, Any]) -> None:
+    """Put into `found` what there is to find, step by step."""
+    device = open_device(task.device, task.environment.threads)
+    found |= {"device_name": device.name, "device_uuid": device.uuid}
     announce("check")
     truth = read_truth(truth_file)
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
+    with recording(device.torch_device, _snapshot_file(task)):
+        checked = _check(task, truth, device, found)
+        # An allocator cannot tell it from what the measured step allocates.
+        del truth
+        gc.collect()
+        if checked is None:
+            return
+        workload, cold_peak_bytes = checked
+        announce("memory")
+        found["memory_note"] = device.meter.unusable(task.cell.impl)
+        if found["memory_note"] is None:
+            found["memory"] = device.meter.measure(workload, cold_peak_bytes)
+    announce("timing")
+    timing, found["conditions"] = _timed(task, workload, device)
+    found |= {"status": "ok", "reason": None}
+    _add_timing(timing, task, found)
+    if device.kind == "cuda":
+        # Last, since a graph's memory pool stays.
+        found |= _graph_fields(task, workload, device)
+
+
+def _check(
+    task: Task, truth: Truth, device: Device, found: dict[str, Any]
+) -> tuple[Workload, int | None] | None:
+    """The cell made runnable and the peak of its first step, or None if its results are wrong."""
+    cell, seed = task.cell, task.seed
     weights = draw_weights(cell, seed)
     inputs = draw_inputs(cell, device.torch_device, seed)
     workload = Workload(cell, weights, inputs, device.torch_device)
-    memory_note = device.meter.unusable(cell.impl)
-    with recording(device.torch_device, _snapshot_file(task)):
-        if memory_note is None:
-            results, cold_peak_bytes = device.meter.first_results(workload)
-        else:
-            results, cold_peak_bytes = workload.results(), None
-        if cell.dropout:
-            checked = Workload(checked_cell(cell), weights, inputs, device.torch_device)
-            results = checked.results()
-            del checked
-        right, correctness = check(results, truth)
-        # An allocator cannot tell them from what the measured step allocates.
-        del results, truth
-        gc.collect()
-        announce("memory")
-        memory = None
-        if right and memory_note is None:
-            memory = device.meter.measure(workload, cold_peak_bytes)
-    if not right:
-        worst = correctness.worst
-        error, limit = correctness.errors[worst], correctness.limits[worst]
-        return {
-            "status": "wrong",
-            "reason": f"{worst}: relative error {error} is above its limit {limit}",
-            "correctness": correctness,
-        }
-    announce("timing")
-    timing, circumstances = _timed(task, workload, device)
-    return {
-        "status": "ok",
-        "reason": None,
-        "correctness": correctness,
-        "memory": memory,
-        "memory_note": memory_note,
-        "conditions": circumstances,
-        **_timing_fields(timing, task),
-        # Last, since a graph's memory pool stays.
-        **(_graph_fields(task, workload, device) if device.kind == "cuda" else {}),
-    }
+    cold_peak_bytes = None
+    if device.meter.unusable(cell.impl) is None:
+        results, cold_peak_bytes = device.meter.first_results(workload)
+    else:
+        results = workload.results()
+    if cell.dropout:
+        results = Workload(checked_cell(cell), weights, inputs, device.torch_device).results()
+    right, correctness = check(results, truth)
+    found["correctness"] = correctness
+    if right:
+        return workload, cold_peak_bytes
+    worst = correctness.worst
+    error, limit = correctness.errors[worst], correctness.limits[worst]
+    reason = f"{worst}: relative error {error} is above its limit {limit}"
+    found |= {"status": "wrong", "reason": reason}
+    return None
 
 
 def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Conditions]:
@@ -245,19 +250,10 @@ def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Cond
     return timing, conditions(*readings, source=probe.source, images=images, threads=threads)
 
 
-def _timing_fields(timing: Timing, task: Task) -> dict[str, Any]:
+def _add_timing(timing: Timing, task: Task, found: dict[str, Any]) -> None:
     median_ms = statistics.median(timing.samples_ms)
     low, high = stats.median_interval(timing.samples_ms, task.rule.confidence) or (None, None)
-    found: dict[str, Any] = {}
-    ceilings = task.environment.ceilings
-    if ceilings is not None:
-        floor = floor_of(task.cell, ceilings, median_ms)
-        found = {"floor": floor}
-        reason = impossible(floor, ceilings, min(timing.samples_ms))
-        if reason is not None:
-            found |= {"status": "impossible", "reason": reason}
-    return {
-        **found,
+    found |= {
         "samples_ms": timing.samples_ms,
         "bursts": timing.bursts,
         "median_ms": median_ms,
@@ -270,25 +266,29 @@ def _timing_fields(timing: Timing, task: Task) -> dict[str, Any]:
         "warmup_steady": timing.warmup_steady,
         "throughput_images_per_s": task.cell.batch / median_ms * 1e3,
     }
+    ceilings = task.environment.ceilings
+    if ceilings is not None:
+        found["floor"] = floor_of(task.cell, ceilings, median_ms)
+        reason = impossible(found["floor"], ceilings, min(timing.samples_ms))
+        if reason is not None:
+            found |= {"status": "impossible", "reason": reason}
 
 
 def _graph_fields(task: Task, workload: Workload, device: Device) -> dict[str, Any]:
     """The same step replayed by a CUDA graph, without the host's cost of launching it."""
     try:
-        replay = capture(workload)
+        timing = time_fn(capture(workload), device.timer, task.rule)
     except CaptureError as error:
         return {"graph_note": str(error)}
-    timing = time_fn(replay, device.timer, task.rule)
+    except Exception as error:  # the eager figures stand
+        return {"graph_note": reason_of(error)}
     samples = timing.samples_ms
     return {"graph_samples_ms": samples, "graph_median_ms": statistics.median(samples)}
 
 
 def status_of(error: Exception) -> Status:
     """What an exception means for a row."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "oom"
-    # The CPU's libraries have no exception class of their own.
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_OOM):
+    if is_out_of_memory(error):
         return "oom"
     return "skipped" if could_not_compile(error) else "failed"
 

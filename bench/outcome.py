@@ -7,6 +7,7 @@ import msgspec
 from rich.console import Console
 
 from resblock_bench.bench import exitcodes, table
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.export import export
 from resblock_bench.bench.process import Announce, Processes
 from resblock_bench.bench.records import Row
@@ -67,16 +68,18 @@ def _write_derived(argument: bytes, announce: Announce) -> bytes:
             reply.paths += [f"figure: {path}" for path in drawn if path.suffix == ".png"]
     except OSError as error:
         reply.problem = f"{wanted.folder} cannot be written ({error.strerror})"
+    except UsageError as error:
+        reply.problem = str(error)
     return msgspec.json.encode(reply)
 
 
-def exit_code(rows: Sequence[Row], ending: str | None) -> int:
-    """`ending` says why cells are left, None where none is."""
+def exit_code(rows: Sequence[Row], planned: int, ending: str | None) -> int:
+    """Of the rows of a run with `planned` cells; `ending` says why it ended early, or is None."""
     statuses = {row.status for row in rows}
     if "wrong" in statuses:
         return exitcodes.WRONG
     # Out of memory and skipped are results; but a sweep that measured nothing is not a success.
     broken = statuses & {"failed", "timeout", "crashed", "impossible"}
-    if ending is not None or broken or "ok" not in statuses:
+    if ending is not None or len(rows) < planned or broken or "ok" not in statuses:
         return exitcodes.INCOMPLETE
     return exitcodes.OK

@@ -9,6 +9,7 @@ import gc
 import torch.distributed._tools.mem_tracker
 import torch.utils.flop_counter  # noqa: F401
 
+import resblock_bench.bench.cli
 import resblock_bench.bench.jobs
 import resblock_bench.kernels  # noqa: F401
 from resblock_bench.bench.fingerprint import code_fingerprint

@@ -27,6 +27,7 @@ Function = Callable[[bytes, Announce], bytes]
 OUTPUT_BYTES = 16 * 1024
 """How much of what a process prints is kept."""
 _EXIT_S = 10.0  # A process that has replied may take this long to end.
+_KILL_S = 30.0  # One that was killed may: held up in a driver it would take for ever.
 _PR_SET_PDEATHSIG = 1
 
 _context = multiprocessing.get_context("forkserver")
@@ -51,6 +52,10 @@ class Ending:
     phase: str
     output: str
     wall_s: float
+
+
+class ProcessesClosed(Exception):
+    """Something was to be run after all processes were told to end."""
 
 
 class Processes:
@@ -79,7 +84,7 @@ class Processes:
         output, output_end = _context.Pipe(duplex=False)
         with _bookkeeping:
             if self._closed:
-                raise InterruptedError("the processes were told to end")
+                raise ProcessesClosed
             process = _context.Process(
                 target=_serve,
                 args=(function, argument, dict(environment or {}), reply_end, output_end),
@@ -96,10 +101,12 @@ class Processes:
             ended = watch.until_end(started, limit_s)
         finally:
             _kill_group(process)
-            with _bookkeeping:
-                if not ended:
+            if not ended:
+                with _bookkeeping:
                     process.kill()
-                process.join()
+                wait([process.sentinel], _KILL_S)
+            with _bookkeeping:
+                process.join(0)
                 exit_code = process.exitcode
                 self._running.discard(process)
             watch.drain()
@@ -119,6 +126,7 @@ class Processes:
             self._closed = True
             for process in self._running:
                 _kill_group(process)
+                process.kill()  # it may not lead a group yet
 
 
 class _Watch:
@@ -135,17 +143,19 @@ class _Watch:
 
     def until_end(self, started: float, limit_s: float | None) -> bool:
         """Read until the process has ended; False if its time was over before."""
+        deadline = None if limit_s is None else started + limit_s
         while self._sentinel in self._open:
-            timeout = None if limit_s is None else started + limit_s - time.monotonic()
-            if self.reply is not None:
-                timeout = _EXIT_S
-            ready = wait(self._open, None if timeout is None else max(0.0, timeout))
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            replied = self.reply is not None
+            ready = wait(self._open, timeout)
             if not ready:
                 return False
             if self._output in ready and not self._read_output():
                 self._open.remove(self._output)
             if self._replies in ready and not self._read_reply():
                 self._open.remove(self._replies)
+            if self.reply is not None and not replied:
+                deadline = time.monotonic() + _EXIT_S
             if self._sentinel in ready:
                 self._open.remove(self._sentinel)
         return True

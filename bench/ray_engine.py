@@ -22,6 +22,7 @@ from resblock_bench.bench.environment import machine_name
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.measure import Task, row_of
+from resblock_bench.bench.process import ProcessesClosed
 from resblock_bench.bench.ray_node import NodeJob, measure_on_node, survey_on_node
 from resblock_bench.bench.records import Environment, Row, Status
 
@@ -129,7 +130,7 @@ class RayEngine:
         remote = self._ray.remote(max_calls=1, max_retries=0, **self._options)(function)
         with self._lock:
             if self._closed:
-                raise InterruptedError("the engine was told to end")
+                raise ProcessesClosed
             ref = remote.remote(argument)
             self._running.add(ref)
         try:

@@ -11,8 +11,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 import msgspec
 
 from resblock_bench.bench.engines import Engine
-from resblock_bench.bench.measure import Task, row_of, why_skipped
+from resblock_bench.bench.measure import Task, row_of
 from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row, cell_name
+from resblock_bench.bench.workload import unsupported
 
 _SIZES = ("batch", "resolution", "channels", "out_channels")
 
@@ -55,6 +56,7 @@ def run_tasks(
     oom: OomRecord | None,
     began: Callable[[Cell], None] = lambda cell: None,
     budget_s: float | None = None,
+    running: dict[Future[Row], Task] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Row]:
     """The rows of `tasks` as they end.
@@ -62,10 +64,11 @@ def run_tasks(
     oom         None tries every cell
     began       told of each cell that an engine takes
     budget_s    seconds after which no further cell is begun; those under way end
+    running     filled with what is under way, for who ends the iteration early
     """
     started = clock()
     queue = iter(tasks)
-    running: dict[Future[Row], Task] = {}
+    running = {} if running is None else running
     while True:
         while len(running) < engine.lanes:
             if budget_s is not None and clock() - started >= budget_s:
@@ -73,7 +76,7 @@ def run_tasks(
             task = next(queue, None)
             if task is None:
                 break
-            reason = why_skipped(task.cell, task.device)
+            reason = unsupported(task.cell)
             if reason is None and oom is not None:
                 reason = oom.verdict(task.cell)
             if reason is not None:
@@ -84,9 +87,10 @@ def run_tasks(
         if not running:
             return
         done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            del running[future]
-            row = future.result()
-            if oom is not None:
-                oom.note(row)
-            yield row
+        # One at a time: the others stay in `running` while this row is handed out.
+        future = done.pop()
+        row = future.result()
+        del running[future]
+        if oom is not None:
+            oom.note(row)
+        yield row

@@ -76,7 +76,9 @@ class RunWriter:
             if not resume:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / FIGURES).mkdir(exist_ok=True)
-            flags = os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT | os.O_EXCL)
+            # A run that was ended before it had a plan has left nothing but an empty file.
+            fresh = not resume and not _is_bare(folder)
+            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if fresh else 0)
             self._file = os.open(folder / CELLS, flags, 0o644)
         except FileExistsError as error:
             if error.filename is not None and Path(error.filename).name == CELLS:
@@ -158,6 +160,11 @@ class RunWriter:
         trace: TracebackType | None,
     ) -> None:
         os.close(self._file)
+
+
+def _is_bare(folder: Path) -> bool:
+    cells = folder / CELLS
+    return cells.exists() and cells.stat().st_size == 0 and not (folder / PLAN).exists()
 
 
 def _write_json(path: Path, value: Plan | Environment) -> None:

@@ -1,7 +1,8 @@
 """Carries a sweep out: opens or resumes the folder, measures, shows, draws, says how it ended."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from resblock_bench.bench import environment, jobs
 from resblock_bench.bench.engines import Engine, LocalEngine
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.fingerprint import code_fingerprint
+from resblock_bench.bench.grid import PlannedCell, weight
 from resblock_bench.bench.measure import Task, id_of
 from resblock_bench.bench.outcome import derive, exit_code, show
 from resblock_bench.bench.plan import Plan, difference
@@ -79,12 +81,16 @@ def _carry_out(request: Request, console: Console) -> int:
     with ExitStack() as stack:
         earlier: list[Row] = []
         if request.resume:
-            writer, plan = stack.enter_context(_reopened(request, console))
+            writer, plan = stack.enter_context(_reopened(request))
             earlier = read_rows(writer.folder)
             before = read_environment(writer.folder)
             engine, found = _open_engine(request, plan, stack)
             _check_machine(writer.folder, before, found)
             found = replace(found, ceilings=before.ceilings)
+            # Only now: of a folder that is refused nothing is touched.
+            repaired = writer.repair()
+            if repaired is not None:
+                say(console, repaired)
         else:
             assert request.plan is not None
             plan = request.plan
@@ -97,10 +103,16 @@ def _carry_out(request: Request, console: Console) -> int:
 
 def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
     """The engine of a request, and the machine that it measures on."""
+    if plan.device == "cpu" and request.devices:
+        raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
+    if plan.device == "cuda" and plan.memory_limit_bytes is not None:
+        raise UsageError("--memory-limit is for cells on a CPU: leave it out")
     if request.engine == "local":
+        if request.accelerator is not None:
+            raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
         gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
         local = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
-        return local, survey(local.processes, plan)
+        return local, survey(local.processes, plan, gpus[0] if gpus else None)
     if request.engine != "ray":
         raise unknown("engine", request.engine, ("local", "ray"))
     if request.devices:
@@ -119,19 +131,21 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
     return cluster, cluster.survey()
 
 
-@contextmanager
-def _reopened(request: Request, console: Console) -> Iterator[tuple[RunWriter, Plan]]:
-    """The folder of an earlier run, mended, with its plan and the cells of the request."""
-    folder = request.output
-    if folder is None:
+def folder_to_resume(output: Path | None) -> Path:
+    """The folder that was named. Raises UsageError where none was."""
+    if output is None:
         raise UsageError("--resume needs the folder of the run: name it with --output DIR")
+    return output
+
+
+@contextmanager
+def _reopened(request: Request) -> Iterator[tuple[RunWriter, Plan]]:
+    """The folder of an earlier run, with its plan and the cells of the request."""
+    folder = folder_to_resume(request.output)
     with RunWriter(folder, resume=True) as writer:
         plan = read_plan(folder)
         if request.plan is not None:
             plan = plan.joined(request.plan)
-        repaired = writer.repair()
-        if repaired is not None:
-            say(console, repaired)
         yield writer, plan
 
 
@@ -144,15 +158,18 @@ def _check_machine(folder: Path, earlier: Environment, found: Environment) -> No
         )
 
 
-def survey(processes: Processes, plan: Plan) -> Environment:
-    """What a process that touches the device finds out about the machine."""
+def survey(processes: Processes, plan: Plan, gpu: str | None) -> Environment:
+    """What a process that touches the device, a GPU by its UUID, finds out about the machine."""
     threads = plan.threads or environment.usable_cpus()
     job = msgspec.json.encode(jobs.SurveyJob(plan.device, threads))
-    ending = processes.run(jobs.survey, job, limit_s=TIMEOUT_S)
+    visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    ending = processes.run(jobs.survey, job, limit_s=TIMEOUT_S, environment=visible)
     if ending.reply is None:
+        how = "did not answer" if ending.exit_code is None else f"ended with {ending.exit_code}"
+        last = (ending.output.strip().splitlines() or ["it printed nothing"])[-1]
         raise UsageError(
-            f"the device {plan.device!r} cannot be used: the process that looked at it ended with "
-            f"code {ending.exit_code}: {ending.output.strip()[-500:]}"
+            f"the device {plan.device!r} cannot be used: the process that looked at it {how} "
+            f"({last}); try 'resblock-bench env'"
         )
     reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
     if reply.environment is None:
@@ -180,27 +197,18 @@ def _sweep(
             environment=found,
             memory_limit_bytes=plan.memory_limit_bytes,
             folder=str(writer.folder.resolve()),
-            telemetry=None if request.telemetry is None else str(request.telemetry),
+            telemetry=None if request.telemetry is None else str(request.telemetry.resolve()),
         )
         for item in plan.cells
     ]
     asked = {id_of(task) for task in tasks}
     rows = {row.id: row for row in earlier if row.id in asked}
     todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
+    if request.budget_s is not None and request.resume:
+        todo.sort(key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True)
     say(console, _begin_line(tasks, todo, earlier, rows, writer.folder))
     oom = None if request.ignore_oom else OomRecord(rows.values())
-    ending: str | None = None
-    try:
-        with RunProgress(console, len(todo)) as progress:
-            for row in run_tasks(
-                todo, engine, oom=oom, began=progress.begin, budget_s=request.budget_s
-            ):
-                writer.append(row)
-                progress.finish(row)
-    except KeyboardInterrupt:
-        ending = "interrupted"
-    except OSError as error:
-        ending = f"stopped, since {writer.folder} cannot be written ({error.strerror})"
+    ending = _measure_all(request, todo, engine, oom, writer, console)
     left = len(todo) - writer.count
     # Read back, since an interrupt may have come between a row and the note of it.
     rows = {row.id: row for row in read_rows(writer.folder) if row.id in asked}
@@ -218,7 +226,42 @@ def _sweep(
             f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
             f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
         )
-    return exit_code(list(rows.values()), ending)
+    return exit_code(list(rows.values()), len(tasks), ending)
+
+
+def _measure_all(
+    request: Request,
+    todo: Sequence[Task],
+    engine: Engine,
+    oom: OomRecord | None,
+    writer: RunWriter,
+    console: Console,
+) -> str | None:
+    """Why the sweep ended before its last cell, or None."""
+    running: dict[Future[Row], Task] = {}
+    try:
+        with RunProgress(console, len(todo)) as progress:
+            rows = run_tasks(
+                todo,
+                engine,
+                oom=oom,
+                began=progress.begin,
+                budget_s=request.budget_s,
+                running=running,
+            )
+            for row in rows:
+                try:
+                    writer.append(row)
+                except OSError as error:
+                    return f"stopped, since {writer.folder} cannot be written ({error.strerror})"
+                progress.finish(row)
+    except KeyboardInterrupt:
+        # Several lanes may have ended cells whose rows were not handed out yet.
+        for future in [future for future in running if future.done() and not future.exception()]:
+            with suppress(OSError):
+                writer.append(future.result())
+        return "interrupted"
+    return None
 
 
 def missing(

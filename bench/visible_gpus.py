@@ -52,6 +52,12 @@ def chosen_gpus(wanted: Sequence[str]) -> list[VisibleGpu]:
         if name.strip() not in known:
             raise unknown("GPU", name, known)
     chosen = [known[name.strip()] for name in wanted] or visible
+    kinds = {gpu.name for gpu in chosen}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"the GPUs are of several kinds ({', '.join(sorted(map(str, kinds)))}), and one run "
+            "compares cells on one: choose with --devices"
+        )
     return list(dict.fromkeys(chosen))
 
 

@@ -17,6 +17,7 @@ from resblock_bench.bench.measure import Task
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
 from resblock_bench.bench.timing import Rule
 from resblock_bench.bench.truth_file import truth_path, write_truth
+from resblock_bench.bench.workload import unsupported
 
 TINY = Cell(
     model=None,
@@ -90,7 +91,7 @@ def measure_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Task], R
     """The row of a task, measured in this process."""
 
     def run(task: Task) -> Row:
-        reason = measuring.why_skipped(task.cell, task.device)
+        reason = unsupported(task.cell)
         if reason is not None:
             return measuring.row_of(task, "skipped", reason)
         path = truth_path(tmp_path_factory.getbasetemp(), task.cell, task.seed)

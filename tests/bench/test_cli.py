@@ -203,7 +203,7 @@ def test_bad_input_is_one_sentence_and_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "cells.jsonl").touch()
+    (tmp_path / "old" / "cells.jsonl").write_text("{}\n")
     (tmp_path / "bad.toml").write_text("[[grid]\n")
     before = sorted(tmp_path.rglob("*"))
     done = run_cli(*arguments)

@@ -53,6 +53,8 @@ from resblock_bench.bench.records import Cell
 from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 import torch
 
+torch.set_num_threads(1)
+
 def measure(cell):
     cpu = torch.device("cpu")
     made = Workload(cell, draw_weights(cell, 0), draw_inputs(cell, cpu, 0), cpu)

@@ -10,7 +10,7 @@ from pathlib import Path
 import process_functions as functions
 import pytest
 
-from resblock_bench.bench.process import OUTPUT_BYTES, Processes
+from resblock_bench.bench.process import OUTPUT_BYTES, Processes, ProcessesClosed
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_closing_ends_what_runs_and_refuses_more(processes: Processes, tmp_path:
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert [ending.exit_code for ending in endings] == [-signal.SIGKILL]
-    with pytest.raises(InterruptedError):
+    with pytest.raises(ProcessesClosed):
         processes.run(functions.echo, b"")
 
 
@@ -131,3 +131,15 @@ def test_the_process_that_waits_imports_little_of_what_cells_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_closing_ends_a_process_that_is_just_starting(tmp_path: Path) -> None:
+    for _ in range(5):
+        made = Processes()
+        thread = threading.Thread(target=made.run, args=(functions.hang, bytes(tmp_path / "x")))
+        thread.start()
+        while not made._running:
+            time.sleep(0.0005)
+        made.close()
+        thread.join(timeout=20)
+        assert not thread.is_alive()

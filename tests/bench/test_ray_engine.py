@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import spawn
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -313,7 +314,13 @@ def test_a_node_reports_itself(make_task: Callable[..., Task]) -> None:
     assert row.device_name == task.environment.cpu
 
 
-def test_a_cell_does_not_import_the_main_module_of_the_worker() -> None:
+def test_a_cell_does_not_import_the_main_module_of_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = ModuleType("__main__")
+    worker.__file__ = __file__
+    monkeypatch.setitem(sys.modules, "__main__", worker)
+    assert [name for name in spawn.get_preparation_data("") if "init_main" in name]
     with ray_node._without_main_module():
         assert not [name for name in spawn.get_preparation_data("") if "init_main" in name]
-    assert "__file__" in vars(sys.modules["__main__"])
+    assert sys.modules["__main__"] is worker

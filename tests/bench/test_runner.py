@@ -138,3 +138,14 @@ def test_what_counts_as_larger(
 ) -> None:
     record = OomRecord([row_of(make_task(), "oom"), row_of(make_task(batch=1), "failed")])
     assert (record.verdict(make_task(**change).cell) is not None) == expected
+
+
+def test_rows_that_were_not_handed_out_are_still_there(tasks: list[Task]) -> None:
+    engine = Instant(lanes=3)
+    running: dict[Future[Row], Task] = {}
+    rows = run_tasks(tasks, engine, oom=None, running=running)
+    first = next(rows)
+    rows.close()  # type: ignore[attr-defined]
+    left = [future.result() for future in running if future.done()]
+    assert {first.axes.batch, *batches(left)} == {1, 2, 3}
+    assert len(left) == 2

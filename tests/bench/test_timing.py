@@ -33,7 +33,7 @@ class ScriptedTimer:
 def timed(samples: Iterator[float], **rule: float) -> tuple[Timing, ScriptedTimer]:
     """One series on a clock that only steps and gaps advance; no warm-up unless asked for."""
     timer = ScriptedTimer(samples)
-    none = {"warmup_s": 0.0, "warmup_max_s": 0.0, "warmup_min_steps": 0}
+    none = {"warmup_s": 0.0, "warmup_max_s": 0.0, "warmup_min_steps": 0, "gap_s": 0.01}
     chosen = Rule(**{**none, **rule})  # type: ignore[arg-type]
 
     def sleep(seconds: float) -> None:
