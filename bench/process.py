@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from typing import Any
 
 Announce = Callable[[str], None]
 """Tells the parent which phase begins."""
@@ -223,7 +225,13 @@ def _serve(
 def _die_with_parent() -> None:
     """Where the kernel can: a killed suite leaves no cell behind that goes on measuring.
 
-    The parent is the server, which ends with the suite.
+    The parent is the server. It ends when nobody holds the other end of its pipe: the suite does,
+    and so would this process, which multiprocessing lets start further ones.
     """
+    server: Any = getattr(forkserver, "_forkserver", None)
+    alive = getattr(server, "_forkserver_alive_fd", None)
+    if alive is not None:
+        os.close(alive)
+        server._forkserver_alive_fd = None
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -213,6 +213,44 @@ def test_kill_9_at_a_random_cell_then_resume(run_cli: Callable, tmp_path: Path) 
     assert len(rows) > kept.count(b"\n")
 
 
+def test_a_killed_suite_leaves_no_cell_that_goes_on(tmp_path: Path) -> None:
+    process = started(tmp_path / "run", "--timeout", "300s", impl="hanging")
+    try:
+        deadline = time.monotonic() + 60
+        family: set[int] = set()
+        # The truth's process leads a group as well, but is over soon.
+        while not any(leads(pid) and age_s(pid) > 2 for pid in family):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            family = children_of(process.pid)
+        process.kill()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(running(pid) for pid in family):
+        assert time.monotonic() < deadline, "a cell outlived the suite"
+        time.sleep(0.05)
+
+
+def leads(pid: int) -> bool:
+    """Whether a process leads a group, as that of a cell does."""
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
+def age_s(pid: int) -> float:
+    try:
+        start = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return 0.0
+    up_s = float(Path("/proc/uptime").read_text().split()[0])
+    return up_s - int(start) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
