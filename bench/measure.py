@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from resblock_bench.bench.floor import floor_of, impossible
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
 from resblock_bench.bench.memory_limit import limit_memory
 from resblock_bench.bench.out_of_memory import is_out_of_memory
+from resblock_bench.bench.process import Announce
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
     Cell,
@@ -53,7 +53,6 @@ from resblock_bench.bench.workload import (
     draw_weights,
 )
 
-Announce = Callable[[str], None]
 SNAPSHOTS = "snapshots"
 
 

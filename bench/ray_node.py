@@ -25,9 +25,9 @@ from resblock_bench.bench.lane import Lane
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.records import Environment
+from resblock_bench.bench.survey import survey
 
 _POLL_S = 0.2
-_SURVEY_S = 300.0  # A driver that hangs must not hold a node for ever.
 
 
 class NodeJob(msgspec.Struct):
@@ -75,17 +75,11 @@ def survey_on_node(argument: bytes) -> bytes:
 
 
 def _survey(processes: Processes, job: jobs.SurveyJob) -> Environment:
-    """This node, as a process of its own sees it: a worker never touches the device."""
-    ending = processes.run(jobs.survey, msgspec.json.encode(job), limit_s=_SURVEY_S)
-    if ending.reply is None:
-        raise UsageError(
-            f"the device {job.device!r} of the node {machine_name()} cannot be used: the process "
-            f"that looked at it ended with code {ending.exit_code}: {ending.output.strip()[-500:]}"
-        )
-    reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
-    if reply.environment is None:
-        raise UsageError(f"the node {machine_name()}: {reply.refusal}")
-    return reply.environment
+    """This node; an error says which."""
+    try:
+        return survey(processes, job)
+    except UsageError as error:
+        raise UsageError(f"the node {machine_name()}: {error}") from None
 
 
 def _device(found: Environment, kind: Kind) -> tuple[object, ...]:

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 from rich.console import Console
 
@@ -18,7 +17,6 @@ from resblock_bench.bench.grid import PlannedCell, weight
 from resblock_bench.bench.measure import Task, id_of
 from resblock_bench.bench.outcome import derive, exit_code, show
 from resblock_bench.bench.plan import Plan, difference
-from resblock_bench.bench.process import Processes
 from resblock_bench.bench.progress import RunProgress
 from resblock_bench.bench.ray_engine import RayEngine
 from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row
@@ -30,6 +28,7 @@ from resblock_bench.bench.storage import (
     read_plan,
     read_rows,
 )
+from resblock_bench.bench.survey import survey
 from resblock_bench.bench.terminal import say, terminable
 from resblock_bench.bench.visible_gpus import chosen_gpus
 
@@ -112,7 +111,10 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
             raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
         gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
         local = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
-        return local, survey(local.processes, plan, gpus[0] if gpus else None)
+        job = jobs.SurveyJob(plan.device, plan.threads or environment.usable_cpus())
+        visible = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
+        found = survey(local.processes, job, visible)
+        return local, replace(found, machine=environment.machine_name())
     if request.engine != "ray":
         raise unknown("engine", request.engine, ("local", "ray"))
     if request.devices:
@@ -156,25 +158,6 @@ def _check_machine(folder: Path, earlier: Environment, found: Environment) -> No
             f"{folder} was measured on another machine or with other software ({differs}): "
             "resume it there, or begin a new run with another --output"
         )
-
-
-def survey(processes: Processes, plan: Plan, gpu: str | None) -> Environment:
-    """What a process that touches the device, a GPU by its UUID, finds out about the machine."""
-    threads = plan.threads or environment.usable_cpus()
-    job = msgspec.json.encode(jobs.SurveyJob(plan.device, threads))
-    visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    ending = processes.run(jobs.survey, job, limit_s=TIMEOUT_S, environment=visible)
-    if ending.reply is None:
-        how = "did not answer" if ending.exit_code is None else f"ended with {ending.exit_code}"
-        last = (ending.output.strip().splitlines() or ["it printed nothing"])[-1]
-        raise UsageError(
-            f"the device {plan.device!r} cannot be used: the process that looked at it {how} "
-            f"({last}); try 'resblock-bench env'"
-        )
-    reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
-    if reply.environment is None:
-        raise UsageError(str(reply.refusal))
-    return replace(reply.environment, machine=environment.machine_name())
 
 
 def _sweep(
