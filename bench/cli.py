@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from resblock_bench.bench import exitcodes
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError
 
 app = typer.Typer(
     name="resblock-bench",
@@ -368,6 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except UsageError as error:
         print(f"resblock-bench: {error}", file=sys.stderr)
         sys.exit(exitcodes.USAGE)
+    except InvalidError as error:
+        print(f"resblock-bench: {error}", file=sys.stderr)
+        sys.exit(exitcodes.INCOMPLETE)
     except SystemExit as ending:
         sys.exit(exitcodes.INCOMPLETE if ending.code == 130 else ending.code)
     except Exception:

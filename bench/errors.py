@@ -8,6 +8,10 @@ class UsageError(Exception):
     """A request that cannot be carried out as given; the command line exits with 2."""
 
 
+class InvalidError(Exception):
+    """What cannot be relied on: missing, damaged, or of another machine; exit code 3."""
+
+
 def unknown(kind: str, received: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name outside a closed list, with the closest match if one is near."""
     names = list(allowed)

@@ -1,0 +1,242 @@
+"""Pins: what is expected of the kernels, in committed files that people read and review.
+
+    <root>/<part>/<subject>.json        part: static, memory, accuracy
+
+A file is a subject, an entry one thing in it (a kernel on an architecture, a variant of a block), a
+figure a number or word of an entry. Pins are compared both ways: what is worse fails, and what is
+better asks to be saved, since a pin with slack would let the next regression pass.
+"""
+
+import datetime
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from rich.console import Console
+
+from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.findings import LEVELS, Finding, Level
+from resblock_bench.bench.records import Record
+
+PINS_VERSION = 1
+PINS = Path("results", "pins")
+"""Where the pins are, from the root of a repository."""
+
+Value = int | float | str | None
+Entries = dict[str, dict[str, Value]]
+"""Figures of each entry of a subject. A number that is not finite is None."""
+
+
+class Save(Record, frozen=True, kw_only=True):
+    """When and why a pin was saved, oldest first; the contents of earlier ones are in git."""
+
+    saved_at: str
+    commit: str | None
+    reason: str
+
+
+class PinFile(Record, frozen=True, kw_only=True):
+    """The content of a pin file. `made_with` are the versions that its figures depend on."""
+
+    pins_version: int
+    part: str
+    subject: str
+    made_with: dict[str, str | None]
+    saves: list[Save]
+    entries: dict[str, dict[str, Value]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a figure is judged.
+
+    better      which way is better; None for a word or number that can only be the same or not
+    tolerance   relative change that is still the same
+    hard        worse is a regression; otherwise it is a change whose meaning needs a timing run
+    """
+
+    better: Literal["lower", "higher"] | None
+    tolerance: float = 0.0
+    hard: bool = True
+
+    def judge(self, pinned: Value, found: Value) -> Level | None:
+        """The level of a change from `pinned` to `found`; None where it is the same."""
+        if found is None or (isinstance(found, float) and not math.isfinite(found)):
+            return "invalid"
+        if pinned == found:
+            return None
+        if isinstance(pinned, str) or isinstance(found, str) or pinned is None or not self.better:
+            return "changed"
+        if max(abs(pinned), abs(found)) <= (1 + self.tolerance) * min(abs(pinned), abs(found)):
+            return None
+        if (found < pinned) == (self.better == "lower"):
+            return "better"
+        return "regression" if self.hard else "changed"
+
+
+@dataclass
+class Found:
+    """What a part measured: entries by subject, and findings that need no pin."""
+
+    subjects: dict[str, Entries] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PinnedPart:
+    """A part of `check` whose figures are the same on every machine.
+
+    name        of the part and of its folder
+    cannot()    why this machine cannot do it, or None
+    measure     every subject of the configuration, with progress on the console; what crashed is
+                an "invalid" finding
+    rules       of every figure by name
+    made_with() the versions on which the figures depend; with others they are not compared
+    """
+
+    name: str
+    cannot: Callable[[], str | None]
+    measure: Callable[[Console], Found]
+    rules: Mapping[str, Rule]
+    made_with: Callable[[], dict[str, str | None]]
+
+
+def read_pins(root: Path, part: str) -> dict[str, PinFile]:
+    """The pins of a part by subject, none where there is no folder.
+
+    Raises InvalidError for a file that is damaged or of another schema.
+    """
+    files = sorted((root / part).glob("*.json"))
+    pins = [_read(path) for path in files]
+    return {pin.subject: pin for pin in pins}
+
+
+def _read(path: Path) -> PinFile:
+    try:
+        data = path.read_bytes()
+        version = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("pins_version")
+        if version is not None and bytes(version) != str(PINS_VERSION).encode():
+            raise InvalidError(
+                f"{path} is of schema {bytes(version).decode()}, and this version reads "
+                f"{PINS_VERSION}: save it again with 'resblock-bench baseline save'"
+            )
+        pin = msgspec.json.decode(data, type=PinFile)
+    except OSError as error:
+        raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidError(f"{path} is damaged ({error}): restore it from git") from None
+    if (pin.part, pin.subject) != (path.parent.name, path.stem):
+        raise InvalidError(
+            f"{path} says that it is {pin.part}/{pin.subject}: it was copied or renamed, restore it "
+            "from git"
+        )
+    return pin
+
+
+def judge(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[Finding]:
+    """One finding for each entry that is not as pinned, in order, after the part's own."""
+    findings = list(found.findings)
+    crashed = {(finding.subject, finding.entry) for finding in findings}
+
+    def say(level: Level, subject: str, entry: str | None, text: str) -> None:
+        finding = Finding(part=part.name, level=level, subject=subject, entry=entry, text=text)
+        findings.append(finding)
+
+    made_with = part.made_with()
+    for subject, entries in found.subjects.items():
+        pin = pins.get(subject)
+        if pin is None:
+            say("invalid", subject, None, "has no pin: save one")
+            continue
+        if pin.made_with != made_with:
+            say("invalid", subject, None, _other_versions(pin.made_with, made_with))
+            continue
+        for entry, figures in entries.items():
+            if entry not in pin.entries:
+                say("invalid", subject, entry, "has no pin: save one")
+                continue
+            changes = _changes(part.rules, pin.entries[entry], figures)
+            if changes:
+                level = min((level for level, _ in changes), key=LEVELS.index)
+                say(level, subject, entry, "; ".join(text for _, text in changes))
+        for entry in pin.entries:
+            if entry not in entries and (subject, entry) not in crashed:
+                say("invalid", subject, entry, "is pinned and was not measured")
+    for subject in pins:
+        if subject not in found.subjects and (subject, None) not in crashed:
+            say("invalid", subject, None, "is pinned and was not measured")
+    if not found.subjects and not findings:
+        say("invalid", part.name, None, "nothing was measured")
+    return findings
+
+
+def _other_versions(pinned: dict[str, str | None], here: dict[str, str | None]) -> str:
+    names = [name for name in {**pinned, **here} if pinned.get(name) != here.get(name)]
+    return "; ".join(f"was pinned with {n} {pinned.get(n)}, here is {here.get(n)}" for n in names)
+
+
+def _changes(
+    rules: Mapping[str, Rule], pinned: Mapping[str, Value], found: Mapping[str, Value]
+) -> list[tuple[Level, str]]:
+    changes: list[tuple[Level, str]] = []
+    for name in dict.fromkeys([*found, *pinned]):
+        if name not in found:
+            changes.append(("invalid", f"{name} is pinned and was not measured"))
+        elif name not in pinned:
+            changes.append(("invalid", f"{name} has no pin"))
+        else:
+            level = rules[name].judge(pinned[name], found[name])
+            if level is not None:
+                changes.append((level, f"{name} {_text(pinned[name])} → {_text(found[name])}"))
+    return changes
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return "not a number"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def write_pins(
+    root: Path, part: PinnedPart, subjects: Mapping[str, Entries], reason: str, commit: str | None
+) -> list[Path]:
+    """Save the subjects of a part, and remove pins of subjects that are no more.
+
+    Returns the files that changed. One whose figures are as pinned is left as it is.
+    """
+    before = read_pins(root, part.name)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    changed: list[Path] = []
+    try:
+        (root / part.name).mkdir(parents=True, exist_ok=True)
+        for subject, entries in subjects.items():
+            path = root / part.name / f"{subject}.json"
+            old = before.get(subject)
+            if old and (old.entries, old.made_with) == (entries, part.made_with()):
+                continue
+            saves = [*(old.saves if old else []), Save(saved_at=now, commit=commit, reason=reason)]
+            pin = PinFile(
+                pins_version=PINS_VERSION,
+                part=part.name,
+                subject=subject,
+                made_with=part.made_with(),
+                saves=saves,
+                entries=entries,
+            )
+            data = msgspec.json.format(msgspec.json.encode(pin), indent=1) + b"\n"
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+            changed.append(path)
+        for subject in before.keys() - subjects.keys():
+            path = root / part.name / f"{subject}.json"
+            path.unlink()
+            changed.append(path)
+    except OSError as error:
+        raise UsageError(f"{root} cannot be written ({error.strerror}): name another") from None
+    return changed
