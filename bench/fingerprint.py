@@ -64,9 +64,12 @@ def _files(root: Path | None) -> list[tuple[str, Path]]:
 
 
 def _folder(root: Path | None, package: str) -> Path:
-    if root is not None:
-        return root / package
-    found = importlib.util.find_spec(f"resblock_bench.{package}")  # does not import it
+    return package_folder(package) if root is None else root / package
+
+
+def package_folder(package: str) -> Path:
+    """Where this program's own package of that name is; does not import it."""
+    found = importlib.util.find_spec(f"resblock_bench.{package}")
     assert found is not None
     assert found.origin is not None
     return Path(found.origin).resolve().parent

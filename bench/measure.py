@@ -11,7 +11,7 @@ import statistics
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -32,6 +32,7 @@ from resblock_bench.bench.records import (
     Cell,
     Conditions,
     Contract,
+    Correctness,
     Count,
     Environment,
     Positive,
@@ -179,17 +180,19 @@ def _measure(task: Task, truth_file: Path, announce: Announce, found: dict[str, 
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
     with recording(device.torch_device, _snapshot_file(task)):
-        checked = _check(task, truth, device, found)
+        checked = checked_workload(task, truth, device)
+        found["correctness"] = checked.correctness
         # An allocator cannot tell it from what the measured step allocates.
         del truth
         gc.collect()
-        if checked is None:
+        if checked.wrong is not None:
+            found |= {"status": "wrong", "reason": checked.wrong}
             return
-        workload, cold_peak_bytes = checked
+        workload = checked.workload
         announce("memory")
         found["memory_note"] = device.meter.unusable(task.cell.impl)
         if found["memory_note"] is None:
-            found["memory"] = device.meter.measure(workload, cold_peak_bytes)
+            found["memory"] = device.meter.measure(workload, checked.cold_peak_bytes)
     announce("timing")
     timing, found["conditions"] = _timed(task, workload, device)
     found |= {"status": "ok", "reason": None}
@@ -199,10 +202,21 @@ def _measure(task: Task, truth_file: Path, announce: Announce, found: dict[str, 
         found |= _graph_fields(task, workload, device)
 
 
-def _check(
-    task: Task, truth: Truth, device: Device, found: dict[str, Any]
-) -> tuple[Workload, int | None] | None:
-    """The cell made runnable and the peak of its first step, or None if its results are wrong."""
+class Checked(NamedTuple):
+    """A cell made runnable and held against its truth.
+
+    `cold_peak_bytes` is the peak of its first step, None where it cannot be measured; `wrong` says
+    which error is above its limit, None where none is.
+    """
+
+    workload: Workload
+    correctness: Correctness
+    cold_peak_bytes: int | None
+    wrong: str | None
+
+
+def checked_workload(task: Task, truth: Truth, device: Device) -> Checked:
+    """Make a task's cell runnable, make its first step, and check the results."""
     cell, seed = task.cell, task.seed
     weights = draw_weights(cell, seed)
     inputs = draw_inputs(cell, device.torch_device, seed)
@@ -215,14 +229,12 @@ def _check(
     if cell.dropout:
         results = Workload(checked_cell(cell), weights, inputs, device.torch_device).results()
     right, correctness = check(results, truth)
-    found["correctness"] = correctness
-    if right:
-        return workload, cold_peak_bytes
-    worst = correctness.worst
-    error, limit = correctness.errors[worst], correctness.limits[worst]
-    reason = f"{worst}: relative error {error} is above its limit {limit}"
-    found |= {"status": "wrong", "reason": reason}
-    return None
+    wrong = None
+    if not right:
+        worst = correctness.worst
+        error, limit = correctness.errors[worst], correctness.limits[worst]
+        wrong = f"{worst}: relative error {error} is above its limit {limit}"
+    return Checked(workload, correctness, cold_peak_bytes, wrong)
 
 
 def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Conditions]:

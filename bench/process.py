@@ -205,7 +205,8 @@ def _serve(
 ) -> None:
     """The life of a process: its own group, its output in the pipe, one reply."""
     os.setsid()
-    _die_with_parent()
+    _let_server_end()
+    die_with_parent()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
@@ -222,16 +223,19 @@ def _serve(
     replies.send_bytes(b"R" + reply)
 
 
-def _die_with_parent() -> None:
-    """Where the kernel can: a killed suite leaves no cell behind that goes on measuring.
+def die_with_parent() -> None:
+    """Where the kernel can: a killed suite leaves nothing behind that goes on measuring."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    The parent is the server. It ends when nobody holds the other end of its pipe: the suite does,
-    and so would this process, which multiprocessing lets start further ones.
+
+def _let_server_end() -> None:
+    """The server ends when nobody holds the other end of its pipe.
+
+    The suite does, and so would this process, which multiprocessing lets start further ones.
     """
     server: Any = getattr(forkserver, "_forkserver", None)
     alive = getattr(server, "_forkserver_alive_fd", None)
     if alive is not None:
         os.close(alive)
         server._forkserver_alive_fd = None
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

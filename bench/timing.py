@@ -120,7 +120,7 @@ def time_fn(
         return sample
 
     try:
-        warmup_steps, warmup_s, steady = _warm_up(sample_ms, rule, clock, clock_mhz)
+        warmup_steps, warmup_s, steady = warm_up(sample_ms, rule, clock, clock_mhz)
         warm()
         samples, bursts, stop = _sample(sample_ms, rule, clock, sleep)
         return Timing(samples, stop, warmup_steps, warmup_s, steady, bursts)
@@ -128,13 +128,16 @@ def time_fn(
         timer.close()
 
 
-def _warm_up(
+def warm_up(
     sample_ms: Callable[[], float],
     rule: Rule,
     clock: Callable[[], float],
     clock_mhz: Callable[[], float | None] | None,
 ) -> tuple[int, float, bool]:
-    """Steps, seconds, and whether the last two windows agreed."""
+    """Take samples until the speed is steady, as the rule has it.
+
+    Returns steps, seconds, and whether the last two windows agreed.
+    """
     steps, steady = 0, False
     window: list[float] = []
     medians: list[float] = []

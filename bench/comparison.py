@@ -1,0 +1,175 @@
+"""Decides how many rounds a comparison takes, and what they say: adaptive, confirmed, fail closed.
+
+Every cell gets STAGES[0] rounds, those of all cells shuffled; what is ambiguous then gets more, up
+to STAGES[-1]. Rounds in which the machine was disturbed do not count and are taken again, but not
+for ever: too few valid ones are no verdict. What is SLOW or FAST is drawn once more from nothing,
+and stands only if the second draw says the same.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.records import Cell, Record, Status
+from resblock_bench.bench.rounds import Round, RoundError
+from resblock_bench.bench.verdict import Estimate, Tolerance, Verdict, judge, paired
+
+STAGES = (5, 9, 13)
+"""Valid rounds after which a verdict is sought."""
+ATTEMPTS = 2
+"""Rounds are taken again until there were this many times as many as are wanted."""
+SUSPICIOUS = 3.0
+"""Nobody makes a cell so many times as fast unnoticed."""
+
+
+@dataclass
+class Draw:
+    """The rounds of a cell, and what ended them: `failed` is the side's status and reason."""
+
+    valid: list[Round] = field(default_factory=list)
+    disturbed: list[Round] = field(default_factory=list)
+    failed: RoundError | None = None
+
+    def lacks(self, count: int) -> bool:
+        """Whether more rounds are to be taken for `count` valid ones."""
+        taken = len(self.valid) + len(self.disturbed)
+        return self.failed is None and len(self.valid) < count and taken < ATTEMPTS * count
+
+
+class Compared(Record, frozen=True, kw_only=True):
+    """A cell of a comparison, its rounds and what they say.
+
+    failed      the status and reason of a round that came to nothing, and its side
+    confirmed   whether a second draw said the same; None where none was needed
+    """
+
+    cell: Cell
+    verdict: Verdict
+    base_ms: float | None
+    head_ms: float | None
+    rounds: list[Round]
+    confirming: list[Round]
+    disturbed: list[Round]
+    failed: tuple[Status, str] | None
+    confirmed: bool | None
+
+
+Measure = Callable[[Task], Round]
+"""Takes one round of a task; raises RoundError."""
+
+
+class Comparison:
+    """The rounds of all cells so far; `results` can be asked for at any time.
+
+    tell   called before each round with a sentence on what is done next
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        measure: Measure,
+        tolerance: Tolerance,
+        draw: random.Random,
+        tell: Callable[[str, Task], None] = lambda stage, task: None,
+    ) -> None:
+        self._tasks = {task.cell: task for task in tasks}
+        self._measure = measure
+        self._tolerance = tolerance
+        self._draw = draw
+        self._tell = tell
+        self._first = {cell: Draw() for cell in self._tasks}
+        self._second: dict[Cell, Draw] = {}
+
+    def carry_out(self) -> list[Compared]:
+        """Take all rounds that are needed."""
+        self._settle(self._first, "measuring")
+        flagged = [
+            cell
+            for cell, verdict in self._verdicts(self._first).items()
+            if verdict.word in ("SLOW", "FAST")
+        ]
+        self._second = {cell: Draw() for cell in flagged}
+        self._settle(self._second, "confirming")
+        return self.results()
+
+    def results(self) -> list[Compared]:
+        """What the rounds taken so far say."""
+        firsts, seconds = self._verdicts(self._first), self._verdicts(self._second)
+        found = []
+        for cell, first in self._first.items():
+            second = self._second.get(cell, Draw())
+            verdict, confirmed = firsts[cell], None
+            if verdict.word in ("SLOW", "FAST"):
+                other = seconds.get(cell)
+                confirmed = other is not None and other.word == verdict.word
+                verdict = self._joined(cell, verdict, other)
+            elif first.disturbed and len(first.valid) < STAGES[0]:
+                verdict = _because(verdict, f"{len(first.disturbed)} rounds were disturbed")
+            estimate = _estimate(first.valid + second.valid)
+            failed = first.failed or second.failed
+            found.append(
+                Compared(
+                    cell=cell,
+                    verdict=verdict,
+                    base_ms=None if estimate is None else estimate.base_ms,
+                    head_ms=None if estimate is None else estimate.head_ms,
+                    rounds=first.valid,
+                    confirming=second.valid,
+                    disturbed=first.disturbed + second.disturbed,
+                    failed=None if failed is None else (failed.status, str(failed)),
+                    confirmed=confirmed,
+                )
+            )
+        return found
+
+    def _settle(self, draws: dict[Cell, Draw], stage: str) -> None:
+        """Take rounds until no verdict is ambiguous or all stages are done."""
+        unsettled: Iterable[Cell] = list(draws)
+        for count in STAGES:
+            wanting = [cell for cell in unsettled if draws[cell].lacks(count)]
+            while wanting:
+                for cell in self._draw.sample(wanting, len(wanting)):
+                    task = self._tasks[cell]
+                    self._tell(stage, task)
+                    self._take(draws[cell], task)
+                wanting = [cell for cell in wanting if draws[cell].lacks(count)]
+            verdicts = self._verdicts(draws)
+            unsettled = [cell for cell in draws if verdicts[cell].word == "AMBIGUOUS"]
+
+    def _take(self, draw: Draw, task: Task) -> None:
+        try:
+            taken = self._measure(task)
+        except RoundError as error:
+            draw.failed = error
+        else:
+            (draw.disturbed if taken.disturbances else draw.valid).append(taken)
+
+    def _verdicts(self, draws: dict[Cell, Draw]) -> dict[Cell, Verdict]:
+        estimates = [
+            _estimate(draw.valid) if len(draw.valid) >= STAGES[0] else None
+            for draw in draws.values()
+        ]
+        return dict(zip(draws, judge(estimates, self._tolerance), strict=True))
+
+    def _joined(self, cell: Cell, first: Verdict, second: Verdict | None) -> Verdict:
+        """The verdict on a flagged cell after its second draw."""
+        if second is None:
+            return _because(first, "not confirmed by a second draw", word="AMBIGUOUS")
+        both = _estimate(self._first[cell].valid + self._second[cell].valid)
+        (joined,) = judge([both], self._tolerance)
+        if second.word == first.word:
+            return _because(joined, "a second draw says the same", word=first.word)
+        reason = f"{first.word} at {first.ratio:.3f} was not confirmed by a second draw"
+        word = joined.word if joined.word == "SAME" else "AMBIGUOUS"
+        return _because(joined, reason, word=word)
+
+
+def _estimate(rounds: Sequence[Round]) -> Estimate | None:
+    return paired([r.base_ms for r in rounds], [r.head_ms for r in rounds])
+
+
+def _because(verdict: Verdict, reason: str, **changes: object) -> Verdict:
+    return replace(verdict, reasons=[*verdict.reasons, reason], **changes)

@@ -1,0 +1,136 @@
+"""The process of one side of a comparison: forks a fresh process a round, which takes orders.
+
+    python -m resblock_bench.bench.side FD
+
+Which code is measured is decided by what this interpreter imports. It imports everything once and
+touches no device, so that a round begins in milliseconds and yet clean. Orders come and answers go
+as JSON over the socket FD; what the two print goes where their output goes.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import torch
+
+from resblock_bench.bench import preload  # noqa: F401
+from resblock_bench.bench.devices import Device, open_device
+from resblock_bench.bench.fingerprint import code_fingerprint
+from resblock_bench.bench.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure import Checked, Task, checked_workload, reason_of, status_of
+from resblock_bench.bench.memory_limit import limit_memory
+from resblock_bench.bench.orders import (
+    Answer,
+    Burst,
+    Counters,
+    Ended,
+    Open,
+    Opened,
+    Order,
+    Read,
+    Samples,
+    Up,
+)
+from resblock_bench.bench.process import die_with_parent
+from resblock_bench.bench.telemetry import open_probe
+from resblock_bench.bench.timing import ClockError, warm_up
+from resblock_bench.bench.truth_file import read_truth
+
+
+def main() -> None:
+    """Serve rounds until the other end of the socket is closed."""
+    socket: Connection = Connection(int(sys.argv[1]))
+    die_with_parent()
+    _answer(socket, Up(code_fingerprint()))
+    while True:
+        try:
+            message = socket.recv_bytes()
+        except (EOFError, OSError):
+            return
+        pid = os.fork()
+        if pid == 0:
+            _round(socket, message)
+        _, status = os.waitpid(pid, 0)
+        _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
+
+
+def _answer(socket: Connection, answer: Answer) -> None:
+    socket.send_bytes(msgspec.json.encode(answer))
+
+
+def _round(socket: Connection, message: bytes) -> NoReturn:
+    """The life of a round's process."""
+    code = 1
+    try:
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; one ends us
+        _serve(socket, msgspec.json.decode(message, type=Open))
+        code = 0
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        code = 0  # the comparison was ended
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve(socket: Connection, order: Open) -> None:
+    task = order.task
+    device = open_device(task.device, task.environment.threads)
+    try:
+        checked = _prepared(task, Path(order.truth), device)
+    except Exception as error:
+        _answer(socket, Opened(status_of(error), reason_of(error)))
+        return
+    if checked.wrong is not None:
+        _answer(socket, Opened("wrong", checked.wrong))
+        return
+    workload = checked.workload
+    trace = None if task.telemetry is None else Path(task.telemetry)
+    probe = open_probe(device.kind, device.uuid, trace)
+
+    def sample_ms() -> float:
+        workload.reset()
+        sample = device.timer.sample_ms(workload.step)
+        if not sample > 0:
+            raise ClockError(f"the timer {device.timer.name} says that a step took {sample} ms")
+        return sample
+
+    torch.manual_seed(task.seed)  # the masks of dropout
+    warm_up(sample_ms, task.rule, time.monotonic, None)
+    _answer(socket, Opened("ok", None))
+    while True:
+        match msgspec.json.decode(socket.recv_bytes(), type=Order):
+            case Burst(seconds, most):
+                sample_ms()  # caches and clocks are as the other side left them
+                samples = [sample_ms()]
+                until = time.monotonic() + seconds - samples[0] / 1e3
+                while len(samples) < most and time.monotonic() < until:
+                    samples.append(sample_ms())
+                _answer(socket, Samples(samples))
+            case Read():
+                _answer(socket, Counters(probe.source, probe.read()))
+            case _:
+                probe.close()
+                return
+
+
+def _prepared(task: Task, truth: Path, device: Device) -> Checked:
+    reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
+    if reason is not None:
+        raise RuntimeError(reason)
+    if task.memory_limit_bytes is not None:
+        limit_memory(task.memory_limit_bytes)
+    return checked_workload(task, read_truth(truth), device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The two sides of a comparison as seen by what compares them: started, given orders, ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.orders import (
+    Answer,
+    Burst,
+    Close,
+    Counters,
+    Ended,
+    Open,
+    Opened,
+    Order,
+    Read,
+    Samples,
+    Up,
+)
+from resblock_bench.bench.records import Status
+from resblock_bench.bench.units import format_duration
+
+_START_S = 300.0
+A = TypeVar("A", Opened, Samples, Counters, Ended, Up)
+
+
+class SideError(Exception):
+    """A round came to nothing on one side; `status` is that of a row."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status: Status = status
+
+
+class Side:
+    """One side: an interpreter that imports the code of that side, and forks a process a round.
+
+    name        how people call it: a revision, or "the working tree"
+    paths       what its Python path begins with
+    limit_s     seconds that an order may take
+    variables   of its environment, beside those of this process
+
+    Raises InvalidError where its code cannot be imported.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[Path],
+        *,
+        limit_s: float,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._paths = [str(path) for path in paths]
+        self._limit_s = limit_s
+        self._variables = dict(variables or {})
+        self._folder = tempfile.TemporaryDirectory(suffix="-resblock-bench")
+        self._log = Path(self._folder.name, "output")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: Connection | None = None
+        try:
+            self.code = self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> str:
+        own, other = Pipe(duplex=True)
+        path = os.pathsep.join([*self._paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with other, self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "resblock_bench.bench.side", str(other.fileno())],
+                env={**os.environ, **self._variables, "PYTHONPATH": path},
+                pass_fds=[other.fileno()],
+                # With -m a package in the current folder would come before the path.
+                cwd=self._folder.name,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._socket = own
+        try:
+            return self._answer(Up, _START_S).code
+        except SideError as error:
+            raise InvalidError(
+                f"{self.name} cannot be imported, so there is nothing to compare: {error}"
+            ) from None
+
+    def open(self, task: Task, truth: Path) -> None:
+        """Begin a round: a fresh process with a checked, warm cell. Raises SideError."""
+        if self._process is None:
+            self._start()
+        # What an earlier round printed says nothing of this one.
+        os.truncate(self._log, 0)
+        opened = self._ask(Open(task, str(truth)), Opened)
+        if opened.status != "ok":
+            self._answer(Ended, self._limit_s)
+            raise SideError(opened.status, opened.reason or "no reason was given")
+
+    def burst(self, seconds: float, most: int) -> list[float]:
+        """Samples in milliseconds."""
+        return self._ask(Burst(seconds, most), Samples).samples_ms
+
+    def read(self) -> Counters:
+        """The machine's counters, as the round's process sees them."""
+        return self._ask(Read(), Counters)
+
+    def end(self) -> None:
+        """End the round's process."""
+        ended = self._ask(Close(), Ended)
+        if ended.exit_code:
+            raise SideError("crashed", self._ended(ended.exit_code))
+
+    def kill(self) -> None:
+        """End whatever runs; the next round starts anew."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def close(self) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+    def _ask(self, order: Order, expected: type[A]) -> A:
+        assert self._socket is not None
+        with contextlib.suppress(OSError):  # it has ended: what it said last is there to read
+            self._socket.send_bytes(msgspec.json.encode(order))
+        return self._answer(expected, self._limit_s)
+
+    def _answer(self, expected: type[A], limit_s: float) -> A:
+        assert self._socket is not None
+        try:
+            if not self._socket.poll(limit_s):
+                self.kill()
+                limit = format_duration(limit_s)
+                raise SideError("timeout", f"stopped after the time limit of {limit}")
+            answer = msgspec.json.decode(self._socket.recv_bytes(), type=Answer)
+        except (EOFError, OSError, msgspec.DecodeError):
+            self.kill()
+            raise SideError("crashed", self._ended(None)) from None
+        if isinstance(answer, Ended) and not isinstance(answer, expected):
+            raise SideError("crashed", self._ended(answer.exit_code))
+        assert isinstance(answer, expected), answer
+        return answer
+
+    def _ended(self, exit_code: int | None) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        how = "its process ended" if exit_code is None else f"its process ended with {exit_code}"
+        return f"{how}: {lines[-1]}" if lines else how

@@ -1,0 +1,99 @@
+"""The code of another revision, checked out beside the working tree, and how a process imports it.
+
+Of this project only `reference/` and `kernels/` are taken from the revision: the suite that
+measures is the same on both sides, so that nothing but what is measured differs.
+"""
+
+import contextlib
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.fingerprint import package_folder
+from resblock_bench.bench.storage import is_checkout
+
+_MEASURED = ("reference", "kernels")
+
+
+def repository_around(start: Path) -> Path:
+    """The root of the git repository that holds `start`. Raises UsageError where there is none."""
+    root = _git(start, "rev-parse", "--show-toplevel")
+    if root is None:
+        raise UsageError(
+            f"{start} is in no git repository, and --base names a revision of one: run it in a "
+            "checkout, or compare two run folders"
+        )
+    return Path(root)
+
+
+def resolve(repository: Path, revision: str) -> str:
+    """The commit that a revision names. Raises UsageError where it names none."""
+    commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    if commit is None:
+        raise UsageError(
+            f"--base {revision!r} is no revision of {repository}: name a branch, tag or commit "
+            "that 'git log' knows (a shallow clone lacks older ones: git fetch --unshallow)"
+        )
+    return commit
+
+
+@contextlib.contextmanager
+def checked_out(repository: Path, commit: str) -> Iterator[Path]:
+    """A worktree of the commit, removed afterwards."""
+    with tempfile.TemporaryDirectory(suffix="-resblock-bench") as folder:
+        tree = Path(folder, "tree")
+        done = subprocess.run(
+            ["git", "-C", repository, "worktree", "add", "--detach", "--quiet", tree, commit],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise UsageError(f"git cannot check {commit} out: {done.stderr.strip()}")
+        try:
+            yield tree
+        finally:
+            _git(repository, "worktree", "remove", "--force", str(tree))
+
+
+def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Path]:
+    """What the Python path of a process begins with so that it imports the code of a tree.
+
+    sources   folders within the tree that packages are imported from; empty for this project,
+              whose packages are put together in `scratch`, an empty folder
+
+    Raises UsageError for a folder that the tree lacks, and where no folder was named and the tree
+    is not this project's.
+    """
+    if sources:
+        for source in sources:
+            if not (tree / source).is_dir():
+                raise UsageError(
+                    f"--source {source} is no folder of {tree}: name the folder that your packages "
+                    "are imported from, relative to the repository"
+                )
+        return [tree / source for source in sources]
+    if not is_checkout(tree):
+        raise UsageError(
+            f"{tree} is not a checkout of resblock-bench: name the folder that your packages are "
+            "imported from with --source, such as --source src"
+        )
+    namespace = scratch / "resblock_bench"
+    namespace.mkdir()
+    for package in _MEASURED:
+        (namespace / package).symlink_to(tree / package)
+    (namespace / "bench").symlink_to(package_folder("bench"))
+    return [scratch]
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        raise UsageError("--base needs git, which is not installed") from None
+    return done.stdout.strip() if done.returncode == 0 else None

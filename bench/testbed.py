@@ -1,0 +1,105 @@
+"""The ground on which sides are compared: the machine, its GPU held, the truths of all sites."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from resblock_bench.bench import environment, jobs
+from resblock_bench.bench.engines import only_user
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.plan import Plan
+from resblock_bench.bench.process import Processes
+from resblock_bench.bench.records import Environment, Status
+from resblock_bench.bench.rounds import RoundError
+from resblock_bench.bench.sides import Side
+from resblock_bench.bench.survey import survey
+from resblock_bench.bench.truth_file import truth_path
+from resblock_bench.bench.visible_gpus import chosen_gpus
+
+
+@dataclass
+class Testbed:
+    """What is needed to measure the cells of a plan on some sides.
+
+    sides      started, in the order given
+    tasks      one a cell, in the plan's order
+    """
+
+    environment: Environment
+    sides: list[Side]
+    tasks: list[Task]
+    _processes: Processes
+    _folder: Path
+    _limit_s: float
+
+    def truth(self, task: Task) -> Path:
+        """The file of a task's truth, which is computed when it is first asked for.
+
+        Raises RoundError where it cannot be.
+        """
+        path = truth_path(self._folder, task.cell, task.seed)
+        if not path.exists():
+            argument = msgspec.json.encode(jobs.CellJob(task, str(path)))
+            ending = self._processes.run(jobs.compute_site_truth, argument, limit_s=self._limit_s)
+            if ending.reply is None:
+                status: Status = "timeout" if ending.exit_code is None else "crashed"
+                raise RoundError(status, f"its float64 truth ended with {ending.exit_code}")
+            reply = msgspec.json.decode(ending.reply, type=jobs.TruthReply)
+            if reply.status != "ok":
+                raise RoundError(reply.status, f"its float64 truth: {reply.reason}")
+        return path
+
+
+@contextlib.contextmanager
+def opened(
+    plan: Plan,
+    sides: Mapping[str, Sequence[Path]],
+    *,
+    limit_s: float,
+    telemetry: Path | None = None,
+) -> Iterator[Testbed]:
+    """Survey the machine, hold its GPU, and start the sides.
+
+    sides   by name, what the Python path of each begins with
+
+    Raises UsageError where the device cannot be used, InvalidError where a side cannot be imported.
+    """
+    with ExitStack() as stack:
+        variables: dict[str, str] = {}
+        if plan.device == "cuda":
+            gpu = chosen_gpus(())[0].uuid
+            stack.enter_context(only_user(gpu))
+            variables["CUDA_VISIBLE_DEVICES"] = gpu
+        processes = Processes()
+        stack.callback(processes.close)
+        threads = plan.threads or environment.usable_cpus()
+        found = survey(processes, jobs.SurveyJob(plan.device, threads, ceilings=False), variables)
+        found = replace(found, machine=environment.machine_name())
+        started = []
+        for name, paths in sides.items():
+            side = Side(name, paths, limit_s=limit_s, variables=variables)
+            stack.callback(side.close)
+            started.append(side)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(suffix="-resblock-bench"))
+        tasks = [
+            Task(
+                cell=item.cell,
+                multiplicity=item.multiplicity,
+                attempt=1,
+                device=plan.device,
+                rule=plan.rule,
+                seed=plan.seed,
+                environment=found,
+                memory_limit_bytes=plan.memory_limit_bytes,
+                folder=None,
+                telemetry=None if telemetry is None else str(telemetry.absolute()),
+            )
+            for item in plan.cells
+        ]
+        yield Testbed(found, started, tasks, processes, Path(folder), limit_s)
