@@ -3,19 +3,25 @@
 Verbs import what they need themselves, so that --help does not wait for PyTorch.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import InvalidError, UsageError
+
+if TYPE_CHECKING:
+    from resblock_bench.bench.compare import BaseRequest
+    from resblock_bench.bench.plan import Plan
 
 app = typer.Typer(
     name="resblock-bench",
@@ -49,6 +55,18 @@ DeviceOption = Annotated[
     str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
 ]
 
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
+]
+FormatOption = Annotated[str, typer.Option(metavar="table|md|json|junit", help="Of the report.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the report there; the table is shown all the same."),
+]
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -64,6 +82,11 @@ def _console() -> Console:
 
         console = _Console(width=WIDTH)
     return console
+
+
+def _progress_console() -> Console:
+    """For what is under way: what a report is read from stays clean."""
+    return Console(stderr=True)
 
 
 @app.command()
@@ -120,12 +143,8 @@ def run(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Take exactly this many samples of each cell.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
-    ] = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = None,
     formats: Annotated[
         str | None,
         typer.Option(
@@ -325,6 +344,177 @@ def tune(
         seed=seed,
     )
     raise typer.Exit(tuning.tune(request, _console()))
+
+
+@app.command()
+def compare(
+    measured: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[A B | RUN]",
+            help="Two run folders or baselines; or one, of which fused is compared to reference.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REV", help="Measure this git revision against the working tree, in turns."
+        ),
+    ] = None,
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --base in another repository: the folder its packages are imported from.",
+        ),
+    ] = None,
+    relative: Annotated[
+        bool,
+        typer.Option(
+            "--relative", help="Compare the ratios of fused to reference: also across machines."
+        ),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of every cell which rules decided.")
+    ] = False,
+    timeout: Annotated[
+        str, typer.Option(metavar="5m", help="What a round's check or burst may take.")
+    ] = "5m",
+    telemetry: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Play back a recorded trace in place of the machine's counters."
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = None,
+    format: FormatOption = "table",
+    output: OutputOption = None,
+) -> None:
+    """Give a verdict on every cell: SAME, FAST, SLOW or AMBIGUOUS.
+
+    With --base, five to thirteen rounds of both revisions in lockstep, by default over the preset
+    gate-cpu or gate-cuda; what is slow or fast is drawn a second time. Exit codes: 0 nothing is
+    slower, 1 slower, 3 something is missing or failed, 4 no verdict is possible, 5 wrong results.
+    """
+    from resblock_bench.bench import compare as comparing
+    from resblock_bench.bench.report import destination
+
+    to = destination(format, output)
+    console, here, paths = _console(), Path.cwd(), measured or []
+    if base is None:
+        _refuse_with_stored(
+            {
+                "--axis": axis,
+                "--preset": preset,
+                "--config": config,
+                "--device": device,
+                "--source": source,
+                "--telemetry": telemetry,
+                "--threads": threads,
+                "--seed": seed,
+            }
+        )
+    elif paths or relative:
+        raise UsageError(
+            "--base measures two revisions: leave out the run folders and --relative, or --base"
+        )
+    if base is not None:
+        plan = _gate_plan(axis, preset, config, device, threads, seed)
+        request = _base_request(base, plan, source, timeout, telemetry)
+        outcome = comparing.against_base(request, _progress_console())
+    elif len(paths) == 2:
+        outcome = comparing.of_stored(paths[0], paths[1], here, relative=relative)
+    elif len(paths) == 1 and not relative:
+        outcome = comparing.of_variants(paths[0], here)
+    else:
+        raise UsageError(
+            f"{len(paths)} runs were named{' with --relative' if relative else ''}: name two run "
+            "folders or baselines, one to compare its fused cells with the reference, or a "
+            "revision with --base"
+        )
+    raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
+
+
+def _refuse_with_stored(options: dict[str, object]) -> None:
+    for flag, given in options.items():
+        if given is not None:
+            raise UsageError(f"{flag} goes with --base: what is stored is compared as it is")
+
+
+def _gate_plan(
+    axis: list[str] | None,
+    preset: str | None,
+    config: Path | None,
+    device: str | None,
+    threads: int | None,
+    seed: int | None,
+) -> Plan:
+    """The cells that a gate times: those of gate-cpu or gate-cuda unless others are named."""
+    from resblock_bench.bench.devices import default_kind, device_kind
+    from resblock_bench.bench.grid import plan
+    from resblock_bench.bench.plan import Plan
+    from resblock_bench.bench.presets import choose
+
+    kind = default_kind() if device is None else device_kind(device)
+    if not (axis or preset or config):
+        preset = f"gate-{kind}"
+    sweep = choose(axis or [], preset, config, kind)
+    return Plan(
+        device=(None if device is None else kind) or sweep.device or kind,
+        rule=sweep.settings.rule(),
+        seed=seed or 0,
+        threads=threads,
+        memory_limit_bytes=None,
+        cells=plan(sweep.grids),
+    )
+
+
+def _base_request(
+    base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
+) -> BaseRequest:
+    from resblock_bench.bench.compare import BaseRequest
+    from resblock_bench.bench.telemetry import Replay
+    from resblock_bench.bench.units import parse_duration_s
+
+    if telemetry is not None:
+        Replay(telemetry)  # a bad trace is found before anything is measured
+    return BaseRequest(
+        base=base,
+        plan=plan,
+        start=Path.cwd(),
+        timeout_s=parse_duration_s(timeout),
+        sources=tuple(source or ()),
+        telemetry=telemetry,
+    )
+
+
+@app.command()
+def calibrate(
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    rounds: Annotated[
+        int, typer.Option(min=5, metavar="15", help="Rounds of every cell against itself.")
+    ] = 15,
+    threads: ThreadsOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Measure how far two runs of the same code lie apart here, and store the tolerance.
+
+    The cells of gate-cpu or gate-cuda unless others are named. Verdicts take the tolerance from
+    results/baselines/MACHINE/calibration.json and say so when it is missing or stale.
+    """
+    from resblock_bench.bench import calibrate as calibrating
+
+    plan = _gate_plan(axis, preset, config, device, threads, seed)
+    request = calibrating.Request(plan, Path.cwd(), rounds)
+    raise typer.Exit(calibrating.carry_out(request, _console()))
 
 
 @app.command()

@@ -9,11 +9,12 @@ and stands only if the second draw says the same.
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from msgspec.structs import replace
 
 from resblock_bench.bench.measure import Task
-from resblock_bench.bench.records import Cell, Record, Status
+from resblock_bench.bench.records import Cell, Count, Record, Status
 from resblock_bench.bench.rounds import Round, RoundError
 from resblock_bench.bench.verdict import Estimate, Tolerance, Verdict, judge, paired
 
@@ -38,22 +39,35 @@ class Draw:
         taken = len(self.valid) + len(self.disturbed)
         return self.failed is None and len(self.valid) < count and taken < ATTEMPTS * count
 
+    def take(self, taken: Round) -> None:
+        """Add a round."""
+        (self.disturbed if taken.disturbances else self.valid).append(taken)
+
 
 class Compared(Record, frozen=True, kw_only=True):
-    """A cell of a comparison, its rounds and what they say.
+    """A cell of a comparison and what its rounds say.
 
-    failed      the status and reason of a round that came to nothing, and its side
-    confirmed   whether a second draw said the same; None where none was needed
+    base, head         medians over the rounds, in `unit`
+    counts             valid rounds of base and head that the verdict rests on
+    rounds             the valid rounds if they were taken in pairs, those of the second draw behind
+                       `confirming_from`
+    disturbed          rounds that did not count
+    failed             status and reason of what came to nothing
+    at_base            whether that was the base's doing
+    confirmed          whether a second draw said the same; None where none was needed
     """
 
     cell: Cell
     verdict: Verdict
-    base_ms: float | None
-    head_ms: float | None
+    unit: Literal["ms", "× reference"]
+    base: float | None
+    head: float | None
+    counts: tuple[Count, Count]
     rounds: list[Round]
-    confirming: list[Round]
+    confirming_from: Count
     disturbed: list[Round]
     failed: tuple[Status, str] | None
+    at_base: bool
     confirmed: bool | None
 
 
@@ -108,18 +122,22 @@ class Comparison:
                 verdict = self._joined(cell, verdict, other)
             elif first.disturbed and len(first.valid) < STAGES[0]:
                 verdict = _because(verdict, f"{len(first.disturbed)} rounds were disturbed")
-            estimate = _estimate(first.valid + second.valid)
+            rounds = first.valid + second.valid
+            estimate = _estimate(rounds)
             failed = first.failed or second.failed
             found.append(
                 Compared(
                     cell=cell,
                     verdict=verdict,
-                    base_ms=None if estimate is None else estimate.base_ms,
-                    head_ms=None if estimate is None else estimate.head_ms,
-                    rounds=first.valid,
-                    confirming=second.valid,
+                    unit="ms",
+                    base=None if estimate is None else estimate.base_ms,
+                    head=None if estimate is None else estimate.head_ms,
+                    counts=(len(rounds), len(rounds)),
+                    rounds=rounds,
+                    confirming_from=len(first.valid),
                     disturbed=first.disturbed + second.disturbed,
                     failed=None if failed is None else (failed.status, str(failed)),
+                    at_base=failed is not None and failed.at_base,
                     confirmed=confirmed,
                 )
             )
@@ -141,11 +159,9 @@ class Comparison:
 
     def _take(self, draw: Draw, task: Task) -> None:
         try:
-            taken = self._measure(task)
+            draw.take(self._measure(task))
         except RoundError as error:
             draw.failed = error
-        else:
-            (draw.disturbed if taken.disturbances else draw.valid).append(taken)
 
     def _verdicts(self, draws: dict[Cell, Draw]) -> dict[Cell, Verdict]:
         estimates = [

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from resblock_bench.bench.measure import Task
 from resblock_bench.bench.records import Cell, Row, cell_name
 from resblock_bench.bench.units import format_duration
 
@@ -84,3 +85,39 @@ class RunProgress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.__exit__(kind, error, trace)
+
+
+class RoundProgress:
+    """Told of each round of a comparison; how many there will be is not known beforehand."""
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self._console = console
+        self._cells = cells
+        self._rounds = 0
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), console=console, transient=True
+        )
+        self._task = self._bar.add_task("starting")
+
+    def begin(self, stage: str, task: Task) -> None:
+        """The round that is taken next, and what for."""
+        self._rounds += 1
+        self._bar.update(
+            self._task, description=f"{stage}, round {self._rounds}: {cell_name(task.cell)}"
+        )
+        if not self._console.is_terminal and self._rounds % self._cells == 1 % self._cells:
+            text = f"{stage}: round {self._rounds} of {self._cells} cells"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "RoundProgress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

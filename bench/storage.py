@@ -49,13 +49,18 @@ def default_output(machine: str, start: Path) -> Path:
 
     The run id is the UTC time and four random hexadecimal digits.
     """
-    root = next((folder for folder in (start, *start.parents) if is_checkout(folder)), start)
     now = datetime.datetime.now(datetime.timezone.utc)
     run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    return root / "results" / "runs" / machine / run_id
+    return checkout_around(start) / "results" / "runs" / machine / run_id
+
+
+def checkout_around(start: Path) -> Path:
+    """The root of the project checkout that holds `start`; `start` where there is none."""
+    return next((folder for folder in (start, *start.parents) if is_checkout(folder)), start)
 
 
 def is_checkout(folder: Path) -> bool:
+    """Whether the folder is the root of a checkout of this project."""
     try:
         return 'name = "resblock-bench"' in (folder / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -191,12 +191,17 @@ def _judge(estimate: Estimate | None, tolerance: Tolerance, discovered: bool) ->
         reasons.append(f"both bounds are within the tolerance of {tolerance.relative:.1%}")
     else:
         reasons.append(f"a bound crosses the tolerance of {tolerance.relative:.1%}")
-    quantiles = stdtrit(estimate.freedom, 1 - ALPHA) + stdtrit(estimate.freedom, POWER)
     return Verdict(
         word=word,
         ratio=math.exp(estimate.mean),
         low=math.exp(low),
         high=math.exp(high),
-        detectable=math.expm1(limit + float(quantiles) * estimate.error),
+        detectable=smallest_detectable(tolerance, estimate.error, estimate.freedom),
         reasons=reasons,
     )
+
+
+def smallest_detectable(tolerance: Tolerance, error: float, freedom: float) -> float:
+    """The relative slowdown that is seen with probability POWER at this standard error."""
+    quantiles = float(stdtrit(freedom, 1 - ALPHA) + stdtrit(freedom, POWER))
+    return math.expm1(math.log1p(tolerance.relative) + quantiles * error)

@@ -1,0 +1,105 @@
+"""How much two runs of the same code differ on a machine: what `calibrate` stores and verdicts use.
+
+drift of a cell   the largest |mean log ratio| over any STAGES[0] successive rounds of A/A
+tolerance         1.5 × the largest drift of any cell, at least 1 % and 1 µs
+spread of a cell  the standard deviation of log(median) between processes, which stands in where
+                  measurements were not taken in pairs
+"""
+
+import datetime
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from resblock_bench.bench.comparison import STAGES
+from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.plan import difference
+from resblock_bench.bench.records import Cell, Environment, NonNegative, Positive, Record
+from resblock_bench.bench.rounds import Round, RoundRule
+from resblock_bench.bench.verdict import FLOOR, Tolerance
+
+CALIBRATION_VERSION = 1
+FACTOR = 1.5
+MAX_AGE_DAYS = 30
+"""Machines change: neighbours, firmware, dust."""
+
+
+class CellNoise(Record, frozen=True, kw_only=True):
+    """What the A/A rounds of a cell showed; drift and spreads are those of logarithms."""
+
+    cell: Cell
+    rounds: Positive
+    disturbed: int
+    drift: NonNegative
+    pair_spread: NonNegative
+    spread: NonNegative
+
+
+class Calibration(Record, frozen=True, kw_only=True):
+    """The noise of a machine. `rule` is how the rounds were taken."""
+
+    calibration_version: int
+    saved_at: str
+    environment: Environment
+    rule: RoundRule
+    tolerance: Tolerance
+    cells: list[CellNoise]
+
+    def spread_of(self, cell: Cell) -> float:
+        """That of the cell, or the largest of any where it was not calibrated."""
+        own = [noise.spread for noise in self.cells if noise.cell == cell]
+        return own[0] if own else max(noise.spread for noise in self.cells)
+
+
+def noise_of(cell: Cell, rounds: Sequence[Round], disturbed: int) -> CellNoise:
+    """The noise that at least STAGES[0] rounds of the same code show."""
+    logs = [math.log(taken.head_ms / taken.base_ms) for taken in rounds]
+    count = STAGES[0]
+    means = [statistics.fmean(logs[i : i + count]) for i in range(len(logs) - count + 1)]
+    sides = [[math.log(r.base_ms) for r in rounds], [math.log(r.head_ms) for r in rounds]]
+    return CellNoise(
+        cell=cell,
+        rounds=len(rounds),
+        disturbed=disturbed,
+        drift=max(map(abs, means)),
+        pair_spread=statistics.stdev(logs),
+        spread=max(map(statistics.stdev, sides)),
+    )
+
+
+def tolerance_of(cells: Sequence[CellNoise]) -> Tolerance:
+    """The tolerance above."""
+    worst = max(noise.drift for noise in cells)
+    return Tolerance(
+        relative=max(FLOOR.relative, math.expm1(FACTOR * worst)), absolute_ms=FLOOR.absolute_ms
+    )
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """None where there is no file. Raises InvalidError for one that is damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidError(f"{path} is no calibration ({error}): run calibrate again") from None
+
+
+def stale(
+    calibration: Calibration,
+    environment: Environment,
+    rule: RoundRule,
+    now: datetime.datetime | None = None,
+) -> str | None:
+    """Why a calibration no longer holds, or None."""
+    found = difference(calibration.environment, environment)
+    if found is not None:
+        return found
+    if calibration.rule != rule:
+        return "its rounds were taken in another way"
+    now = now or datetime.datetime.now(datetime.timezone.utc)
+    age = (now - datetime.datetime.fromisoformat(calibration.saved_at)).days
+    return f"it is {age} days old" if age > MAX_AGE_DAYS else None

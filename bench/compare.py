@@ -1,0 +1,215 @@
+"""`compare`: a revision and the working tree, two stored measurements, or the variants of one."""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from resblock_bench.bench import compare_stored
+from resblock_bench.bench.calibration import Calibration, read_calibration, stale
+from resblock_bench.bench.compare_report import COLUMNS, explanation, row, summary
+from resblock_bench.bench.compare_report import findings as findings_of
+from resblock_bench.bench.comparison import Compared, Comparison
+from resblock_bench.bench.findings import Finding, exit_code
+from resblock_bench.bench.machine_store import CALIBRATION, machine_folder
+from resblock_bench.bench.measure import Task
+from resblock_bench.bench.plan import Plan
+from resblock_bench.bench.progress import RoundProgress
+from resblock_bench.bench.records import Environment, cell_name
+from resblock_bench.bench.report import Checked, Destination, Report, write
+from resblock_bench.bench.rounds import Round, RoundRule, measure_pair
+from resblock_bench.bench.source_tree import (
+    checked_out,
+    python_paths,
+    repository_around,
+    resolve,
+)
+from resblock_bench.bench.stored import Stored, load, refuse_different
+from resblock_bench.bench.terminal import terminable
+from resblock_bench.bench.testbed import opened
+from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, Tolerance
+
+HEAD = "the working tree"
+PART = "compare"
+
+
+@dataclass(frozen=True)
+class BaseRequest:
+    """A revision against the working tree.
+
+    sources   folders that packages are imported from; empty in a checkout of this project
+    """
+
+    base: str
+    plan: Plan
+    start: Path
+    timeout_s: float
+    sources: Sequence[Path] = ()
+    telemetry: Path | None = None
+    rule: RoundRule = field(default_factory=RoundRule)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found; `whole` is False if it was interrupted."""
+
+    title: str
+    items: list[Compared]
+    tolerance: Tolerance
+    notes: list[str]
+    whole: bool = True
+
+
+def against_base(request: BaseRequest, console: Console) -> Outcome:
+    """Measure both in lockstep. Ctrl-C and SIGTERM leave what the rounds so far say.
+
+    Raises UsageError for a revision or folder that is not there, InvalidError where either side
+    cannot be imported.
+    """
+    repository = repository_around(request.start)
+    commit = resolve(repository, request.base)
+    name = f"{request.base} ({commit[:9]})"
+    with ExitStack() as stack:
+        tree = stack.enter_context(checked_out(repository, commit))
+        sides = {
+            label: python_paths(
+                root,
+                request.sources,
+                Path(stack.enter_context(TemporaryDirectory(suffix="-resblock-bench"))),
+            )
+            for label, root in ((name, tree), (HEAD, repository))
+        }
+        return in_lockstep(request, sides, console)
+
+
+def in_lockstep(
+    request: BaseRequest, sides: Mapping[str, Sequence[Path]], console: Console
+) -> Outcome:
+    """Compare two sides: names, and what their Python paths begin with."""
+    with ExitStack() as stack:
+        stack.enter_context(terminable())
+        bed = stack.enter_context(
+            opened(request.plan, sides, limit_s=request.timeout_s, telemetry=request.telemetry)
+        )
+        base, head = bed.sides
+        draw = random.Random(request.plan.seed)
+        tolerance, notes = tolerance_here(bed.environment, request.rule, request.start)
+        if base.code == head.code:
+            notes.append(f"{base.name} and {head.name} are the same code")
+
+        def measure(task: Task) -> Round:
+            return measure_pair(task, bed.truth(task), base, head, request.rule, draw)
+
+        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
+        comparison = Comparison(bed.tasks, measure, tolerance, draw, progress.begin)
+        whole = True
+        try:
+            comparison.carry_out()
+        except KeyboardInterrupt:
+            whole = False
+        title = f"{head.name} against {base.name}"
+        return Outcome(title, comparison.results(), tolerance, notes, whole)
+
+
+def tolerance_here(
+    environment: Environment, rule: RoundRule, start: Path
+) -> tuple[Tolerance, list[str]]:
+    """The tolerance of this machine, and a note where it is not calibrated."""
+    calibration, note = usable_calibration(environment, rule, start)
+    if calibration is None:
+        assert note is not None
+        return DEFAULT_TOLERANCE, [note]
+    return calibration.tolerance, []
+
+
+def usable_calibration(
+    environment: Environment, rule: RoundRule, start: Path
+) -> tuple[Calibration | None, str | None]:
+    """The calibration of a machine, or None and a sentence that says why there is none."""
+    calibration = read_calibration(machine_folder(environment.machine, start) / CALIBRATION)
+    default = f"{DEFAULT_TOLERANCE.relative:.0%}"
+    if calibration is None:
+        return None, (
+            f"{environment.machine} was never calibrated: the tolerance is {default} by default; "
+            "run 'resblock-bench calibrate'"
+        )
+    reason = stale(calibration, environment, rule)
+    if reason is not None:
+        return None, (
+            f"the calibration of {environment.machine} is stale ({reason}): the tolerance is "
+            f"{default} by default; run 'resblock-bench calibrate'"
+        )
+    return calibration, None
+
+
+def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome:
+    """Compare two run folders or baselines.
+
+    Raises UsageError for paths that hold none, InvalidError where they cannot be compared.
+    """
+    before, after = load(base), load(head)
+    refuse_different(before, after, other_machine=relative)
+    calibrations, notes = _calibrations([before, after], start)
+    calibration = calibrations[after.environment.machine]
+    tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+    if relative:
+        items = compare_stored.relative(before, after, tolerance, calibrations)
+        title = f"fused / reference of {head} against that of {base}"
+    else:
+        items = compare_stored.plain(before, after, tolerance, calibration)
+        title = f"{head} against {base}"
+    return Outcome(title, items, tolerance, notes)
+
+
+def of_variants(folder: Path, start: Path) -> Outcome:
+    """Compare fused with reference within one run or baseline."""
+    stored = load(folder)
+    calibrations, notes = _calibrations([stored], start)
+    calibration = calibrations[stored.environment.machine]
+    tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+    items = compare_stored.within(stored, tolerance, calibration)
+    return Outcome(f"fused against reference in {folder}", items, tolerance, notes)
+
+
+def _calibrations(
+    stored: Sequence[Stored], start: Path
+) -> tuple[dict[str, Calibration | None], list[str]]:
+    """The calibrations of all machines by name, and notes on those that have none."""
+    found: dict[str, Calibration | None] = {}
+    notes: dict[str, None] = {}
+    for item in stored:
+        calibration, note = usable_calibration(item.environment, RoundRule(), start)
+        found[item.environment.machine] = calibration
+        if note is not None:
+            notes[note] = None
+    return found, list(notes)
+
+
+def carry_out(outcome: Outcome, to: Destination, console: Console, *, explain: bool) -> int:
+    """Show an outcome; returns the exit code."""
+    report = report_of(outcome, explain=explain)
+    write(report, to, console)
+    return exit_code(report.findings)
+
+
+def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
+    """A row a cell, the findings, and what the verdicts rest on."""
+    found = findings_of(outcome.items, PART)
+    if not outcome.whole:
+        text = "interrupted: this is what the rounds taken so far say"
+        found.append(Finding(part=PART, level="invalid", subject=PART, entry=None, text=text))
+    notes = [summary(outcome.items, outcome.tolerance), *outcome.notes]
+    return Report(
+        title=outcome.title,
+        columns=list(COLUMNS),
+        rows=[row(item) for item in outcome.items],
+        checked=[
+            Checked(part=PART, subject=cell_name(item.cell), entry=None) for item in outcome.items
+        ],
+        findings=found,
+        notes=[*notes, *(explanation(outcome.items) if explain else ())],
+    )
