@@ -171,15 +171,15 @@ def _markdown(run: Run) -> bytes:
         where = [site_name(site), f"{site.dtype} {site.layout} {site.mode}"]
         for row in members:
             cells = [*where, *variant_line(row, members)]
-            lines.append(f"| {' | '.join(_escaped(cell.strip()) for cell in cells)} |")
-    lines += ["", _escaped(summary(run.rows)), ""]
-    lines += [f"- {_escaped(problem)}" for problem in problems(run.rows)]
+            lines.append(f"| {' | '.join(escaped(cell.strip()) for cell in cells)} |")
+    lines += ["", escaped(summary(run.rows)), ""]
+    lines += [f"- {escaped(problem)}" for problem in problems(run.rows)]
     if run.rows:
-        lines += ["", f"<sub>{_escaped(source_of(run))}</sub>"]
+        lines += ["", f"<sub>{escaped(source_of(run))}</sub>"]
     return ("\n".join(lines) + "\n").encode()
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(flat, quote=False))

@@ -49,13 +49,14 @@ def default_output(machine: str, start: Path) -> Path:
 
     The run id is the UTC time and four random hexadecimal digits.
     """
-    root = next((folder for folder in (start, *start.parents) if _is_checkout(folder)), start)
+    root = next((folder for folder in (start, *start.parents) if is_checkout(folder)), start)
     now = datetime.datetime.now(datetime.timezone.utc)
     run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     return root / "results" / "runs" / machine / run_id
 
 
-def _is_checkout(folder: Path) -> bool:
+def is_checkout(folder: Path) -> bool:
+    """Whether a folder is the root of this project's own checkout."""
     try:
         return 'name = "resblock-bench"' in (folder / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
