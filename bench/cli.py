@@ -547,6 +547,103 @@ def env(
         typer.echo(f"{count} readings are in {record}")
 
 
+MemoryOption = Annotated[
+    bool,
+    typer.Option("--memory", help="Bytes of published blocks' training steps, on fake tensors."),
+]
+AccuracyOption = Annotated[
+    bool, typer.Option("--accuracy", help="Errors of the kernels against float64, interpreted.")
+]
+PinsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Default: results/pins of the repository around here."),
+]
+
+
+def _named(**parts: bool) -> list[str]:
+    """The parts whose option was given."""
+    return [name for name, given in parts.items() if given]
+
+
+@app.command()
+def check(
+    memory: MemoryOption = False,
+    accuracy: AccuracyOption = False,
+    pins: PinsOption = None,
+    format: Annotated[
+        str, typer.Option("--format", metavar="table|md|json|junit", help="Of the report.")
+    ] = "table",
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the report here, and the table to the terminal."),
+    ] = None,
+) -> None:
+    """The gate: compare the kernels with their pins, in all parts that this machine can do.
+
+    Worse fails (1), better and changed ask to be saved (4), missing or damaged is invalid (3), and
+    what is wrong in itself is 5.
+    """
+    from resblock_bench.bench import check as checking
+    from resblock_bench.bench.report import destination
+
+    request = checking.Request(
+        parts=_named(memory=memory, accuracy=accuracy), pins=pins, to=destination(format, output)
+    )
+    console = _console()
+    # A report on the standard output stands alone there.
+    alone = format != "table" and output is None
+    progress = Console(stderr=True) if alone else console
+    raise typer.Exit(checking.carry_out(request, console, progress))
+
+
+baseline = typer.Typer(
+    help="Save what is expected, show it, and compare with it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(baseline, name="baseline")
+
+
+@baseline.command()
+def save(
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", help="Why, for those who review it; required.")
+    ] = "",
+    memory: MemoryOption = False,
+    accuracy: AccuracyOption = False,
+    pins: PinsOption = None,
+) -> None:
+    """Measure the parts named and pin what they find; what is wrong or invalid is not saved."""
+    from resblock_bench.bench import baseline_pins
+
+    names = _named(memory=memory, accuracy=accuracy)
+    raise typer.Exit(baseline_pins.save(names, reason, pins, _console()))
+
+
+@baseline.command()
+def show(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PART|SUBJECT]", help="Default: everything.")
+    ] = None,
+    pins: PinsOption = None,
+) -> None:
+    """When and why each pin was saved; of a subject, its figures."""
+    from resblock_bench.bench import baseline_pins
+
+    raise typer.Exit(baseline_pins.show_pins(name, pins, _console()))
+
+
+@baseline.command()
+def diff(
+    memory: MemoryOption = False, accuracy: AccuracyOption = False, pins: PinsOption = None
+) -> None:
+    """Measure, and show what saving would change; the exit code does not judge it."""
+    from resblock_bench.bench import baseline_pins
+
+    names = _named(memory=memory, accuracy=accuracy)
+    raise typer.Exit(baseline_pins.diff(names, pins, _console()))
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: one sentence and exit code 2 for what the user can mend.
 

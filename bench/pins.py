@@ -109,9 +109,16 @@ def read_pins(root: Path, part: str) -> dict[str, PinFile]:
 
     Raises InvalidError for a file that is damaged or of another schema.
     """
-    files = sorted((root / part).glob("*.json"))
-    pins = [_read(path) for path in files]
+    pins = [_read(path) for path in _files(root, part)]
     return {pin.subject: pin for pin in pins}
+
+
+class _OtherSchemaError(InvalidError):
+    """A pin that another version wrote, which saving replaces."""
+
+
+def _files(root: Path, part: str) -> list[Path]:
+    return sorted((root / part).glob("*.json"))
 
 
 def _read(path: Path) -> PinFile:
@@ -119,7 +126,7 @@ def _read(path: Path) -> PinFile:
         data = path.read_bytes()
         version = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("pins_version")
         if version is not None and bytes(version) != str(PINS_VERSION).encode():
-            raise InvalidError(
+            raise _OtherSchemaError(
                 f"{path} is of schema {bytes(version).decode()}, and this version reads "
                 f"{PINS_VERSION}: save it again with 'resblock-bench baseline save'"
             )
@@ -206,9 +213,15 @@ def write_pins(
 ) -> list[Path]:
     """Save the subjects of a part, and remove pins of subjects that are no more.
 
-    Returns the files that changed. One whose figures are as pinned is left as it is.
+    Returns the files that changed. One whose figures are as pinned is left as it is. Raises
+    InvalidError for a damaged pin; one of another schema is replaced.
     """
-    before = read_pins(root, part.name)
+    before: dict[str, PinFile | None] = {}
+    for path in _files(root, part.name):
+        try:
+            before[path.stem] = _read(path)
+        except _OtherSchemaError:
+            before[path.stem] = None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     changed: list[Path] = []
     try:

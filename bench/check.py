@@ -1,0 +1,175 @@
+"""`check`: the gate. Runs its parts, compares what they find with the pins, and reports.
+
+It fails closed: what is missing, damaged or crashed is a finding, and the entries that are expected
+come from the configuration, not from the files found.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.findings import Finding, Level, exit_code
+from resblock_bench.bench.pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
+from resblock_bench.bench.report import Checked, Destination, Report, count_levels, write
+from resblock_bench.bench.storage import is_checkout
+
+COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "invalid", "seconds"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to check: parts by name (none: all that this machine can do), where, and the report."""
+
+    parts: Sequence[str]
+    pins: Path | None
+    to: Destination
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one part came to."""
+
+    part: str
+    checked: list[Checked]
+    findings: list[Finding]
+    seconds: float
+
+
+def pinned_parts() -> dict[str, PinnedPart]:
+    """The parts whose figures are pinned, by name."""
+    from resblock_bench.bench import check_accuracy, check_memory
+
+    return {part.name: part for part in (check_memory.PART, check_accuracy.PART)}
+
+
+def default_pins(start: Path) -> Path:
+    """The pins of this project's checkout around `start`, or of another repository, or there."""
+    roots = (f for f in (start, *start.parents) if is_checkout(f) or (f / ".git").exists())
+    return next(roots, start) / PINS
+
+
+def carry_out(request: Request, console: Console, progress: Console) -> int:
+    """Check, and report on `console`; what is under way is shown on `progress`."""
+    outcomes = check(request.parts, request.pins or default_pins(Path.cwd()), progress)
+    report = report_of(outcomes)
+    write(report, request.to, console)
+    return exit_code(report.findings)
+
+
+def check(names: Sequence[str], root: Path, console: Console) -> list[Outcome]:
+    """The outcome of each part, or of all parts if none is named.
+
+    A part that cannot be done here is a note, unless it was asked for by name.
+    """
+    outcomes = []
+    for name, part in pinned_parts().items():
+        if names and name not in names:
+            continue
+        reason = part.cannot()
+        if reason is None:
+            outcomes.append(check_pinned(part, root, console))
+        else:
+            level: Level = "invalid" if names else "note"
+            text = f"not done here: {reason}"
+            finding = Finding(part=name, level=level, subject=name, entry=None, text=text)
+            outcomes.append(Outcome(name, [], [finding], 0.0))
+    if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
+        nothing = Finding(
+            part="check", level="invalid", subject="check", entry=None, text="nothing was checked"
+        )
+        outcomes.append(Outcome("check", [], [nothing], 0.0))
+    return outcomes
+
+
+def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
+    """Measure a part and compare it with its pins."""
+    began = time.monotonic()
+    try:
+        pins = read_pins(root, part.name)
+    except InvalidError as error:
+        return Outcome(part.name, [], [_invalid(part, str(error))], 0.0)
+    found = measured(part, console)
+    outcome_findings = judge(part, pins, found)
+    return Outcome(
+        part.name, _compared(part, pins, found), outcome_findings, time.monotonic() - began
+    )
+
+
+def measured(part: PinnedPart, console: Console) -> Found:
+    """What a part measures; one that crashes as a whole is a finding, and the others go on."""
+    try:
+        return part.measure(console)
+    except (UsageError, InvalidError):
+        raise
+    except Exception as error:
+        return Found(findings=[_invalid(part, f"crashed: {type(error).__name__}: {error}")])
+
+
+def _invalid(part: PinnedPart, text: str) -> Finding:
+    return Finding(part=part.name, level="invalid", subject=part.name, entry=None, text=text)
+
+
+def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[Checked]:
+    """Every entry that was measured and has a pin that holds here."""
+    return [
+        Checked(part=part.name, subject=subject, entry=entry)
+        for subject, entries in found.subjects.items()
+        if subject in pins and pins[subject].made_with == part.made_with()
+        for entry in entries
+        if entry in pins[subject].entries
+    ]
+
+
+def report_of(outcomes: Sequence[Outcome]) -> Report:
+    """One row a part, all findings, and what to do about them."""
+    findings = [finding for outcome in outcomes for finding in outcome.findings]
+    return Report(
+        title="check",
+        columns=COLUMNS,
+        rows=[_row(outcome) for outcome in outcomes],
+        checked=[thing for outcome in outcomes for thing in outcome.checked],
+        findings=findings,
+        notes=advice(findings),
+    )
+
+
+def _row(outcome: Outcome) -> list[str]:
+    counts = count_levels(outcome.findings)
+    off = {(f.subject, f.entry) for f in outcome.findings if f.level != "note"}
+    same = sum((thing.subject, thing.entry) not in off for thing in outcome.checked)
+    return [
+        outcome.part,
+        str(len(outcome.checked)),
+        str(same),
+        str(counts["wrong"] + counts["regression"]),
+        str(counts["better"]),
+        str(counts["changed"] + counts["inconclusive"]),
+        str(counts["invalid"]),
+        f"{outcome.seconds:.1f}",
+    ]
+
+
+def advice(findings: Sequence[Finding]) -> list[str]:
+    """A sentence for each kind of finding on what to do, or that all is as pinned."""
+
+    def flags(*levels: str) -> str:
+        parts = dict.fromkeys(f.part for f in findings if f.level in levels)
+        return " ".join(f"--{part}" for part in parts)
+
+    save: Callable[[str], str] = "resblock-bench baseline save {} --reason '…'".format
+    said = []
+    if flags("wrong"):
+        said.append("wrong: a result is too far from float64; mend it, no pin can allow it")
+    if flags("regression"):
+        said.append(f"worse: mend it, or if it is meant to be, {save(flags('regression'))}")
+    if flags("invalid"):
+        said.append(f"invalid: mend what is said above; what is new and right: {save('--PART')}")
+    if parts := flags("better", "changed"):
+        said.append(f"better or changed on purpose: save with {save(parts)}")
+    if flags("inconclusive"):
+        said.append("inconclusive: measure again on a quiet machine")
+    return said or ["all as pinned"]
