@@ -11,8 +11,7 @@ from rich.console import Console
 
 from resblock_bench.bench import compare_stored
 from resblock_bench.bench.calibration import Calibration, read_calibration, stale
-from resblock_bench.bench.compare_report import COLUMNS, explanation, row, summary
-from resblock_bench.bench.compare_report import findings as findings_of
+from resblock_bench.bench.compare_report import COLUMNS, explanation, findings, row, summary
 from resblock_bench.bench.comparison import Compared, Comparison
 from resblock_bench.bench.findings import Finding, exit_code
 from resblock_bench.bench.machine_store import CALIBRATION, machine_folder
@@ -55,13 +54,20 @@ class BaseRequest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison found; `whole` is False if it was interrupted."""
+    """What a comparison found.
+
+    uncalibrated   sentences on the machines whose noise is not known
+    whole          False if it was interrupted
+    stored         the base is a stored baseline
+    """
 
     title: str
     items: list[Compared]
     tolerance: Tolerance
     notes: list[str]
+    uncalibrated: list[str]
     whole: bool = True
+    stored: bool = False
 
 
 def against_base(request: BaseRequest, console: Console) -> Outcome:
@@ -97,7 +103,8 @@ def in_lockstep(
         )
         base, head = bed.sides
         draw = random.Random(request.plan.seed)
-        tolerance, notes = tolerance_here(bed.environment, request.rule, request.start)
+        tolerance, uncalibrated = tolerance_here(bed.environment, request.rule, request.start)
+        notes = []
         if base.code == head.code:
             notes.append(f"{base.name} and {head.name} are the same code")
 
@@ -112,7 +119,7 @@ def in_lockstep(
         except KeyboardInterrupt:
             whole = False
         title = f"{head.name} against {base.name}"
-        return Outcome(title, comparison.results(), tolerance, notes, whole)
+        return Outcome(title, comparison.results(), tolerance, notes, uncalibrated, whole)
 
 
 def tolerance_here(
@@ -162,7 +169,7 @@ def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome
     else:
         items = compare_stored.plain(before, after, tolerance, calibration)
         title = f"{head} against {base}"
-    return Outcome(title, items, tolerance, notes)
+    return Outcome(title, items, tolerance, [], notes)
 
 
 def of_variants(folder: Path, start: Path) -> Outcome:
@@ -172,7 +179,7 @@ def of_variants(folder: Path, start: Path) -> Outcome:
     calibration = calibrations[stored.environment.machine]
     tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
     items = compare_stored.within(stored, tolerance, calibration)
-    return Outcome(f"fused against reference in {folder}", items, tolerance, notes)
+    return Outcome(f"fused against reference in {folder}", items, tolerance, [], notes)
 
 
 def _calibrations(
@@ -198,11 +205,7 @@ def carry_out(outcome: Outcome, to: Destination, console: Console, *, explain: b
 
 def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
     """A row a cell, the findings, and what the verdicts rest on."""
-    found = findings_of(outcome.items, PART)
-    if not outcome.whole:
-        text = "interrupted: this is what the rounds taken so far say"
-        found.append(Finding(part=PART, level="invalid", subject=PART, entry=None, text=text))
-    notes = [summary(outcome.items, outcome.tolerance), *outcome.notes]
+    notes = [summary(outcome.items, outcome.tolerance), *outcome.notes, *outcome.uncalibrated]
     return Report(
         title=outcome.title,
         columns=list(COLUMNS),
@@ -210,6 +213,15 @@ def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
         checked=[
             Checked(part=PART, subject=cell_name(item.cell), entry=None) for item in outcome.items
         ],
-        findings=found,
+        findings=findings_of(outcome, PART),
         notes=[*notes, *(explanation(outcome.items) if explain else ())],
     )
+
+
+def findings_of(outcome: Outcome, part: str) -> list[Finding]:
+    """What a gate has to say of an outcome."""
+    found = findings(outcome.items, part, stored=outcome.stored)
+    if not outcome.whole:
+        text = "interrupted: this is what the rounds taken so far say"
+        found.append(Finding(part=part, level="invalid", subject=part, entry=None, text=text))
+    return found

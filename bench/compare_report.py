@@ -17,6 +17,7 @@ def row(item: Compared) -> list[str]:
     """The columns: medians, their ratio with its one-sided 95 % bounds, and the smallest slowdown
     that would have been seen with 80 % probability."""
     verdict = item.verdict
+    ratio = item.head / item.base if item.head and item.base else None
     bounds = "–"
     if verdict.low is not None and verdict.high is not None:
         bounds = f"{verdict.low:.3f}–{verdict.high:.3f}"
@@ -25,7 +26,7 @@ def row(item: Compared) -> list[str]:
         cell_name(item.cell),
         _median(item.base, item.unit),
         _median(item.head, item.unit),
-        "–" if verdict.ratio is None else f"{verdict.ratio:.3f}",
+        "–" if ratio is None else f"{verdict.ratio or ratio:.3f}",
         bounds,
         verdict.word if item.failed is None else item.failed[0],
         f"{base}" if base == head else f"{base}/{head}",
@@ -92,7 +93,7 @@ def explanation(items: Sequence[Compared]) -> list[str]:
     """A line a cell: which rules decided."""
     return [
         f"{cell_name(item.cell)}: {item.verdict.word}: {'; '.join(item.verdict.reasons)}"
-        + (f"; {len(item.disturbed)} rounds were disturbed" if item.disturbed else "")
+        + (f"; {len(item.disturbed)} disturbed rounds do not count" if item.disturbed else "")
         for item in items
     ]
 

@@ -9,6 +9,7 @@ stands in where the rounds show less; see verdict.unpaired.
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -31,6 +32,8 @@ class _Pair(NamedTuple):
 
     cell: Cell
     estimate: Estimate | None
+    base: float | None = None
+    head: float | None = None
     counts: tuple[int, int] = (0, 0)
     failed: tuple[Status, str] | None = None
     at_base: bool = False
@@ -86,6 +89,8 @@ def relative(
             _Pair(
                 fused,
                 together,
+                None if first is None else math.exp(first.mean),
+                None if second is None else math.exp(second.mean),
                 (min(parts[0].counts), min(parts[1].counts)),
                 parts[0].failed or parts[1].failed,
                 parts[0].failed is not None,
@@ -123,7 +128,13 @@ def _pair(
             return _Pair(cell, None, failed=(status, sentence), at_base=at_base)
     base_ms, head_ms = (stored.rounds_ms[wanted] for stored, wanted in sides)
     spread = None if calibration is None else calibration.spread_of(cell)
-    return _Pair(cell, unpaired(base_ms, head_ms, spread), (len(base_ms), len(head_ms)))
+    return _Pair(
+        cell,
+        unpaired(base_ms, head_ms, spread),
+        statistics.median(base_ms),
+        statistics.median(head_ms),
+        (len(base_ms), len(head_ms)),
+    )
 
 
 def _judged(
@@ -144,8 +155,8 @@ def _compared(
             cell=pair.cell,
             verdict=verdict,
             unit=unit,
-            base=None if pair.estimate is None else pair.estimate.base_ms,
-            head=None if pair.estimate is None else pair.estimate.head_ms,
+            base=pair.base,
+            head=pair.head,
             counts=pair.counts,
             rounds=[],
             confirming_from=0,

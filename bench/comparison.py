@@ -73,6 +73,13 @@ class Compared(Record, frozen=True, kw_only=True):
 
 Measure = Callable[[Task], Round]
 """Takes one round of a task; raises RoundError."""
+Estimator = Callable[[Cell, Sequence[Round]], Estimate | None]
+"""What the rounds of a cell come to."""
+
+
+def in_pairs(cell: Cell, rounds: Sequence[Round]) -> Estimate | None:
+    """The estimate from rounds of which each measured both sides."""
+    return paired([taken.base_ms for taken in rounds], [taken.head_ms for taken in rounds])
 
 
 class Comparison:
@@ -88,12 +95,14 @@ class Comparison:
         tolerance: Tolerance,
         draw: random.Random,
         tell: Callable[[str, Task], None] = lambda stage, task: None,
+        estimate: Estimator = in_pairs,
     ) -> None:
         self._tasks = {task.cell: task for task in tasks}
         self._measure = measure
         self._tolerance = tolerance
         self._draw = draw
         self._tell = tell
+        self._estimate = estimate
         self._first = {cell: Draw() for cell in self._tasks}
         self._second: dict[Cell, Draw] = {}
 
@@ -121,9 +130,11 @@ class Comparison:
                 confirmed = other is not None and other.word == verdict.word
                 verdict = self._joined(cell, verdict, other)
             elif first.disturbed and len(first.valid) < STAGES[0]:
-                verdict = _because(verdict, f"{len(first.disturbed)} rounds were disturbed")
+                why = first.disturbed[-1].disturbances[0]
+                text = f"{len(first.disturbed)} of the rounds were disturbed, at last since {why}"
+                verdict = replace(verdict, reasons=[text])
             rounds = first.valid + second.valid
-            estimate = _estimate(rounds)
+            estimate = self._estimate(cell, rounds)
             failed = first.failed or second.failed
             found.append(
                 Compared(
@@ -165,8 +176,8 @@ class Comparison:
 
     def _verdicts(self, draws: dict[Cell, Draw]) -> dict[Cell, Verdict]:
         estimates = [
-            _estimate(draw.valid) if len(draw.valid) >= STAGES[0] else None
-            for draw in draws.values()
+            self._estimate(cell, draw.valid) if len(draw.valid) >= STAGES[0] else None
+            for cell, draw in draws.items()
         ]
         return dict(zip(draws, judge(estimates, self._tolerance), strict=True))
 
@@ -174,17 +185,13 @@ class Comparison:
         """The verdict on a flagged cell after its second draw."""
         if second is None:
             return _because(first, "not confirmed by a second draw", word="AMBIGUOUS")
-        both = _estimate(self._first[cell].valid + self._second[cell].valid)
+        both = self._estimate(cell, self._first[cell].valid + self._second[cell].valid)
         (joined,) = judge([both], self._tolerance)
         if second.word == first.word:
             return _because(joined, "a second draw says the same", word=first.word)
         reason = f"{first.word} at {first.ratio:.3f} was not confirmed by a second draw"
         word = joined.word if joined.word == "SAME" else "AMBIGUOUS"
         return _because(joined, reason, word=word)
-
-
-def _estimate(rounds: Sequence[Round]) -> Estimate | None:
-    return paired([r.base_ms for r in rounds], [r.head_ms for r in rounds])
 
 
 def _because(verdict: Verdict, reason: str, **changes: object) -> Verdict:

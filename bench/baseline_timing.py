@@ -1,0 +1,207 @@
+"""The timing baseline of a machine, and what the working tree reaches against it.
+
+It is saved on purpose, with a reason, and the earlier ones are kept. Baseline and working tree are
+measured in the same way: rounds of one side, a fresh process each.
+"""
+
+import datetime
+import random
+import statistics
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from resblock_bench.bench import exitcodes
+from resblock_bench.bench.compare import HEAD, Outcome, usable_calibration
+from resblock_bench.bench.comparison import STAGES, Comparison, Draw
+from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.machine_store import TIMING, history, machine_folder, write
+from resblock_bench.bench.measure import Task, contract_of
+from resblock_bench.bench.plan import Plan, difference
+from resblock_bench.bench.progress import RoundProgress
+from resblock_bench.bench.records import Cell, cell_name
+from resblock_bench.bench.rounds import Round, RoundError, RoundRule, take_samples
+from resblock_bench.bench.stored import (
+    BASELINE_VERSION,
+    Baseline,
+    Series,
+    contract_fields,
+    read_baseline,
+)
+from resblock_bench.bench.terminal import say, terminable
+from resblock_bench.bench.testbed import Testbed, opened
+from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, Estimate, unpaired
+
+ROUNDS = 9
+"""Of every cell of a baseline: what it is off by, everything that is compared with it is, too."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The cells of the gate; `start` is where results/ is looked for."""
+
+    plan: Plan
+    start: Path
+    timeout_s: float = 300.0
+    telemetry: Path | None = None
+    rule: RoundRule = field(default_factory=RoundRule)
+
+
+def save(request: Request, reason: str, console: Console) -> int:
+    """Measure a baseline and store it; returns the exit code. What is interrupted is not stored.
+
+    Raises InvalidError where a cell cannot be measured or the machine was disturbed too often.
+    """
+    with terminable(), ExitStack() as stack:
+        bed = stack.enter_context(_bed(request))
+        draw = random.Random(request.plan.seed)
+        draws = {task.cell: Draw() for task in bed.tasks}
+        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
+        wanting = list(bed.tasks)
+        while wanting:
+            for task in draw.sample(wanting, len(wanting)):
+                progress.begin("measuring", task)
+                try:
+                    draws[task.cell].take(_lone_round(bed, task, request.rule, draw, None))
+                except RoundError as error:
+                    raise InvalidError(f"{cell_name(task.cell)} is no baseline: {error}") from None
+            wanting = [task for task in wanting if draws[task.cell].lacks(ROUNDS)]
+        baseline = Baseline(
+            baseline_version=BASELINE_VERSION,
+            saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            reason=reason,
+            code=bed.sides[0].code,
+            environment=bed.environment,
+            contract=contract_of(bed.tasks[0]),
+            rule=request.rule,
+            series=[_series(task.cell, draws[task.cell]) for task in bed.tasks],
+        )
+    path = machine_folder(baseline.environment.machine, request.start) / TIMING
+    write(path, baseline, keep=_saved_at(path))
+    show(path, console)
+    return exitcodes.OK
+
+
+def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
+    """Measure the working tree and compare it with a baseline's file.
+
+    Raises UsageError where there is no file, InvalidError for one that cannot be compared: damaged,
+    of another schema, machine or contract.
+    """
+    baseline = read_baseline(path)
+    known = {series.cell: series.rounds_ms for series in baseline.series}
+    with terminable(), ExitStack() as stack:
+        bed = stack.enter_context(_bed(request))
+        _refuse_different(path, baseline, bed, request.rule)
+        calibration, note = usable_calibration(bed.environment, request.rule, request.start)
+        draw = random.Random(request.plan.seed)
+
+        def measure(task: Task) -> Round:
+            if task.cell not in known:
+                reason = f"has no baseline in {path}: save one"
+                raise RoundError("skipped", reason, at_base=True)
+            return _lone_round(bed, task, request.rule, draw, known[task.cell])
+
+        def estimate(cell: Cell, rounds: Sequence[Round]) -> Estimate | None:
+            spread = None if calibration is None else calibration.spread_of(cell)
+            return unpaired(known[cell], [taken.head_ms for taken in rounds], spread)
+
+        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
+        tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+        comparison = Comparison(bed.tasks, measure, tolerance, draw, progress.begin, estimate)
+        whole = True
+        try:
+            comparison.carry_out()
+        except KeyboardInterrupt:
+            whole = False
+        title = f"{HEAD} against the baseline of {baseline.saved_at[:10]}"
+        notes = [] if note is None else [note]
+        return Outcome(title, comparison.results(), tolerance, [], notes, whole, stored=True)
+
+
+def show(path: Path, console: Console) -> int:
+    """The baseline of a machine, and when and why each was saved."""
+    baseline = read_baseline(path)
+    table = Table(title=f"baseline of {baseline.environment.machine}", title_justify="left")
+    table.add_column("cell")
+    for heading in ("rounds", "median ms", "spread"):
+        table.add_column(heading, justify="right")
+    for series in baseline.series:
+        median = statistics.median(series.rounds_ms)
+        spread = statistics.stdev(series.rounds_ms) / median
+        table.add_row(
+            cell_name(series.cell), str(len(series.rounds_ms)), f"{median:.4g}", f"{spread:.1%}"
+        )
+    console.print(table)
+    for file in [*history(path), path]:
+        try:
+            saved = read_baseline(file)
+        except InvalidError as error:
+            say(console, f"{error}")
+        else:
+            say(console, f"{saved.saved_at} {file.name}: {saved.reason}")
+    return exitcodes.OK
+
+
+def _bed(request: Request) -> AbstractContextManager[Testbed]:
+    return opened(
+        request.plan,
+        {HEAD: ()},
+        limit_s=request.timeout_s,
+        telemetry=request.telemetry,
+    )
+
+
+def _lone_round(
+    bed: Testbed, task: Task, rule: RoundRule, draw: random.Random, known: list[float] | None
+) -> Round:
+    """A round of one side, beside the baseline's median where there is one."""
+    (samples,), disturbances = take_samples(task, bed.truth(task), bed.sides, rule, draw)
+    median = statistics.median(samples)
+    return Round(
+        base_ms=median if known is None else statistics.median(known),
+        head_ms=median,
+        base_samples=len(known or samples),
+        head_samples=len(samples),
+        disturbances=disturbances,
+    )
+
+
+def _series(cell: Cell, draw: Draw) -> Series:
+    if len(draw.valid) < STAGES[0]:
+        raise InvalidError(
+            f"{cell_name(cell)} is no baseline: {len(draw.disturbed)} rounds were disturbed, at "
+            f"last since {draw.disturbed[-1].disturbances[0]}; see 'resblock-bench env'"
+        )
+    return Series(cell=cell, rounds_ms=[taken.head_ms for taken in draw.valid])
+
+
+def _saved_at(path: Path) -> str | None:
+    """When the present baseline was saved; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return read_baseline(path).saved_at
+    except InvalidError:  # another schema: it is kept all the same
+        modified = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
+        return modified.isoformat(timespec="seconds")
+
+
+def _refuse_different(path: Path, baseline: Baseline, bed: Testbed, rule: RoundRule) -> None:
+    found = difference(baseline.environment, bed.environment)
+    if found is not None:
+        raise InvalidError(
+            f"{path} cannot be compared with this machine: {found}; save a baseline here"
+        )
+    mine = contract_fields(baseline.contract, baseline.rule)
+    here = contract_fields(contract_of(bed.tasks[0]), rule)
+    for name, value in here.items():
+        if mine[name] != value:
+            raise InvalidError(
+                f"{path} was measured in another way: {name} was {mine[name]} and is {value}; "
+                "save it again"
+            )
