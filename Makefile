@@ -13,14 +13,16 @@ WORKERS ?=
 CORES = nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 
 .DELETE_ON_ERROR:
-.PHONY: help bench test test-gpu lint install clean
+.PHONY: help bench benchmark test test-gpu gate lint install clean
 
 help:
 	@echo "make bench    run the benchmark           ARGS='...' goes to resblock-bench run"
 	@echo "make test     run the tests               ARGS='...' goes to pytest, WORKERS=N sets how many run at once"
 	@echo "make test-gpu the tests that need a GPU, with compiled kernels"
+	@echo "make benchmark the kernels under pytest-benchmark, e.g. ARGS='-k forward --benchmark-json=FILE'"
+	@echo "make gate     machine code, memory and accuracy against the saved pins, no GPU needed"
 	@echo "make lint     ruff and mypy --strict"
-	@echo "make install  make .venv with the locked set; the three above do so when it is needed"
+	@echo "make install  make .venv with the locked set; the targets above do so when it is needed"
 	@echo "make clean    remove .venv, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter a new .venv is made with (3.10 or newer; default: python3)"
 
@@ -36,6 +38,13 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu $(ARGS)
+
+benchmark: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m benchmark tests/benchmarks \
+		--benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+gate: $(INSTALLED)
+	$(BIN)/resblock-bench check --static --memory --accuracy
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,11 +1,17 @@
 """Set before anything imports the kernels: Triton reads it when a kernel is defined.
 
 The tests in tests/gpu want compiled kernels; `make test-gpu` sets it to 0 beforehand.
+
+Also which machines pytest-benchmark may compare: its hooks are called before the conftest of
+tests/benchmarks is known.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 # Faulty implementations, for this process and for those that it starts.
 FAULTS = str(Path(__file__).parent / "faults")
@@ -13,3 +19,41 @@ sys.path.append(FAULTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), FAULTS]))
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info):
+    """What a time depends on: not what differs between two runs, nor what is being compared."""
+    import torch
+
+    from resblock_bench.bench import environment
+
+    found = environment.gather(min(torch.get_num_threads(), environment.usable_cpus()))
+    machine_info["node"] = found.machine
+    machine_info["gpu"], machine_info["gpu_driver"] = found.gpu, found.gpu_driver
+    machine_info["threads"] = found.threads
+    versions = {name: v for name, v in found.versions.items() if name != "resblock-bench"}
+    machine_info["versions"] = versions
+    cpu = machine_info["cpu"]
+    machine_info["cpu"] = {name: cpu[name] for name in cpu if not name.startswith("hz_")}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_compare_machine_info(machine_info, compared_benchmark):
+    """Refuse, where pytest-benchmark warns: another machine's times say nothing about a change."""
+    ours, theirs = _flat(machine_info), _flat(compared_benchmark["machine_info"])
+    names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    if names:
+        raise pytest.UsageError(
+            "the benchmarks to compare with are of another machine or other software: "
+            + "; ".join(f"{name} {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
+        )
+
+
+def _flat(machine_info):
+    """Two levels as one, `cpu.count`; with the types that a file has."""
+    flat = {}
+    for name, value in json.loads(json.dumps(machine_info)).items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}".rstrip("."): item for key, item in inner.items()}
+    return flat
