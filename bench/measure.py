@@ -24,6 +24,7 @@ from resblock_bench.bench.devices import TOOLS, Device, Kind, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
 from resblock_bench.bench.floor import floor_of, impossible
 from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
+from resblock_bench.bench.memory import MemoryMeter
 from resblock_bench.bench.memory_limit import limit_memory
 from resblock_bench.bench.out_of_memory import is_out_of_memory
 from resblock_bench.bench.process import Announce
@@ -180,7 +181,7 @@ def _measure(task: Task, truth_file: Path, announce: Announce, found: dict[str, 
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
     with recording(device.torch_device, _snapshot_file(task)):
-        checked = checked_workload(task, truth, device)
+        checked = checked_workload(task, truth, device, device.meter)
         found["correctness"] = checked.correctness
         # An allocator cannot tell it from what the measured step allocates.
         del truth
@@ -215,15 +216,20 @@ class Checked(NamedTuple):
     wrong: str | None
 
 
-def checked_workload(task: Task, truth: Truth, device: Device) -> Checked:
-    """Make a task's cell runnable, make its first step, and check the results."""
+def checked_workload(
+    task: Task, truth: Truth, device: Device, meter: MemoryMeter | None = None
+) -> Checked:
+    """Make a task's cell runnable, make its first step, and check the results.
+
+    meter   measures the peak of the first step; None leaves it out
+    """
     cell, seed = task.cell, task.seed
     weights = draw_weights(cell, seed)
     inputs = draw_inputs(cell, device.torch_device, seed)
     workload = Workload(cell, weights, inputs, device.torch_device)
     cold_peak_bytes = None
-    if device.meter.unusable(cell.impl) is None:
-        results, cold_peak_bytes = device.meter.first_results(workload)
+    if meter is not None and meter.unusable(cell.impl) is None:
+        results, cold_peak_bytes = meter.first_results(workload)
     else:
         results = workload.results()
     if cell.dropout:

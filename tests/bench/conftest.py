@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import torch
+from cells import TINY
 from torch import nn
 
 from resblock_bench.bench import cli, environment
@@ -19,23 +20,6 @@ from resblock_bench.bench.timing import Rule
 from resblock_bench.bench.truth_file import truth_path, write_truth
 from resblock_bench.bench.workload import unsupported
 
-TINY = Cell(
-    model=None,
-    dims=2,
-    resolution=8,
-    channels=32,
-    out_channels=32,
-    emb_channels=16,
-    conditioning="scale_shift",
-    dropout=0.0,
-    updown="none",
-    batch=2,
-    dtype="fp32",
-    layout="nchw",
-    mode="train",
-    impl="reference",
-    checkpoint="none",
-)
 FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 
 
