@@ -94,6 +94,23 @@ def test_pins_that_cannot_be_relied_on(checked: Callable, spoil: Callable, text:
     assert "│memory │        0 │         0 │" in out
 
 
+@pytest.mark.parametrize(
+    ("part", "row"),
+    [
+        (part_of(AS_PINNED, [finding("wrong")]), "2 1 1 0 0 0"),
+        (part_of(changed("x", bytes=101), [finding("wrong")]), "2 1 1 0 0 0"),
+        (part_of(changed("x", bytes=99)), "2 1 0 1 0 0"),
+        (part_of(changed("x", hash="ba2")), "2 1 0 0 1 0"),
+        (part_of(AS_PINNED, [finding("note")]), "2 2 0 0 0 0"),
+        (part_of(AS_PINNED, version="1.1"), "0 0 0 0 0 1"),
+        (part_of({**AS_PINNED, "b": {"x": {"bytes": 1}}}), "2 2 0 0 0 1"),
+    ],
+)
+def test_the_row_of_a_part(checked: Callable, part: object, row: str) -> None:
+    (line,) = (line for line in checked(part)[2].splitlines() if line.startswith("│memory"))
+    assert line.replace("│", " ").split()[1:-1] == row.split()
+
+
 def test_within_the_tolerance_is_the_same(checked: Callable) -> None:
     assert checked(part_of(changed("x", error=1.2e-3)))[0] == 0
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from resblock_bench.bench import accuracy_cases, check, check_accuracy, check_memory
 from resblock_bench.bench.accuracy_cases import Case
 from resblock_bench.bench.pins import PINS, Found, PinnedPart, read_pins
+from resblock_bench.bench.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
 
 ROOT = Path(__file__).parents[2]
@@ -84,15 +85,19 @@ def test_a_lower_peak_asks_to_be_saved(
 
 
 def test_a_cell_that_crashes_is_invalid_and_the_others_go_on(
-    saved_then_checked: Callable, memory_part: PinnedPart, monkeypatch: pytest.MonkeyPatch
+    saved_then_checked: Callable,
+    memory_part: PinnedPart,
+    make_cell: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    predict = check_memory.predict_memory
+    memory = predict_memory(make_cell())
+    monkeypatch.setattr(check_memory, "predict_memory", lambda cell: memory)
 
     def crash() -> None:
         def predicted(cell: object) -> object:
             if cell.checkpoint == "full":
                 raise RuntimeError("boom")
-            return predict(cell)
+            return memory
 
         monkeypatch.setattr(check_memory, "predict_memory", predicted)
 
@@ -167,6 +172,14 @@ def test_an_error_within_the_limit_that_grew_is_a_regression(
     )
     assert code == 1
     assert "y error" in out
+
+
+def test_the_figures_of_a_case() -> None:
+    found = Found()
+    errors = accuracy_cases.Errors({"y": 3.00049e-7}, {"y": 2e-7}, {"y": 4e-7})
+    check_accuracy.enter(found, TINY, errors)
+    assert found.subjects == {"aten": {TINY.name: {"y error": 3e-7, "y / eager": 1.5}}}
+    assert not found.findings
 
 
 def test_nan_is_invalid(saved_then_checked: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
