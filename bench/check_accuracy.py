@@ -87,7 +87,7 @@ def enter(found: Found, case: Case, errors: Errors) -> None:
         eager = errors.eager[name]
         figures[f"{name} error"] = _rounded(error)
         figures[f"{name} / eager"] = _rounded(error / eager if eager else math.nan)
-    found.subjects.setdefault(_subject(case), {})[case.name] = figures
+    found.subjects.setdefault(subject_of(case), {})[case.name] = figures
     wrong = [
         f"{name} is {error:.3g} from float64, and {errors.limits[name]:.3g} is allowed"
         for name, error in errors.ours.items()
@@ -103,11 +103,12 @@ def _rounded(value: float) -> float | None:
 
 
 def _say(found: Found, level: Level, case: Case, text: str) -> None:
-    finding = Finding(part=NAME, level=level, subject=_subject(case), entry=case.name, text=text)
+    finding = Finding(part=NAME, level=level, subject=subject_of(case), entry=case.name, text=text)
     found.findings.append(finding)
 
 
-def _subject(case: Case) -> str:
+def subject_of(case: Case) -> str:
+    """The path that a case takes."""
     return "aten" if case.tier is None else f"triton-{case.tier}"
 
 

@@ -1,6 +1,8 @@
 """What a gate has to say, and how it is written: a table, Markdown, JSON or JUnit's XML."""
 
 import io
+import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,9 +82,9 @@ def destination(format: str, file: Path | None) -> Destination:
     """Raises UsageError for an unknown format and where the file's folder is not there."""
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if file is not None and file.is_dir():
+    if file is not None and os.path.isdir(file):
         raise UsageError(f"{file} is a folder: name a file in it")
-    if file is not None and not file.absolute().parent.is_dir():
+    if file is not None and not os.path.isdir(file.absolute().parent):
         raise UsageError(f"{file.parent} is not a folder: make it, or name another file")
     return Destination(format, file)
 
@@ -180,9 +182,8 @@ def _length(lines: Sequence[str]) -> int:
 
 def _cut(lines: list[str], limit: int, what: str) -> list[str]:
     """The first lines that fit, and then how many are missing."""
-    kept = 0
-    while kept < len(lines) and _length(lines[: kept + 1]) <= limit:
-        kept += 1
+    lengths = itertools.accumulate(_length([line]) for line in lines)
+    kept = sum(length <= limit for length in lengths)
     if kept == len(lines):
         return lines
     return [*lines[:kept], "", f"… {len(lines) - kept} more {what}, see --format json"]

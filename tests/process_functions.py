@@ -1,4 +1,4 @@
-"""What the tests of process.py run in processes of their own."""
+"""What tests run in processes of their own."""
 
 import os
 import signal
@@ -56,3 +56,7 @@ def end_by_signal(argument: bytes, announce: Announce) -> bytes:
 
 def large_reply(argument: bytes, announce: Announce) -> bytes:
     return b"r" * int(argument)
+
+
+def die(argument: object) -> None:
+    os._exit(1)

@@ -1,0 +1,254 @@
+"""The memory and accuracy parts: a seeded change in the kernels is found, and how it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import process_functions
+import pytest
+import torch
+from rich.console import Console
+
+from resblock_bench.bench import accuracy_cases, check, check_accuracy, check_memory
+from resblock_bench.bench.accuracy_cases import Case
+from resblock_bench.bench.pins import PINS, Found, PinnedPart, read_pins
+from resblock_bench.bench.predict import predict_memory
+from resblock_bench.kernels import aten, blocks
+
+ROOT = Path(__file__).parents[2]
+TINY = Case(None, "fp32", "nchw", "scale_shift", 0.0, 2, 8)
+
+
+@pytest.fixture
+def saved_then_checked(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[PinnedPart, Callable[[], None]], tuple[int, str]]:
+    """Save a part's figures, change something, and check: exit code and output."""
+
+    def run(part: PinnedPart, change: Callable[[], None]) -> tuple[int, str]:
+        monkeypatch.setattr(check, "pinned_parts", lambda: {part.name: part})
+        monkeypatch.setattr("resblock_bench.bench.baseline_pins.pinned_parts", check.pinned_parts)
+        flags = [f"--{part.name}", "--pins", tmp_path]
+        assert run_cli("baseline", "save", *flags, "--reason", "as it stands").code == 0
+        assert run_cli("check", *flags).code == 0
+        change()
+        done = run_cli("check", *flags)
+        return done.code, " ".join(done.out.split())
+
+    return run
+
+
+@pytest.fixture
+def memory_part(make_cell: Callable) -> PinnedPart:
+    """The part on two tiny cells."""
+    common = {"model": "tiny", "impl": "fused"}
+    cells = [make_cell(**common), make_cell(**common, checkpoint="full")]
+    return dataclasses.replace(
+        check_memory.PART, measure=lambda console: check_memory.measure_cells(cells, console)
+    )
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def keep_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused block that saves another activation: square keeps what it is given."""
+    operator = blocks.group_norm_silu
+    monkeypatch.setattr(blocks, "group_norm_silu", lambda *a, **k: operator(*a, **k).square())
+
+
+def test_an_extra_saved_activation_is_a_regression(
+    saved_then_checked: Callable, memory_part: PinnedPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out = saved_then_checked(memory_part, lambda: keep_one_more(monkeypatch))
+    assert code == 1
+    assert "regression memory tiny 32 8² b2 fp32 nchw train fused/none: peak_above" in out
+    before, after = re.search(r"saved_for_backward_bytes ([\d,]+) → ([\d,]+)", out).groups()
+    # Two norms, each keeping 2·32·8·8 floats more.
+    more = int(after.replace(",", "")) - int(before.replace(",", ""))
+    assert more == 2 * 4 * 2 * 32 * 8 * 8
+
+
+def test_a_lower_peak_asks_to_be_saved(
+    saved_then_checked: Callable, memory_part: PinnedPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as hungry:
+        keep_one_more(hungry)
+        code, out = saved_then_checked(memory_part, hungry.undo)
+    assert code == 4
+    assert "better memory tiny" in out
+    assert "baseline save --memory --reason" in out
+
+
+def test_a_cell_that_crashes_is_invalid_and_the_others_go_on(
+    saved_then_checked: Callable,
+    memory_part: PinnedPart,
+    make_cell: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = predict_memory(make_cell())
+    monkeypatch.setattr(check_memory, "predict_memory", lambda cell: memory)
+
+    def crash() -> None:
+        def predicted(cell: object) -> object:
+            if cell.checkpoint == "full":
+                raise RuntimeError("boom")
+            return memory
+
+        monkeypatch.setattr(check_memory, "predict_memory", predicted)
+
+    code, out = saved_then_checked(memory_part, crash)
+    assert code == 3
+    assert "│memory │ 1 │ 1 │ 0 │ 0 │ 0 │ 1 │" in out
+    assert "fused/full: crashed: RuntimeError: boom" in out
+
+
+def test_the_pins_of_memory_hold() -> None:
+    pins = read_pins(ROOT / PINS, "memory")
+    cells = list(check_memory.cells())
+    picked = [cell for cell in cells if cell.checkpoint == "selective"][::3]
+    found = check_memory.measure_cells(picked, quiet())
+    assert not found.findings
+    for subject, entries in found.subjects.items():
+        if pins[subject].made_with != check_memory.PART.made_with():
+            pytest.skip(f"pinned with {pins[subject].made_with}")
+        for entry, figures in entries.items():
+            assert pins[subject].entries[entry] == figures, f"{subject} {entry}"
+    assert sum(len(pin.entries) for pin in pins.values()) == len(cells)
+
+
+def in_this_process(cases: Sequence[Case]) -> PinnedPart:
+    """The accuracy part without processes of its own, so that a test may spoil the kernels."""
+
+    def measure(console: object) -> Found:
+        found = Found()
+        for case in cases:
+            check_accuracy.enter(found, case, accuracy_cases.measure(case))
+        return found
+
+    return dataclasses.replace(check_accuracy.PART, measure=measure)
+
+
+def naive_group_norm(part: object, gain: object, offset: object, spec: object) -> tuple:
+    """E[x²] − μ²."""
+    groups = gain.shape[0] * spec.num_groups
+    rows = part.reshape(groups, -1)
+    mean = rows.mean(1, keepdim=True)
+    rstd = (rows.square().mean(1, keepdim=True) - mean.square() + spec.eps).rsqrt()
+    x_hat = ((rows - mean) * rstd).view_as(part)
+    z = x_hat * gain.reshape(1, -1, 1) + offset.reshape(1, -1, 1)
+    return z, mean.view(1, -1), rstd.view(1, -1)
+
+
+@pytest.mark.parametrize("mean", [100.0, 1000.0])
+def test_statistics_that_cancel_are_wrong(
+    saved_then_checked: Callable, monkeypatch: pytest.MonkeyPatch, mean: float
+) -> None:
+    part = in_this_process([TINY._replace(mean=mean), TINY])
+    code, out = saved_then_checked(
+        part, lambda: monkeypatch.setattr(aten, "_group_norm", naive_group_norm)
+    )
+    assert code == 5
+    assert f"wrong accuracy aten 2×8² fp32 nchw scale_shift mean {mean:g}σ: y is" in out
+    assert f"regression accuracy aten 2×8² fp32 nchw scale_shift mean {mean:g}σ" in out
+    # Which inputs about zero would not have shown.
+    assert "wrong accuracy aten 2×8² fp32 nchw scale_shift:" not in out
+
+
+def test_an_error_within_the_limit_that_grew_is_a_regression(
+    saved_then_checked: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = aten.forward
+
+    def rougher(*arguments: object) -> torch.Tensor:
+        return forward(*arguments) * (1 + 1.5e-7)
+
+    code, out = saved_then_checked(
+        in_this_process([TINY]), lambda: monkeypatch.setattr(aten, "forward", rougher)
+    )
+    assert code == 1
+    assert "y error" in out
+
+
+def test_the_figures_of_a_case() -> None:
+    found = Found()
+    errors = accuracy_cases.Errors({"y": 3.00049e-7}, {"y": 2e-7}, {"y": 4e-7})
+    check_accuracy.enter(found, TINY, errors)
+    assert found.subjects == {"aten": {TINY.name: {"y error": 3e-7, "y / eager": 1.5}}}
+    assert not found.findings
+
+
+def test_nan_is_invalid(saved_then_checked: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = aten.forward
+
+    def poisoned(*arguments: object) -> torch.Tensor:
+        y = forward(*arguments)
+        y[0, 0, 0, 0] = torch.nan
+        return y
+
+    code, out = saved_then_checked(
+        in_this_process([TINY]), lambda: monkeypatch.setattr(aten, "forward", poisoned)
+    )
+    assert code == 3
+    assert "→ not a number" in out
+
+
+def test_a_gradient_of_another_sign_is_wrong(
+    saved_then_checked: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = aten.backward
+
+    def mirrored(*arguments: object) -> tuple:
+        dx, sums = backward(*arguments)
+        return -dx, sums
+
+    code, out = saved_then_checked(
+        in_this_process([TINY]), lambda: monkeypatch.setattr(aten, "backward", mirrored)
+    )
+    assert code == 5
+    assert "dx is 2 from float64" in out
+
+
+def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(check_accuracy.environment, "usable_cpus", lambda: 1)
+    cases = [Case("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
+    found = check_accuracy.measure_cases(cases, quiet())
+    assert not found.findings
+    figures = found.subjects["triton-A"][cases[0].name]
+    assert set(figures) <= set(check_accuracy.PART.rules)
+    assert 0 < figures["y error"] < 1e-4
+    assert list(found.subjects["aten"]) == [cases[1].name]
+    monkeypatch.setattr(check_accuracy, "measure", process_functions.die)
+    found = check_accuracy.measure_cases(cases, quiet())
+    assert [one.level for one in found.findings] == ["invalid", "invalid"]
+    assert all("BrokenProcessPool" in one.text for one in found.findings)
+    assert not found.subjects
+
+
+def test_the_pins_of_accuracy_are_those_of_the_cases() -> None:
+    pins = read_pins(ROOT / PINS, "accuracy")
+    names = {(check_accuracy.subject_of(case), case.name) for case in check_accuracy.cases()}
+    assert {(pin.subject, entry) for pin in pins.values() for entry in pin.entries} == names
+    for pin in pins.values():
+        for figures in pin.entries.values():
+            assert set(figures) <= set(check_accuracy.PART.rules)
+
+
+def test_every_kind_of_block_and_path_is_there() -> None:
+    cells, cases = list(check_memory.cells()), list(check_accuracy.cases())
+    assert {cell.updown for cell in cells} == {"none", "up", "down"}
+    assert {cell.conditioning for cell in cells} == {"scale_shift", "add"}
+    assert {cell.dtype for cell in cells} == {"fp32", "bf16"}
+    assert {cell.layout for cell in cells} == {"nchw", "nhwc"}
+    assert any(cell.channels != cell.out_channels for cell in cells)
+    assert any(cell.dropout for cell in cells)
+    for tier in "ABCD":
+        taken = [case for case in cases if case.tier == tier]
+        assert {case.layout for case in taken} == {"nchw", "nhwc"}
+        assert {case.conditioning for case in taken} == {"scale_shift", "add"}
+        assert any(case.mean >= 100 for case in taken)
