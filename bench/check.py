@@ -41,9 +41,10 @@ class Outcome:
 
 def pinned_parts() -> dict[str, PinnedPart]:
     """The parts whose figures are pinned, by name."""
-    from resblock_bench.bench import check_accuracy, check_memory
+    from resblock_bench.bench import check_accuracy, check_memory, check_static
 
-    return {part.name: part for part in (check_memory.PART, check_accuracy.PART)}
+    parts = (check_static.PART, check_memory.PART, check_accuracy.PART)
+    return {part.name: part for part in parts}
 
 
 def default_pins(start: Path) -> Path:

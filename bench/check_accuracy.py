@@ -22,7 +22,7 @@ from resblock_bench.bench.findings import Finding, Level
 from resblock_bench.bench.pins import Found, PinnedPart, Rule, Value
 from resblock_bench.bench.progress import task_progress
 from resblock_bench.bench.records import Conditioning, DType, Layout
-from resblock_bench.bench.workers import pool
+from resblock_bench.bench.workers import Answer, Job, JobFailed, run
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
 
@@ -61,22 +61,19 @@ def cases() -> Iterator[Case]:
 def measure_cases(wanted: Sequence[Case], console: Console) -> Found:
     """The figures of the cases, measured in processes of their own."""
     found = Found()
+    # Entries stand in the order of the cases, in which they do not end.
+    answers: dict[Case, Answer] = {}
     workers = max(1, min(environment.usable_cpus(), len(wanted)))
-    with (
-        pool(workers, interpret=True, environ=_SAME_EVERYWHERE) as processes,
-        task_progress(console, "errors against float64", len(wanted)) as advance,
-    ):
-        futures = [processes.submit(measure, case) for case in wanted]
+    jobs = [Job(True, measure, (case,)) for case in wanted]
+    with task_progress(console, "errors against float64", len(wanted)) as advance:
+        for job, answer in run(jobs, workers, _SAME_EVERYWHERE):
+            answers[job.arguments[0]] = answer
+            advance()
+    for case in wanted:
         try:
-            for case, future in zip(wanted, futures, strict=True):
-                try:
-                    enter(found, case, future.result())
-                except Exception as error:
-                    _say(found, "invalid", case, f"crashed: {type(error).__name__}: {error}")
-                advance()
-        except BaseException:
-            processes.shutdown(wait=False, cancel_futures=True)
-            raise
+            enter(found, case, answers[case].get())
+        except JobFailed as error:
+            _say(found, "invalid", case, f"crashed: {error}")
     return found
 
 

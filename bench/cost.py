@@ -7,21 +7,21 @@ each other within a process, so each kind has worker processes of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, as_completed
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from rich.console import Console
 
-from resblock_bench.bench import environment, exitcodes
+from resblock_bench.bench import environment, exitcodes, workers
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid import GROUPS, plan
 from resblock_bench.bench.progress import task_progress
-from resblock_bench.bench.workers import pool
+from resblock_bench.bench.workers import Answer, Job
 
 if TYPE_CHECKING:
     from resblock_bench.bench.axes import Selection
@@ -141,68 +141,88 @@ def _norms(cell: Cell) -> Iterator[Norm]:
     )
 
 
+class Call(NamedTuple):
+    """One direction of one norm on one architecture."""
+
+    norm: Norm
+    direction: Direction
+    arch: int
+    launch: Launch
+
+    def traffic(self) -> Job:
+        """Counts its bytes; the same job as that of an architecture that launches alike."""
+        from resblock_bench.bench.norm_cost import count_traffic, counted_launch
+
+        launch = counted_launch(self.launch)
+        return Job(True, count_traffic, (self.norm, self.direction, launch))
+
+    def kernels(self) -> dict[str, Job]:
+        """Compiles its kernels, by name."""
+        from resblock_bench.bench.norm_cost import compile_kernel, kernels_of
+
+        names = kernels_of(self.norm, self.direction, self.launch)
+        how = (self.norm, self.direction, self.launch, self.arch)
+        return {name: Job(False, compile_kernel, (*how, name)) for name in names}
+
+
+def calls_of(
+    norms: Iterable[Norm], archs: Iterable[int], tier: Tier | None
+) -> tuple[list[Call], list[str]]:
+    """Every direction in order, and why the others are left out: the tier cannot hold them."""
+    from resblock_bench.bench import norm_cost
+
+    calls: list[Call] = []
+    refused: list[str] = []
+    for norm, direction, arch in product(norms, norm_cost.DIRECTIONS, archs):
+        if direction == "rewrite" and tier is not None:
+            continue
+        try:
+            launch = norm_cost.launch_of(norm, direction, arch, tier)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            calls.append(Call(norm, direction, arch, launch))
+    return calls, refused
+
+
+def answers(jobs: Iterable[Job], console: Console) -> Generator[tuple[Job, Answer], None, None]:
+    """What each job came to, with progress on the console."""
+    wanted = list(dict.fromkeys(jobs))
+    with (
+        task_progress(console, "counting bytes and compiling", len(wanted)) as advance,
+        closing(workers.run(wanted, environment.usable_cpus())) as found,
+    ):
+        for job, answer in found:
+            advance()
+            yield job, answer
+
+
 def gather(
     norms: Sequence[Norm], archs: Sequence[int], tier: Tier | None, console: Console
 ) -> tuple[list[Cost], list[str]]:
-    """The costs in order, and why the others have none: the tier asked for cannot hold them."""
-    from resblock_bench.bench import norm_cost
+    """The costs in order, and why the others have none: the tier asked for cannot hold them.
 
-    wanted: list[tuple[Norm, Direction, int, Launch]] = []
-    refused: list[str] = []
-    for norm in norms:
-        for direction in norm_cost.DIRECTIONS:
-            if direction == "rewrite" and tier is not None:
-                continue
-            for arch in archs:
-                try:
-                    launch = norm_cost.launch_of(norm, direction, arch, tier)
-                except ValueError as error:
-                    refused.append(str(error))
-                else:
-                    wanted.append((norm, direction, arch, launch))
-
-    if not wanted:
+    Raises JobFailed where a kernel cannot be interpreted or compiled.
+    """
+    calls, refused = calls_of(norms, archs, tier)
+    if not calls:
         raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
-    traffic: dict[Any, Future[Any]] = {}
-    codes: dict[Any, Future[Any]] = {}
-    with ExitStack() as stack:
-        workers = environment.usable_cpus()
-        interpreting = stack.enter_context(pool(workers, interpret=True))
-        compiling = stack.enter_context(pool(workers, interpret=False))
-        for norm, direction, arch, launch in wanted:
-            # Architectures mostly share a launch; its traffic is counted once.
-            key = (norm, direction, launch._replace(reason=""))
-            if key not in traffic:
-                traffic[key] = interpreting.submit(norm_cost.count_traffic, *key)
-            codes[norm, direction, arch] = compiling.submit(
-                norm_cost.compile_code, norm, direction, launch, arch
-            )
-        _wait([*traffic.values(), *codes.values()], console)
+    jobs = {call: (call.traffic(), call.kernels().values()) for call in calls}
+    wanted = [job for traffic, kernels in jobs.values() for job in (traffic, *kernels)]
+    with closing(answers(wanted, console)) as found:
+        values = {job: answer.get() for job, answer in found}
     costs = [
         Cost(
-            norm=norm,
-            direction=direction,
-            arch=arch,
-            launch=launch._asdict(),
-            traffic=traffic[norm, direction, launch._replace(reason="")].result(),
-            kernels=codes[norm, direction, arch].result(),
+            norm=call.norm,
+            direction=call.direction,
+            arch=call.arch,
+            launch=call.launch._asdict(),
+            traffic=values[traffic],
+            kernels=[values[job] for job in kernels],
         )
-        for norm, direction, arch, launch in wanted
+        for call, (traffic, kernels) in jobs.items()
     ]
     return costs, refused
-
-
-def _wait(futures: Sequence[Future[Any]], console: Console) -> None:
-    """Until all are done; the first failure ends it."""
-    with task_progress(console, "counting bytes and compiling", len(futures)) as advance:
-        try:
-            for future in as_completed(futures):
-                future.result()
-                advance()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
 
 
 def _write(path: Path, costs: list[Cost]) -> None:

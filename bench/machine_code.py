@@ -8,6 +8,7 @@ is executed, so nothing here is a time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -302,6 +303,8 @@ def narrowest_bits(arguments: Mapping[str, object]) -> int:
     return 8 * min(sizes, default=1)
 
 
+# Problems of other sizes often share a kernel, and both programs take longer than it takes to look.
+@functools.lru_cache(maxsize=256)
 def _ptxas_log(ptx: str, cubin: bytes, arch: int) -> str:
     """What `ptxas -v` says of the PTX; Triton throws its own log away.
 
@@ -340,6 +343,7 @@ def _code(cubin: bytes) -> list[bytes]:
     return code
 
 
+@functools.lru_cache(maxsize=256)
 def _disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")

@@ -1,8 +1,8 @@
 """What one call of the fused operator costs on a GPU that is not there: bytes, and machine code.
 
 Two functions that run in processes of their own, since Triton's kernels are either interpreted or
-compiled: `count_traffic` needs TRITON_INTERPRET=1 when this module is imported, `compile_code` must
-not have it. Both take the launch that the kernels' own rules choose for a machine.
+compiled: `count_traffic` needs TRITON_INTERPRET=1 when this module is imported, `compile_kernel`
+must not have it. Both take the launch that the kernels' own rules choose for a machine.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ MACHINES = {
 
 _ACTIVATIONS = ("p_x", "p_y", "p_dy", "p_dx")
 _COUNTED_ELEMENTS = 2**17
+_COUNTED_UNITS = 2
 
 
 class Norm(Record, frozen=True, kw_only=True):
@@ -119,7 +120,7 @@ def count_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
     the number of programs, which is kept.
     """
     CG = norm.channels // norm.groups
-    C = min(norm.channels, 2 * launch.slab)
+    C = min(norm.channels, _COUNTED_UNITS * launch.slab)
     units = ceil_div(C, launch.slab)
     short, HW = _shortened(launch, norm.positions)
     short = short._replace(units=min(units, short.units))
@@ -162,8 +163,15 @@ def count_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
     )
 
 
-def compile_code(norm: Norm, direction: Direction, launch: Launch, arch: int) -> list[KernelCode]:
-    """Every kernel of the direction, compiled for the launch at the norm's full size."""
+def counted_launch(launch: Launch) -> Launch:
+    """The launch as far as traffic goes: equal ones are counted alike."""
+    return launch._replace(reason="", units=min(launch.units, _COUNTED_UNITS))
+
+
+def kernels_of(
+    norm: Norm, direction: Direction, launch: Launch
+) -> dict[str, list[launches.Recorded]]:
+    """The launches of every kernel of the direction, by its name and phase; none is made."""
     with launches.recording() as recorded:
         _run(norm, direction, launch, "meta")
     kinds: dict[str, list[launches.Recorded]] = {}
@@ -171,15 +179,20 @@ def compile_code(norm: Norm, direction: Direction, launch: Launch, arch: int) ->
         phase = item.arguments.get("PHASE")
         name = item.kernel.__name__.removesuffix("_kernel")
         kinds.setdefault(f"{name}: {phase}" if phase else name, []).append(item)
-    return [
-        KernelCode(
-            kernel=name,
-            launches=len(items),
-            programs=sum(item.grid[0] for item in items),
-            code=compile_for(items[0].kernel, items[0].arguments, arch),
-        )
-        for name, items in kinds.items()
-    ]
+    return kinds
+
+
+def compile_kernel(
+    norm: Norm, direction: Direction, launch: Launch, arch: int, kernel: str
+) -> KernelCode:
+    """One of `kernels_of`, compiled for the launch at the norm's full size."""
+    items = kernels_of(norm, direction, launch)[kernel]
+    return KernelCode(
+        kernel=kernel,
+        launches=len(items),
+        programs=sum(item.grid[0] for item in items),
+        code=compile_for(items[0].kernel, items[0].arguments, arch),
+    )
 
 
 def _share(access: traffic.Access, norm: Norm) -> float:

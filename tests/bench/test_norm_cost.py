@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,9 +10,17 @@ import pytest
 pytest.importorskip("triton")
 
 from resblock_bench.bench import norm_cost
-from resblock_bench.bench.norm_cost import Direction, Norm, compile_code, count_traffic, launch_of
-from resblock_bench.bench.workers import pool
-from resblock_bench.kernels.tiers import Choice, Machine, Tier, shape
+from resblock_bench.bench.norm_cost import (
+    Direction,
+    KernelCode,
+    Norm,
+    compile_kernel,
+    count_traffic,
+    kernels_of,
+    launch_of,
+)
+from resblock_bench.bench.workers import Worker
+from resblock_bench.kernels.tiers import Choice, Launch, Machine, Tier, shape
 
 
 def norm(**changes: Any) -> Norm:
@@ -98,9 +105,17 @@ def test_a_shortened_count_is_that_of_the_full_size() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Iterator[ProcessPoolExecutor]:
-    with pool(1, interpret=False) as executor:
-        yield executor
+def compiler() -> Iterator[Worker]:
+    worker = Worker(interpret=False)
+    yield worker
+    worker.kill()
+
+
+def compiled(
+    worker: Worker, n: Norm, direction: Direction, launch: Launch, arch: int
+) -> list[KernelCode]:
+    how = (n, direction, launch)
+    return [worker.call(compile_kernel, *how, arch, name) for name in kernels_of(*how)]
 
 
 CASES = [
@@ -117,11 +132,11 @@ CASES = [
 @pytest.mark.parametrize(
     ("arch", "n", "tier"), CASES, ids=[f"{a}-{n.layout}-{n.dtype}-{t}" for a, n, t in CASES]
 )
-def test_machine_code(compiler: ProcessPoolExecutor, arch: int, n: Norm, tier: Tier | None) -> None:
+def test_machine_code(compiler: Worker, arch: int, n: Norm, tier: Tier | None) -> None:
     """It compiles (which the interpreter does not show), spills nothing, moves 128 bits a time."""
     for direction in norm_cost.DIRECTIONS:
         launch = launch_of(n, direction, arch, tier)
-        kernels = compiler.submit(compile_code, n, direction, launch, arch).result()
+        kernels = compiled(compiler, n, direction, launch, arch)
         names = [kernel.kernel for kernel in kernels]
         if direction == "backward":
             assert names.pop() == "parameter_gradients"
@@ -138,13 +153,13 @@ def test_machine_code(compiler: ProcessPoolExecutor, arch: int, n: Norm, tier: T
                 assert set(code.main_loads) | set(code.main_stores) == {128} or n.dropout
 
 
-def test_cooperative_kernels_compile(compiler: ProcessPoolExecutor) -> None:
+def test_cooperative_kernels_compile(compiler: Worker) -> None:
     """They wait for each other, which the interpreter cannot run."""
     n = norm(positions=4096)
     for direction in ("forward", "backward"):
         choice = Choice("C", 4096, 8, 1, cooperative=True)
         launch = shape(direction, n.problem, norm_cost.MACHINES[90], choice)
-        kernels = compiler.submit(compile_code, n, direction, launch, 90).result()
+        kernels = compiled(compiler, n, direction, launch, 90)
         assert kernels[0].kernel.endswith("cooperative")
         assert kernels[0].launches == 1
         assert kernels[0].code.spill_store_bytes == 0

@@ -1,0 +1,253 @@
+"""The static part of `check`: bytes and machine code of the kernels, the same on every machine.
+
+A subject is a norm at fixed sizes, or a case that another package offers (kernel_cases.py). Its
+entries are the traffic of each direction and the machine code of each of its kernels on each
+architecture. What costs more for certain is a regression: spills, narrower accesses, more bytes,
+wasted sectors, shared memory that no block may have. Machine code that is otherwise different is a
+change: only a timing run can tell what it means, and the same machine code needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+
+from resblock_bench.bench import kernel_cases
+from resblock_bench.bench.cost import answers, calls_of
+from resblock_bench.bench.findings import Finding, Level
+from resblock_bench.bench.grid import GROUPS
+from resblock_bench.bench.machine_code import (
+    ARCHITECTURES,
+    RESERVED_SHARED_BYTES,
+    SM_SHARED_BYTES,
+    MachineCode,
+)
+from resblock_bench.bench.pins import Found, PinFile, PinnedPart, Rule, Value
+from resblock_bench.bench.workers import Job
+
+if TYPE_CHECKING:
+    from resblock_bench.bench.norm_cost import Norm
+
+NAME = "static"
+
+_ROUNDING = 1e-4  # of five digits
+RULES = {
+    "registers": Rule("lower", hard=False),
+    "spill_bytes": Rule("lower"),
+    "shared_bytes": Rule("lower", hard=False),
+    "load_bits": Rule("higher"),
+    "store_bits": Rule("higher"),
+    "instructions": Rule("lower", hard=False),
+    "occupancy": Rule("higher", hard=False),
+    "sass_hash": Rule(None),
+    "requested": Rule("lower", _ROUNDING),
+    "dram": Rule("lower", _ROUNDING),
+    "small": Rule("lower", _ROUNDING),
+    "sector_efficiency": Rule("higher", _ROUNDING),
+}
+"""Of the figures of an entry.
+
+registers, occupancy    as in MachineCode
+spill_bytes             stored and loaded by a thread
+shared_bytes            of a block
+load_bits, store_bits   the widest access of a thread to global memory in the main loops; 0: none
+instructions            of a thread in the main loops, an element
+sass_hash               the same where the instructions are
+requested, dram, small  passes over the activation, as in norm_cost.Traffic; of another package's
+                        case bytes an element (kernel_cases.CaseTraffic)
+sector_efficiency       bytes asked for over those of the sectors they lie in
+"""
+
+
+class Item(NamedTuple):
+    """One entry of one subject, and the job that measures it."""
+
+    subject: str
+    entry: str
+    job: Job
+
+
+def norms() -> list[Norm]:
+    """The norms that are pinned: every tier, layout, direction and modulation, bf16 and fp32."""
+    from resblock_bench.bench.norm_cost import Norm
+
+    def norm(
+        N: int, C: int, HW: int, dtype: Any, layout: Any, modulation: Any, dropout: float = 0.0
+    ) -> Norm:
+        return Norm(
+            batch=N,
+            channels=C,
+            positions=HW,
+            groups=GROUPS,
+            dtype=dtype,
+            layout=layout,
+            modulation=modulation,
+            bias_folded=modulation != "none",
+            dropout=dropout,
+        )
+
+    return [
+        # A comment is the tier, forward and backward. The launches take few programs to count.
+        norm(8, 256, 64, "bf16", "nchw", "none"),  # A
+        norm(8, 256, 1024, "fp32", "nchw", "add", dropout=0.1),  # A
+        norm(8, 256, 4096, "bf16", "nchw", "scale_shift"),  # B
+        norm(8, 256, 65536, "bf16", "nchw", "scale_shift"),  # C, a group divided
+        norm(8, 512, 64, "bf16", "nhwc", "scale_shift"),  # A
+        norm(64, 512, 1024, "bf16", "nhwc", "scale_shift"),  # B
+        norm(8, 320, 256, "bf16", "nhwc", "scale_shift"),  # C, ten channels a group
+        norm(8, 256, 1024, "fp32", "nhwc", "add"),  # C
+        norm(32, 64, 2**20, "bf16", "nhwc", "scale_shift"),  # D
+    ]
+
+
+def norm_name(norm: Norm) -> str:
+    """Such as 8x256x1024-bf16-nhwc-scale_shift: (N, C, HW), and how it is stored and modulated."""
+    sizes = f"{norm.batch}x{norm.channels}x{norm.positions}"
+    dropout = "-dropout" if norm.dropout else ""
+    return f"{sizes}-{norm.dtype}-{norm.layout}-{norm.modulation}{dropout}"
+
+
+def norm_items(norms: Iterable[Norm]) -> Iterator[Item]:
+    """The entries of norms. Traffic is there once for architectures that launch alike."""
+    calls, _ = calls_of(norms, ARCHITECTURES, None)
+    for (norm, direction), same in groupby(calls, key=lambda call: (call.norm, call.direction)):
+        subject = norm_name(norm)
+        together = list(same)
+        alike: dict[Job, str] = {}
+        for call in together:
+            alike[call.traffic()] = f"{alike.get(call.traffic(), '')} sm_{call.arch}"
+        for job, archs in alike.items():
+            yield Item(subject, f"{direction} traffic{archs if len(alike) > 1 else ''}", job)
+        for call in together:
+            for kernel, job in call.kernels().items():
+                yield Item(subject, f"{direction} sm_{call.arch} {kernel}", job)
+
+
+def case_items(
+    points: Iterable[metadata.EntryPoint], archs: Sequence[int]
+) -> tuple[list[Item], list[Finding]]:
+    """The entries of other packages' cases, and what is wrong with those that offer none."""
+    items: dict[str, list[Item]] = {}
+    wrong: list[Finding] = []
+    for point in points:
+        package = point.dist.name if point.dist else point.name
+        try:
+            names = kernel_cases.cases_of(point.value)
+        except Exception as error:  # whatever a foreign import raises
+            why = f"{point.value} cannot be used ({type(error).__name__}: {_one_line(error)})"
+            text = f"of the package {package}: {why}; mend or uninstall it"
+            wrong.append(_finding("invalid", point.name, None, text))
+            continue
+        for name in names:
+            if name in items:
+                text = f"of the package {package}: another case has this name; rename one"
+                wrong.append(_finding("invalid", name, None, text))
+                continue
+            codes = [
+                Item(name, f"sm_{arch}", kernel_cases.code_job(point.value, name, arch))
+                for arch in archs
+            ]
+            traffic = kernel_cases.traffic_job(point.value, name)
+            items[name] = [Item(name, "traffic", traffic), *codes]
+    return [item for same in items.values() for item in same], wrong
+
+
+def measure_items(items: Iterable[Item], console: Console) -> Found:
+    """Every item's figures; a finding for each that failed, and for one that could not run."""
+    wanted = list(items)
+    values = dict(answers((item.job for item in wanted), console))
+    found = Found()
+    for subject, entry, job in wanted:
+        entries = found.subjects.setdefault(subject, {})
+        value, error = values[job]
+        if error is not None:
+            doing = "interpreted" if job.interpret else "compiled"
+            text = f"could not be {doing}: {_one_line(error)}; mend the kernel or its launch"
+            found.findings.append(_finding("invalid", subject, entry, text))
+            continue
+        if job.interpret:
+            entries[entry] = _traffic(value)
+            continue
+        code = value if isinstance(value, MachineCode) else value.code
+        entries[entry] = _code(code)
+        most = SM_SHARED_BYTES[code.arch] - RESERVED_SHARED_BYTES
+        if code.shared_bytes > most:
+            text = (
+                f"needs {code.shared_bytes:,} bytes of shared memory, and sm_{code.arch} has "
+                f"{most:,} for a block: it cannot be launched, take smaller tiles or fewer stages"
+            )
+            found.findings.append(_finding("regression", subject, entry, text))
+    return found
+
+
+def measure(console: Console) -> Found:
+    """Every norm of this configuration, and the cases of the installed packages."""
+    own = list(norm_items(norms()))
+    cases, wrong = case_items(kernel_cases.registered(), ARCHITECTURES)
+    found = measure_items([*own, *cases], console)
+    found.findings[:0] = wrong
+    return found
+
+
+def summary(pins: Mapping[str, PinFile], found: Found) -> str:
+    """How many kernels have exactly the pinned machine code, and so cannot have changed speed."""
+    same = changed = 0
+    for subject, entries in found.subjects.items():
+        pinned = pins[subject].entries if subject in pins else {}
+        for entry, figures in entries.items():
+            if "sass_hash" in figures:
+                equal = pinned.get(entry, {}).get("sass_hash") == figures["sass_hash"]
+                same, changed = same + equal, changed + (not equal)
+    rest = f"{changed} do not" if changed else "no timing run is needed"
+    return f"{same} of {same + changed} kernels have exactly the pinned machine code; {rest}"
+
+
+def _code(code: MachineCode) -> dict[str, Value]:
+    return {
+        "registers": code.registers,
+        "spill_bytes": code.spill_store_bytes + code.spill_load_bytes,
+        "shared_bytes": code.shared_bytes,
+        "load_bits": max(code.main_loads, default=0),
+        "store_bits": max(code.main_stores, default=0),
+        "instructions": _rounded(code.instructions["total"]),
+        "occupancy": _rounded(code.occupancy),
+        "sass_hash": code.sass_hash,
+    }
+
+
+def _traffic(value: Any) -> dict[str, Value]:
+    names = ("requested", "dram", "small", "sector_efficiency")
+    return {name: _rounded(getattr(value, name)) for name in names if hasattr(value, name)}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says; a compiler's message has the source in between."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
+
+
+def _finding(level: Level, subject: str, entry: str | None, text: str) -> Finding:
+    return Finding(part=NAME, level=level, subject=subject, entry=entry, text=text)
+
+
+def _cannot() -> str | None:
+    from resblock_bench.kernels.dispatch import triton_installed
+
+    if triton_installed():
+        return None
+    return "it interprets and compiles Triton kernels, and Triton is not installed: install triton"
+
+
+def _made_with() -> dict[str, str | None]:
+    return {"triton": metadata.version("triton")}
+
+
+PART = PinnedPart(name=NAME, cannot=_cannot, measure=measure, rules=RULES, made_with=_made_with)

@@ -1,0 +1,47 @@
+"""Jobs in worker processes: what each is told, and what is left of those that fail."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from resblock_bench.bench.workers import Job, JobFailed, WorkerDied, run
+
+INTERPRET = ("TRITON_INTERPRET",)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_process_is_of_one_kind(workers: int) -> None:
+    wanted = [Job(False, os.getenv, INTERPRET), Job(True, os.getenv, INTERPRET)]
+    found = dict(run([*wanted, *wanted], workers))
+    assert {job.interpret: answer.get() for job, answer in found.items()} == {False: "0", True: "1"}
+    assert not multiprocessing.active_children()
+
+
+def test_whoever_fails_fails_alone() -> None:
+    dying = Job(False, os._exit, (3,))
+    failing = Job(False, int, ("seven",))
+    absent = Job(False, test_a_process_is_of_one_kind, (1,))  # no module that a worker can import
+    good = [Job(False, abs, (-i,)) for i in range(4)]
+    found = dict(run([good[0], dying, good[1], failing, good[2], absent, good[3]], 2))
+    assert [found[job].get() for job in good] == [0, 1, 2, 3]
+    with pytest.raises(WorkerDied, match="exit code 3"):
+        found[dying].get()
+    with pytest.raises(JobFailed, match="ValueError: invalid literal"):
+        found[failing].get()
+    with pytest.raises(JobFailed):
+        found[absent].get()
+
+
+def test_whoever_stops_asking_ends_the_processes() -> None:
+    """As Ctrl-C does: the jobs would take an hour."""
+    found = run(
+        [Job(False, abs, (-1,)), *(Job(True, time.sleep, (3600 + i,)) for i in range(2))], 2
+    )
+    next(found)
+    assert multiprocessing.active_children()
+    found.close()
+    assert not multiprocessing.active_children()
