@@ -9,6 +9,7 @@ from rich.text import Text
 
 from resblock_bench.bench import environment, exitcodes
 from resblock_bench.bench.check import (
+    Timing,
     check,
     default_pins,
     measured,
@@ -25,13 +26,9 @@ from resblock_bench.bench.terminal import say
 def save(names: Sequence[str], reason: str, pins: Path | None, console: Console) -> int:
     """Measure the parts and pin what they find; returns the exit code.
 
-    A part with a wrong or invalid result of its own is not saved. Raises UsageError without a part
-    or a reason, for a part that cannot be measured here, and where the pins cannot be written.
+    A part with a wrong or invalid result of its own is not saved. Raises UsageError for a part that
+    cannot be measured here, and where the pins cannot be written.
     """
-    if not names:
-        raise UsageError(f"nothing is named to be saved: add {_flags()}")
-    if not reason.strip():
-        raise UsageError("--reason is empty: say why, for those who review it")
     parts = [pinned_parts()[name] for name in names]
     for part in parts:
         cannot = part.cannot()
@@ -48,7 +45,7 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
                 say(console, f"{finding.level} {_where(finding)}: {finding.text}")
             say(console, f"{part.name}: not saved")
             continue
-        changed = write_pins(root, part, found.subjects, reason.strip(), _commit())
+        changed = write_pins(root, part, found.subjects, reason, _commit())
         for path in changed:
             say(console, f"{'saved' if path.exists() else 'removed'} {path}")
         same = len(found.subjects) - sum(path.exists() for path in changed)
@@ -56,8 +53,13 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
     return exit_code(refused)
 
 
-def _flags() -> str:
-    return " or ".join(f"--{name}" for name in pinned_parts())
+def require(names: Sequence[str], timing: bool, reason: str) -> None:
+    """Raises UsageError where nothing is named to be saved, or no reason given."""
+    if not names and not timing:
+        flags = ", ".join(f"--{name}" for name in pinned_parts())
+        raise UsageError(f"nothing is named to be saved: add {flags} or --timing")
+    if not reason.strip():
+        raise UsageError("--reason is empty: say why, for those who review it")
 
 
 def _where(finding: Finding) -> str:
@@ -129,7 +131,8 @@ def _show_figures(pin: PinFile, console: Console) -> None:
             say(console, f"    {name} {f'{value:,}' if isinstance(value, int) else value}")
 
 
-def diff(names: Sequence[str], pins: Path | None, console: Console) -> int:
+def diff(names: Sequence[str], pins: Path | None, timing: Timing, console: Console) -> int:
     """Measure and show what would be saved: every finding, pinned → found."""
-    show(report_of(check(names, pins or default_pins(Path.cwd()), console)), console, limit=None)
+    outcomes = check(names, pins or default_pins(Path.cwd()), timing, console)
+    show(report_of(outcomes), console, limit=None)
     return exitcodes.OK

@@ -4,10 +4,12 @@ It fails closed: what is missing, damaged or crashed is a finding, and the entri
 come from the configuration, not from the files found.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -17,6 +19,7 @@ from resblock_bench.bench.pins import PINS, Found, PinFile, PinnedPart, judge, r
 from resblock_bench.bench.report import Checked, Destination, Report, count_levels, write
 from resblock_bench.bench.storage import is_checkout
 
+TIMING = "timing"
 COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "invalid", "seconds"]
 
 
@@ -31,12 +34,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one part came to."""
+    """What one part came to; `notes` are sentences on the whole of it."""
 
     part: str
     checked: list[Checked]
     findings: list[Finding]
     seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+class Timing(NamedTuple):
+    """The timing part: why it cannot be done here, or None, and how it is."""
+
+    cannot: str | None
+    check: Callable[[Console], Outcome]
 
 
 def pinned_parts() -> dict[str, PinnedPart]:
@@ -53,37 +64,45 @@ def default_pins(start: Path) -> Path:
     return next(roots, start) / PINS
 
 
-def carry_out(request: Request, console: Console, progress: Console) -> int:
+def carry_out(request: Request, timing: Timing, console: Console, progress: Console) -> int:
     """Check, and report on `console`; what is under way is shown on `progress`."""
-    outcomes = check(request.parts, request.pins or default_pins(Path.cwd()), progress)
+    outcomes = check(request.parts, request.pins or default_pins(Path.cwd()), timing, progress)
     report = report_of(outcomes)
     write(report, request.to, console)
     return exit_code(report.findings)
 
 
-def check(names: Sequence[str], root: Path, console: Console) -> list[Outcome]:
+def check(names: Sequence[str], root: Path, timing: Timing, console: Console) -> list[Outcome]:
     """The outcome of each part, or of all parts if none is named.
 
     A part that cannot be done here is a note, unless it was asked for by name.
     """
+    parts: dict[str, tuple[str | None, Callable[[], Outcome]]] = {
+        part.name: (part.cannot(), functools.partial(check_pinned, part, root, console))
+        for part in pinned_parts().values()
+    }
+    parts[TIMING] = (timing.cannot, lambda: timing.check(console))
     outcomes = []
-    for name, part in pinned_parts().items():
+    for name, (reason, carried_out) in parts.items():
         if names and name not in names:
             continue
-        reason = part.cannot()
         if reason is None:
-            outcomes.append(check_pinned(part, root, console))
+            outcomes.append(carried_out())
         else:
             level: Level = "invalid" if names else "note"
-            text = f"not done here: {reason}"
-            finding = Finding(part=name, level=level, subject=name, entry=None, text=text)
-            outcomes.append(Outcome(name, [], [finding], 0.0))
+            outcomes.append(
+                Outcome(name, [], [_said(name, level, f"not done here: {reason}")], 0.0)
+            )
     if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
-        nothing = Finding(
-            part="check", level="invalid", subject="check", entry=None, text="nothing was checked"
+        outcomes.append(
+            Outcome("check", [], [_said("check", "invalid", "nothing was checked")], 0.0)
         )
-        outcomes.append(Outcome("check", [], [nothing], 0.0))
     return outcomes
+
+
+def _said(part: str, level: Level, text: str) -> Finding:
+    """A finding about a part as a whole."""
+    return Finding(part=part, level=level, subject=part, entry=None, text=text)
 
 
 def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
@@ -92,11 +111,14 @@ def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
     try:
         pins = read_pins(root, part.name)
     except InvalidError as error:
-        return Outcome(part.name, [], [_invalid(part, str(error))], 0.0)
+        return Outcome(part.name, [], [_said(part.name, "invalid", str(error))], 0.0)
     found = measured(part, console)
-    outcome_findings = judge(part, pins, found)
     return Outcome(
-        part.name, _compared(part, pins, found), outcome_findings, time.monotonic() - began
+        part.name,
+        _compared(part, pins, found),
+        judge(part, pins, found),
+        time.monotonic() - began,
+        [part.summary(pins, found)] if part.summary is not None else [],
     )
 
 
@@ -107,11 +129,9 @@ def measured(part: PinnedPart, console: Console) -> Found:
     except (UsageError, InvalidError):
         raise
     except Exception as error:
-        return Found(findings=[_invalid(part, f"crashed: {type(error).__name__}: {error}")])
-
-
-def _invalid(part: PinnedPart, text: str) -> Finding:
-    return Finding(part=part.name, level="invalid", subject=part.name, entry=None, text=text)
+        return Found(
+            findings=[_said(part.name, "invalid", f"crashed: {type(error).__name__}: {error}")]
+        )
 
 
 def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[Checked]:
@@ -134,7 +154,7 @@ def report_of(outcomes: Sequence[Outcome]) -> Report:
         rows=[_row(outcome) for outcome in outcomes],
         checked=[thing for outcome in outcomes for thing in outcome.checked],
         findings=findings,
-        notes=advice(findings),
+        notes=[*(note for outcome in outcomes for note in outcome.notes), *advice(findings)],
     )
 
 

@@ -250,4 +250,11 @@ def _made_with() -> dict[str, str | None]:
     return {"triton": metadata.version("triton")}
 
 
-PART = PinnedPart(name=NAME, cannot=_cannot, measure=measure, rules=RULES, made_with=_made_with)
+PART = PinnedPart(
+    name=NAME,
+    cannot=_cannot,
+    measure=measure,
+    rules=RULES,
+    made_with=_made_with,
+    summary=summary,
+)

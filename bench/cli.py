@@ -11,82 +11,26 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from resblock_bench.bench import exitcodes
-from resblock_bench.bench.errors import InvalidError, UsageError
-
-if TYPE_CHECKING:
-    from resblock_bench.bench.compare import BaseRequest
-    from resblock_bench.bench.plan import Plan
-
-app = typer.Typer(
-    name="resblock-bench",
-    help="Measure, compare and profile diffusion U-Net residual blocks.",
-    epilog="Exit codes: 0 fine, 1 regression, 2 usage, 3 incomplete or invalid, 4 inconclusive, "
-    "5 wrong results.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from resblock_bench.bench import (
+    cli_gate,  # noqa: F401  adds its verbs
+    exitcodes,
 )
-
-AxisOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-a",
-        "--axis",
-        metavar="NAME=VALUES",
-        help="Values of an axis: a comma list, [16:128:x2] or [16:64:+16]. With --preset or "
-        "--config it replaces that axis; without, the other axes take their defaults.",
-    ),
-]
-PresetOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A preset; see 'resblock-bench list'.")
-]
-ConfigOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A TOML file in the format of a preset.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
-]
-
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
-]
-SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
-]
-FormatOption = Annotated[str, typer.Option(metavar="table|md|json|junit", help="Of the report.")]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Write the report there; the table is shown all the same."),
-]
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads any more: what is measured is still written down."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _console() -> Console:
-    console = _Console()
-    if not console.is_terminal:
-        from resblock_bench.bench.table import WIDTH
-
-        console = _Console(width=WIDTH)
-    return console
-
-
-def _progress_console() -> Console:
-    """For what is under way: what a report is read from stays clean."""
-    return Console(stderr=True)
+from resblock_bench.bench.cli_app import (
+    AxisOption,
+    ConfigOption,
+    DeviceOption,
+    PresetOption,
+    SeedOption,
+    TelemetryOption,
+    ThreadsOption,
+    app,
+    result_console,
+)
+from resblock_bench.bench.errors import InvalidError, UsageError
 
 
 @app.command()
@@ -131,12 +75,7 @@ def run(
             metavar="0,1", help="GPUs, by position or UUID, a lane each. Default: all visible."
         ),
     ] = None,
-    telemetry: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Play back a recorded trace in place of the machine's counters."
-        ),
-    ] = None,
+    telemetry: TelemetryOption = None,
     max_time: Annotated[
         str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
     ] = None,
@@ -216,7 +155,7 @@ def run(
         for flag, given in settings.items():
             if given is not None:
                 raise UsageError(f"{flag} is set by the run that is resumed: leave it out")
-    console = _console()
+    console = result_console()
     if dry_run:
         shown = asked or read_plan(folder_to_resume(output))
         console.print(planned_cells(shown.cells))
@@ -249,7 +188,7 @@ def list_(
     from resblock_bench.bench.listing import choices, planned_cells
     from resblock_bench.bench.presets import choose
 
-    console = _console()
+    console = result_console()
     if axis or preset or config:
         sweep = choose(axis or [], preset, config, default_kind())
         console.print(planned_cells(plan(sweep.grids)))
@@ -307,7 +246,7 @@ def cost(
         tier=None if tier is None else costs.tier_named(tier),
         json=json,
     )
-    raise typer.Exit(costs.carry_out(request, _console()))
+    raise typer.Exit(costs.carry_out(request, result_console()))
 
 
 @app.command()
@@ -343,178 +282,7 @@ def tune(
         cooperative=not no_cooperative,
         seed=seed,
     )
-    raise typer.Exit(tuning.tune(request, _console()))
-
-
-@app.command()
-def compare(
-    measured: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[A B | RUN]",
-            help="Two run folders or baselines; or one, of which fused is compared to reference.",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REV", help="Measure this git revision against the working tree, in turns."
-        ),
-    ] = None,
-    axis: AxisOption = None,
-    preset: PresetOption = None,
-    config: ConfigOption = None,
-    device: DeviceOption = None,
-    source: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="DIR",
-            help="With --base in another repository: the folder its packages are imported from.",
-        ),
-    ] = None,
-    relative: Annotated[
-        bool,
-        typer.Option(
-            "--relative", help="Compare the ratios of fused to reference: also across machines."
-        ),
-    ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say of every cell which rules decided.")
-    ] = False,
-    timeout: Annotated[
-        str, typer.Option(metavar="5m", help="What a round's check or burst may take.")
-    ] = "5m",
-    telemetry: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Play back a recorded trace in place of the machine's counters."
-        ),
-    ] = None,
-    threads: ThreadsOption = None,
-    seed: SeedOption = None,
-    format: FormatOption = "table",
-    output: OutputOption = None,
-) -> None:
-    """Give a verdict on every cell: SAME, FAST, SLOW or AMBIGUOUS.
-
-    With --base, five to thirteen rounds of both revisions in lockstep, by default over the preset
-    gate-cpu or gate-cuda; what is slow or fast is drawn a second time. Exit codes: 0 nothing is
-    slower, 1 slower, 3 something is missing or failed, 4 no verdict is possible, 5 wrong results.
-    """
-    from resblock_bench.bench import compare as comparing
-    from resblock_bench.bench.report import destination
-
-    to = destination(format, output)
-    console, here, paths = _console(), Path.cwd(), measured or []
-    if base is None:
-        _refuse_with_stored(
-            {
-                "--axis": axis,
-                "--preset": preset,
-                "--config": config,
-                "--device": device,
-                "--source": source,
-                "--telemetry": telemetry,
-                "--threads": threads,
-                "--seed": seed,
-            }
-        )
-    elif paths or relative:
-        raise UsageError(
-            "--base measures two revisions: leave out the run folders and --relative, or --base"
-        )
-    if base is not None:
-        plan = _gate_plan(axis, preset, config, device, threads, seed)
-        request = _base_request(base, plan, source, timeout, telemetry)
-        outcome = comparing.against_base(request, _progress_console())
-    elif len(paths) == 2:
-        outcome = comparing.of_stored(paths[0], paths[1], here, relative=relative)
-    elif len(paths) == 1 and not relative:
-        outcome = comparing.of_variants(paths[0], here)
-    else:
-        raise UsageError(
-            f"{len(paths)} runs were named{' with --relative' if relative else ''}: name two run "
-            "folders or baselines, one to compare its fused cells with the reference, or a "
-            "revision with --base"
-        )
-    raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
-
-
-def _refuse_with_stored(options: dict[str, object]) -> None:
-    for flag, given in options.items():
-        if given is not None:
-            raise UsageError(f"{flag} goes with --base: what is stored is compared as it is")
-
-
-def _gate_plan(
-    axis: list[str] | None,
-    preset: str | None,
-    config: Path | None,
-    device: str | None,
-    threads: int | None,
-    seed: int | None,
-) -> Plan:
-    """The cells that a gate times: those of gate-cpu or gate-cuda unless others are named."""
-    from resblock_bench.bench.devices import default_kind, device_kind
-    from resblock_bench.bench.grid import plan
-    from resblock_bench.bench.plan import Plan
-    from resblock_bench.bench.presets import choose
-
-    kind = default_kind() if device is None else device_kind(device)
-    if not (axis or preset or config):
-        preset = f"gate-{kind}"
-    sweep = choose(axis or [], preset, config, kind)
-    return Plan(
-        device=(None if device is None else kind) or sweep.device or kind,
-        rule=sweep.settings.rule(),
-        seed=seed or 0,
-        threads=threads,
-        memory_limit_bytes=None,
-        cells=plan(sweep.grids),
-    )
-
-
-def _base_request(
-    base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
-) -> BaseRequest:
-    from resblock_bench.bench.compare import BaseRequest
-    from resblock_bench.bench.telemetry import Replay
-    from resblock_bench.bench.units import parse_duration_s
-
-    if telemetry is not None:
-        Replay(telemetry)  # a bad trace is found before anything is measured
-    return BaseRequest(
-        base=base,
-        plan=plan,
-        start=Path.cwd(),
-        timeout_s=parse_duration_s(timeout),
-        sources=tuple(source or ()),
-        telemetry=telemetry,
-    )
-
-
-@app.command()
-def calibrate(
-    axis: AxisOption = None,
-    preset: PresetOption = None,
-    config: ConfigOption = None,
-    device: DeviceOption = None,
-    rounds: Annotated[
-        int, typer.Option(min=5, metavar="15", help="Rounds of every cell against itself.")
-    ] = 15,
-    threads: ThreadsOption = None,
-    seed: SeedOption = None,
-) -> None:
-    """Measure how far two runs of the same code lie apart here, and store the tolerance.
-
-    The cells of gate-cpu or gate-cuda unless others are named. Verdicts take the tolerance from
-    results/baselines/MACHINE/calibration.json and say so when it is missing or stale.
-    """
-    from resblock_bench.bench import calibrate as calibrating
-
-    plan = _gate_plan(axis, preset, config, device, threads, seed)
-    request = calibrating.Request(plan, Path.cwd(), rounds)
-    raise typer.Exit(calibrating.carry_out(request, _console()))
+    raise typer.Exit(tuning.tune(request, result_console()))
 
 
 @app.command()
@@ -536,7 +304,7 @@ def env(
     from resblock_bench.bench.units import parse_duration_s
 
     found = [*cpu_findings(), *gpu_findings(os.environ)]
-    console = _console()
+    console = result_console()
     gathered = environment.gather(environment.usable_cpus())
     console.print(machine(gathered, found))
     if record is not None:
@@ -545,103 +313,6 @@ def env(
         with contextlib.closing(probe):
             count = telemetry.record(probe, record, parse_duration_s(duration))
         typer.echo(f"{count} readings are in {record}")
-
-
-MemoryOption = Annotated[
-    bool,
-    typer.Option("--memory", help="Bytes of published blocks' training steps, on fake tensors."),
-]
-AccuracyOption = Annotated[
-    bool, typer.Option("--accuracy", help="Errors of the kernels against float64, interpreted.")
-]
-PinsOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Default: results/pins of the repository around here."),
-]
-
-
-def _named(**parts: bool) -> list[str]:
-    """The parts whose option was given."""
-    return [name for name, given in parts.items() if given]
-
-
-@app.command()
-def check(
-    memory: MemoryOption = False,
-    accuracy: AccuracyOption = False,
-    pins: PinsOption = None,
-    format: Annotated[
-        str, typer.Option("--format", metavar="table|md|json|junit", help="Of the report.")
-    ] = "table",
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the report here, and the table to the terminal."),
-    ] = None,
-) -> None:
-    """The gate: compare the kernels with their pins, in all parts that this machine can do.
-
-    Worse fails (1), better and changed ask to be saved (4), missing or damaged is invalid (3), and
-    what is wrong in itself is 5.
-    """
-    from resblock_bench.bench import check as checking
-    from resblock_bench.bench.report import destination
-
-    request = checking.Request(
-        parts=_named(memory=memory, accuracy=accuracy), pins=pins, to=destination(format, output)
-    )
-    console = _console()
-    # A report on the standard output stands alone there.
-    alone = format != "table" and output is None
-    progress = Console(stderr=True) if alone else console
-    raise typer.Exit(checking.carry_out(request, console, progress))
-
-
-baseline = typer.Typer(
-    help="Save what is expected, show it, and compare with it.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(baseline, name="baseline")
-
-
-@baseline.command()
-def save(
-    reason: Annotated[
-        str, typer.Option(metavar="TEXT", help="Why, for those who review it; required.")
-    ] = "",
-    memory: MemoryOption = False,
-    accuracy: AccuracyOption = False,
-    pins: PinsOption = None,
-) -> None:
-    """Measure the parts named and pin what they find; what is wrong or invalid is not saved."""
-    from resblock_bench.bench import baseline_pins
-
-    names = _named(memory=memory, accuracy=accuracy)
-    raise typer.Exit(baseline_pins.save(names, reason, pins, _console()))
-
-
-@baseline.command()
-def show(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[PART|SUBJECT]", help="Default: everything.")
-    ] = None,
-    pins: PinsOption = None,
-) -> None:
-    """When and why each pin was saved; of a subject, its figures."""
-    from resblock_bench.bench import baseline_pins
-
-    raise typer.Exit(baseline_pins.show_pins(name, pins, _console()))
-
-
-@baseline.command()
-def diff(
-    memory: MemoryOption = False, accuracy: AccuracyOption = False, pins: PinsOption = None
-) -> None:
-    """Measure, and show what saving would change; the exit code does not judge it."""
-    from resblock_bench.bench import baseline_pins
-
-    names = _named(memory=memory, accuracy=accuracy)
-    raise typer.Exit(baseline_pins.diff(names, pins, _console()))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -8,6 +8,10 @@ class UsageError(Exception):
     """A request that cannot be carried out as given; the command line exits with 2."""
 
 
+class NothingSelectedError(UsageError):
+    """Axes that no cell has."""
+
+
 class InvalidError(Exception):
     """What cannot be relied on: missing, damaged, or of another machine; exit code 3."""
 

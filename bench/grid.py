@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from resblock_bench.bench.axes import Selection, Value, axes
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import NothingSelectedError, UsageError
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import resblock_sites
 
@@ -52,7 +52,7 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
             planned.setdefault(item.cell, item)
     if not planned:
         asked = "; ".join(_describe(selection) for selection in given)
-        raise UsageError(
+        raise NothingSelectedError(
             f"the selection ({asked}) has no cell: checkpoint=selective and checkpoint=full exist "
             "only in mode=train, so add mode=train or checkpoint=none"
         )

@@ -95,6 +95,7 @@ class PinnedPart:
                 an "invalid" finding
     rules       of every figure by name
     made_with() the versions on which the figures depend; with others they are not compared
+    summary     a sentence on the whole, from pins and what was found
     """
 
     name: str
@@ -102,6 +103,7 @@ class PinnedPart:
     measure: Callable[[Console], Found]
     rules: Mapping[str, Rule]
     made_with: Callable[[], dict[str, str | None]]
+    summary: Callable[[Mapping[str, PinFile], Found], str] | None = None
 
 
 def read_pins(root: Path, part: str) -> dict[str, PinFile]:
