@@ -130,8 +130,7 @@ def _read(path: Path) -> PinFile:
         raise InvalidError(f"{path} is damaged ({error}): restore it from git") from None
     if (pin.part, pin.subject) != (path.parent.name, path.stem):
         raise InvalidError(
-            f"{path} says that it is {pin.part}/{pin.subject}: it was renamed, restore it "
-            "from git"
+            f"{path} says that it is {pin.part}/{pin.subject}: it was renamed, restore it from git"
         )
     return pin
 
