@@ -1,5 +1,6 @@
 """Sweeps of tiny cells: how they are chosen, and those that run in a process of their own."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def started(
 
 
 def wait_for_rows(process: "subprocess.Popen[str]", folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     cells = folder / "cells.jsonl"
     while not cells.exists() or cells.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()
@@ -56,6 +57,27 @@ def children_of(pid: int) -> set[int]:
         if not more:
             return found - {pid}
         found |= more
+
+
+def wait_for_hanging(process: "subprocess.Popen[str]") -> int:
+    """The process of a cell that has come to hang."""
+    deadline = time.monotonic() + 300
+    while True:
+        for pid in children_of(process.pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text() == "hanging\n":
+                    return pid
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_for_death(pids: set[int]) -> None:
+    """What the kernel still does for a killed process takes a moment."""
+    deadline = time.monotonic() + 120
+    while any(running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a cell outlived the suite"
+        time.sleep(0.05)
 
 
 def running(pid: int) -> bool:

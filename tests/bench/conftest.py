@@ -2,7 +2,8 @@
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from resblock_bench.bench.records import Cell, Environment, Row, site_of
 from resblock_bench.bench.survey import survey
 from resblock_bench.bench.timing import Rule
 from resblock_bench.bench.truth_file import truth_path, write_truth
+from resblock_bench.bench.workers import pool
 from resblock_bench.bench.workload import unsupported
 
 TINY = Cell(
@@ -141,6 +143,20 @@ def add_implementation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setitem(IMPLEMENTATIONS, name, type(reference)(**fields))
 
     return add
+
+
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton's kernels are compiled."""
+    with pool(1, interpret=False) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """One in which they are interpreted."""
+    with pool(1, interpret=True) as executor:
+        yield executor
 
 
 class Outcome(NamedTuple):

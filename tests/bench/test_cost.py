@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 
+from resblock_bench.bench import cost as costing
+
 pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def _started_workers(
+    monkeypatch: pytest.MonkeyPatch, compiler: Executor, interpreter: Executor
+) -> None:
+    """A fresh worker imports for seconds, and here each would get a kernel or two."""
+
+    def pool(workers: int, *, interpret: bool) -> AbstractContextManager[Executor]:
+        return nullcontext(interpreter if interpret else compiler)
+
+    monkeypatch.setattr(costing, "pool", pool)
+
 
 SMALL = ["-a", "channels=32", "-a", "resolution=4", "-a", "batch=2", "-a", "layout=nchw"]
 

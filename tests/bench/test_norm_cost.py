@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -12,7 +11,6 @@ pytest.importorskip("triton")
 
 from resblock_bench.bench import norm_cost
 from resblock_bench.bench.norm_cost import Direction, Norm, compile_code, count_traffic, launch_of
-from resblock_bench.bench.workers import pool
 from resblock_bench.kernels.tiers import Choice, Machine, Tier, shape
 
 
@@ -95,12 +93,6 @@ def test_a_shortened_count_is_that_of_the_full_size() -> None:
     assert short.dram == pytest.approx(full.dram)
     assert short.small == pytest.approx(full.small)
     assert short.sector_efficiency == pytest.approx(full.sector_efficiency)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[ProcessPoolExecutor]:
-    with pool(1, interpret=False) as executor:
-        yield executor
 
 
 CASES = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sweeps import QUICK, TINY, children_of, rows_of, running, started, wait_for_rows
+from sweeps import QUICK, TINY, children_of, rows_of, started, wait_for_death, wait_for_rows
 
 from resblock_bench.bench import cli
 from resblock_bench.bench.errors import UsageError
@@ -41,13 +41,10 @@ def test_kill_9_at_a_random_cell_then_resume(run_cli: Callable, tmp_path: Path) 
         wait_for_rows(process, folder, 1 + time.time_ns() % 5)
         family = children_of(process.pid)
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     finally:
         process.kill()
-    deadline = time.monotonic() + 30
-    while any(running(pid) for pid in family):
-        assert time.monotonic() < deadline, "a cell outlived the suite"
-        time.sleep(0.05)
+    wait_for_death(family)
     before = (folder / "cells.jsonl").read_bytes()
     kept = before[: before.rfind(b"\n") + 1]
     done = run_cli(
@@ -75,7 +72,7 @@ def test_a_full_disk_keeps_what_fitted_and_can_be_resumed(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = started(folder, cells=40, preexec_fn=fill)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 3, (out, err)
     assert "Traceback" not in err
     rows = read_run(folder).rows
