@@ -29,12 +29,14 @@ help:
 bench: $(INSTALLED)
 	@$(BIN)/resblock-bench run $(ARGS)
 
+# Each worker begins with a part of the files, so what a file makes once is mostly made once, and
+# takes from another's part when its own is done.
 # The workers share the cores, so each gets one thread. Torch's builds with MKL read MKL_NUM_THREADS;
 # OMP_NUM_THREADS=1 would do it too, but a test checks that nothing leaves that in the environment.
 test: $(INSTALLED)
 	@workers='$(WORKERS)'; \
 	if [ -z "$$workers" ]; then workers=`$(CORES)`; [ "$$workers" -le 8 ] || workers=8; fi; \
-	MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} $(BIN)/python -m pytest -n "$$workers" $(ARGS)
+	MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} $(BIN)/python -m pytest -n "$$workers" --dist worksteal $(ARGS)
 
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu $(ARGS)

@@ -1,7 +1,9 @@
 """Tiny cells, a fast session, a command line in this process, and a block that is wrong."""
 
+import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -10,20 +12,24 @@ import torch
 from cells import TINY
 from torch import nn
 
-from resblock_bench.bench import cli, environment
+from resblock_bench.bench import cli, environment, sweep
 from resblock_bench.bench import measure as measuring
 from resblock_bench.bench.correctness import checked_cell, compute_truth
 from resblock_bench.bench.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.jobs import SurveyJob
 from resblock_bench.bench.measure import Task
+from resblock_bench.bench.process import Processes
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
+from resblock_bench.bench.survey import survey
 from resblock_bench.bench.timing import Rule
 from resblock_bench.bench.truth_file import truth_path, write_truth
+from resblock_bench.bench.workers import Worker
 from resblock_bench.bench.workload import unsupported
 
 FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> None:
     """As a sweep does: what is imported need not be walked by every collection."""
     gc.freeze()
@@ -47,44 +53,53 @@ def found() -> Environment:
     return environment.gather(1)
 
 
-@pytest.fixture
-def make_task(make_cell: Callable[..., Cell], found: Environment) -> Callable[..., Task]:
+def tiny_task(found: Environment, **changes: object) -> Task:
     """The task of a tiny cell; fields of the task or of the cell changed."""
+    task = Task(
+        cell=TINY,
+        multiplicity=1,
+        attempt=1,
+        device="cpu",
+        rule=FAST,
+        seed=0,
+        environment=found,
+        memory_limit_bytes=None,
+        folder=None,
+        telemetry=None,
+    )
+    own = {name: changes.pop(name) for name in list(changes) if name in Task.__struct_fields__}
+    return msgspec.structs.replace(task, cell=msgspec.structs.replace(TINY, **changes), **own)
 
-    def make(**changes: object) -> Task:
-        task = Task(
-            cell=TINY,
-            multiplicity=1,
-            attempt=1,
-            device="cpu",
-            rule=FAST,
-            seed=0,
-            environment=found,
-            memory_limit_bytes=None,
-            folder=None,
-            telemetry=None,
-        )
-        own = {name: changes.pop(name) for name in list(changes) if name in Task.__struct_fields__}
-        return msgspec.structs.replace(task, cell=make_cell(**changes), **own)
 
-    return make
+def row_of_task(task: Task, folder: Path) -> Row:
+    """Measured in this process; truths are in `folder`."""
+    reason = unsupported(task.cell)
+    if reason is not None:
+        return measuring.row_of(task, "skipped", reason)
+    path = truth_path(folder, task.cell, task.seed)
+    if not path.exists():
+        site = checked_cell(site_of(task.cell))
+        write_truth(path, compute_truth(site, torch.device("cpu"), task.seed))
+    return measuring.measure(task, path)
+
+
+@pytest.fixture
+def make_task(found: Environment) -> Callable[..., Task]:
+    """The task of a tiny cell; fields of the task or of the cell changed."""
+    return functools.partial(tiny_task, found)
 
 
 @pytest.fixture
 def measure_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Task], Row]:
     """The row of a task, measured in this process."""
+    return lambda task: row_of_task(task, tmp_path_factory.getbasetemp())
 
-    def run(task: Task) -> Row:
-        reason = unsupported(task.cell)
-        if reason is not None:
-            return measuring.row_of(task, "skipped", reason)
-        path = truth_path(tmp_path_factory.getbasetemp(), task.cell, task.seed)
-        if not path.exists():
-            site = checked_cell(site_of(task.cell))
-            write_truth(path, compute_truth(site, torch.device("cpu"), task.seed))
-        return measuring.measure(task, path)
 
-    return run
+@pytest.fixture(scope="session")
+def some_row(found: Environment, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Row]:
+    """The row of a tiny cell in one mode, for tests that need some: measured once for all."""
+    folder = tmp_path_factory.getbasetemp()
+    return functools.cache(lambda mode: row_of_task(tiny_task(found, mode=mode), folder))
 
 
 @pytest.fixture
@@ -113,15 +128,50 @@ def add_implementation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return add
 
 
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Worker]:
+    """A process in which Triton's kernels are compiled."""
+    worker = Worker(interpret=False)
+    yield worker
+    worker.kill()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Worker]:
+    """One in which they are interpreted."""
+    worker = Worker(interpret=True)
+    yield worker
+    worker.kill()
+
+
 class Outcome(NamedTuple):
     code: int
     out: str
     err: str
 
 
+@pytest.fixture(scope="session")
+def one_survey() -> Callable[..., Environment]:
+    """A survey that looks at each kind of machine once: the ceilings take a second each time."""
+    known: dict[str, Environment] = {}
+
+    def surveyed(processes: Processes, job: SurveyJob, variables: object = None) -> Environment:
+        kind = f"{job} {variables}"
+        if kind not in known:
+            known[kind] = survey(processes, job, variables)
+        return known[kind]
+
+    return surveyed
+
+
 @pytest.fixture
-def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def run_cli(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    one_survey: Callable[..., Environment],
+) -> Callable[..., Outcome]:
     """Run the command line in this process."""
+    monkeypatch.setattr(sweep, "survey", one_survey)
 
     def run(*arguments: object) -> Outcome:
         with pytest.raises(SystemExit) as ending:

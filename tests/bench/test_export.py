@@ -22,9 +22,9 @@ EXACT = {} if int(pandas.__version__.split(".")[0]) >= 3 else {"float_precision"
 
 
 @pytest.fixture
-def run(measure: Callable[..., Row], found: Environment, tmp_path: Path) -> Run:
+def run(some_row: Callable[[str], Row], found: Environment, tmp_path: Path) -> Run:
     """A measured cell, one without numbers, and one whose integers need all of a float's bits."""
-    measured = measure(mode="inference")
+    measured = some_row("inference")
     assert measured.memory is not None
     empty = {"median_ms": None, "samples_ms": None, "memory": None, "outliers": None}
     broken = msgspec.structs.replace(

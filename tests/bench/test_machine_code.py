@@ -322,9 +322,12 @@ def test_one_ptxas_serves_all_architectures_where_there_is_one(
     assert machine_code._tool("ptxas-blackwell") == only
 
 
-def compile_parts(folder: Path, *parts: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What machine_code_kernels.py finds, in a process of its own."""
     pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("cache")
+    parts = ("accesses", "loops", "errors", "specialisations", "hashes")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     # Multiply-adds are to be fused all the same.
@@ -341,8 +344,8 @@ def compile_parts(folder: Path, *parts: str) -> dict[str, Any]:
     return found
 
 
-def test_accesses_and_spills_of_known_kernels(tmp_path: Path) -> None:
-    found = compile_parts(tmp_path, "accesses")["accesses"]
+def test_accesses_and_spills_of_known_kernels(compiled: dict[str, Any]) -> None:
+    found = compiled["accesses"]
 
     def accesses(name: str) -> tuple[dict[str, int], dict[str, int]]:
         code = found[name]
@@ -371,8 +374,8 @@ def test_accesses_and_spills_of_known_kernels(tmp_path: Path) -> None:
     assert spilling["instructions"]["local"] > 0 == found["aligned"]["instructions"]["local"]
 
 
-def test_loops_of_known_kernels_and_their_hashes(tmp_path: Path) -> None:
-    found = compile_parts(tmp_path, "loops", "hashes")
+def test_loops_of_known_kernels_and_their_hashes(compiled: dict[str, Any]) -> None:
+    found = compiled
     for arch in ("80", "90", "100"):
         code = found["loops"][arch]
         assert str(code["arch"]) == arch
@@ -404,8 +407,10 @@ def test_loops_of_known_kernels_and_their_hashes(tmp_path: Path) -> None:
     assert hashes["other constant"] != hashes["first"]
 
 
-def test_arguments_are_specialised_as_triton_does_and_wrong_ones_refused(tmp_path: Path) -> None:
-    found = compile_parts(tmp_path, "errors", "specialisations")
+def test_arguments_are_specialised_as_triton_does_and_wrong_ones_refused(
+    compiled: dict[str, Any],
+) -> None:
+    found = compiled
     errors = found["errors"]
     assert errors["missing"] == "TypeError: missing a required argument: 'HW'"
     assert errors["misspelled"].startswith("KeyError: 'nun_warps is neither")

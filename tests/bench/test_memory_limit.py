@@ -26,7 +26,7 @@ def under_limit(mib: int, code: str, threads: int = 2) -> subprocess.CompletedPr
         [sys.executable, "-c", BEGIN.format(mib=mib, threads=threads) + code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

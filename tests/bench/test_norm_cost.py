@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -102,13 +101,6 @@ def test_a_shortened_count_is_that_of_the_full_size() -> None:
     assert short.dram == pytest.approx(full.dram)
     assert short.small == pytest.approx(full.small)
     assert short.sector_efficiency == pytest.approx(full.sector_efficiency)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Worker]:
-    worker = Worker(interpret=False)
-    yield worker
-    worker.kill()
 
 
 def compiled(

@@ -187,8 +187,8 @@ def test_9_faster_than_memory_can_be_is_impossible(
     assert len(row.samples_ms or []) == 6
 
 
-def test_10_an_average_shows_its_range_and_its_holes(measure: Callable[..., Row]) -> None:
-    base = measure(mode="inference")
+def test_10_an_average_shows_its_range_and_its_holes(some_row: Callable[[str], Row]) -> None:
+    base = some_row("inference")
 
     def row(median_ms: float | None, **axes: object) -> Row:
         cell = msgspec.structs.replace(base.axes, **axes)
@@ -205,9 +205,9 @@ def test_10_an_average_shows_its_range_and_its_holes(measure: Callable[..., Row]
 
 
 def test_11_no_digit_is_lost(
-    measure: Callable[..., Row], found: Environment, tmp_path: Path
+    some_row: Callable[[str], Row], found: Environment, tmp_path: Path
 ) -> None:
-    row = measure(mode="inference")
+    row = some_row("inference")
     export(Run(tmp_path, found, [row]), ["csv"])
     with (tmp_path / "cells.csv").open() as file:
         (line,) = csv.DictReader(file)

@@ -82,7 +82,9 @@ def connect(cluster: Any) -> Iterator[Callable[..., RayEngine]]:
 
     def start(**options: Any) -> RayEngine:
         engines.append(
-            RayEngine("cpu", **{"threads": 1, "limit_s": 60, "address": cluster.address, **options})
+            RayEngine(
+                "cpu", **{"threads": 1, "limit_s": 600, "address": cluster.address, **options}
+            )
         )
         return engines[-1]
 
@@ -140,7 +142,7 @@ def test_a_sweep_survives_the_loss_of_a_node(
     assert killed.status == "crashed"
     assert killed.reason == "killed by SIGKILL, in its phase 'check'"
     assert engine.lanes == 3
-    with LocalEngine([], limit_s=60) as local:
+    with LocalEngine([], limit_s=600) as local:
         for task in tasks[:2]:
             row = rows[id_of(task)]
             assert row.status == "ok"
@@ -156,8 +158,8 @@ def test_closing_ends_the_cells_and_leaves_nothing(
     wait_for(lambda: cells() - before and list(folder.glob("*-resblock-bench/*")))
     engine.close()
     assert running.done() and running.exception() is not None
-    wait_for(lambda: not cells() - before, limit_s=10.0)
-    assert not list(folder.glob("*-resblock-bench"))
+    wait_for(lambda: not cells() - before)
+    wait_for(lambda: not list(folder.glob("*-resblock-bench")))
     assert not ray.is_initialized()
 
 

@@ -19,8 +19,8 @@ Measure = Callable[..., Row]
 
 
 @pytest.fixture
-def rows(measure: Measure) -> list[Row]:
-    ok = measure(mode="inference")
+def rows(some_row: Callable[[str], Row], measure: Measure) -> list[Row]:
+    ok = some_row("inference")
     skipped = measure(dims=1, layout="nhwc")
     return [ok, msgspec.structs.replace(skipped, wall_s=0.5)]
 

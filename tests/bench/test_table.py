@@ -25,9 +25,9 @@ def shown(rows: list[Row], width: int = WIDTH) -> str:
 
 
 @pytest.fixture
-def make_row(measure: Callable[..., Row]) -> Callable[..., Row]:
+def make_row(some_row: Callable[[str], Row]) -> Callable[..., Row]:
     """A measured row with another cell and another median."""
-    base = measure(mode="inference")
+    base = some_row("inference")
 
     def make(median_ms: float | None, status: str = "ok", **axes: object) -> Row:
         cell = msgspec.structs.replace(base.axes, **axes)

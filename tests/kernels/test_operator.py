@@ -26,7 +26,7 @@ def test_every_input_at_once(run: Runner, channels_last: bool, dtype: torch.dtyp
     )
 
 
-@pytest.mark.parametrize("channels_per_group", [1, 2, 3, 5, 6, 7, 10, 30, 42, 60, 80])
+@pytest.mark.parametrize("channels_per_group", [1, 2, 3, 7, 10, 30, 80])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_channels_per_group(run: Runner, channels_last: bool, channels_per_group: int) -> None:
     """Mostly no power of two: padded lanes must neither read nor write the neighbour group."""
@@ -63,10 +63,13 @@ def test_many_samples_in_aten(samples: int) -> None:
 
 
 def test_many_samples_in_triton() -> None:
-    """As above, in one tier only: every program costs the interpreter some 20 ms."""
+    """More than one block of the sum over samples, the last one partial."""
     pytest.importorskip("triton")
+    from resblock_bench.kernels.launch import GRADIENT_BLOCK
+
+    samples = 2 * GRADIENT_BLOCK[0] + 3
     with dispatch.prefer("triton"):
-        check(run_operator, problem(256, 2, 3, groups=1))
+        check(run_operator, problem(samples, 2, 3, groups=1))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_dimensions(run: Runner, channels_last: bool, spatial: tuple[int, ...]) 
     """Liger#1375: a backward that only knew 3-D input."""
     if channels_last and len(spatial) == 1:
         pytest.skip("PyTorch has no channels-last layout for lengths")
-    check(run, problem(2, 8, *spatial, groups=4, channels_last=channels_last, pre_shift=True))
+    check(run, problem(2, 8, *spatial, groups=2, channels_last=channels_last, pre_shift=True))
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["no affine", "affine"])
@@ -247,7 +250,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every program loops, and a GPU so small that C takes units one by one."""
     pytest.importorskip("triton")
     monkeypatch.setattr(tiers, "STREAM_ELEMENTS", 64)
-    monkeypatch.setattr(tiers, "MIN_CHUNK", 16)
+    monkeypatch.setattr(tiers, "MIN_CHUNK", 32)
     # Room for x and dy of four channels.
     machine = tiers.Machine(sms=8, l2_bytes=int(1.05 * 2 * 4 * 9 * 17 * 4 / tiers.L2_SHARE))
     monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", machine)
@@ -297,7 +300,7 @@ def test_autocast_keeps_16_bit_storage() -> None:
 def test_long_group_is_split() -> None:
     """More than 65,536 positions in one group: several programs share it."""
     pytest.importorskip("triton")
-    p = problem(1, 2, 70001, groups=1)
+    p = problem(1, 1, 70001, groups=1)
     with dispatch.prefer("triton"):
         launch = dispatch.launch_for("forward", p.x, 1)
         assert launch.tier == "C" and launch.splits > 1

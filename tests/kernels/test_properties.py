@@ -67,7 +67,7 @@ def test_in_aten(p: Problem) -> None:
 
 @pytest.mark.parametrize("tier", ["A", "B", "C"])
 @given(p=problems())
-@settings(SETTINGS, max_examples=10)
+@settings(SETTINGS, max_examples=6)
 def test_in_triton(tier: Tier, p: Problem) -> None:
     pytest.importorskip("triton")
     holds("triton", tier, p)
