@@ -5,6 +5,7 @@ measured in the same way: rounds of one side, a fresh process each.
 """
 
 import datetime
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from resblock_bench.bench.measure import Task, contract_of
 from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.progress import RoundProgress
 from resblock_bench.bench.records import Cell, cell_name
-from resblock_bench.bench.rounds import Round, RoundError, RoundRule, take_samples
+from resblock_bench.bench.rounds import Round, RoundError, RoundRule, take_bursts
 from resblock_bench.bench.stored import (
     BASELINE_VERSION,
     Baseline,
@@ -160,11 +161,14 @@ def _lone_round(
     bed: Testbed, task: Task, rule: RoundRule, draw: random.Random, known: list[float] | None
 ) -> Round:
     """A round of one side, beside the baseline's median where there is one."""
-    (samples,), disturbances = take_samples(task, bed.truth(task), bed.sides, rule, draw)
+    (bursts,), disturbances = take_bursts(task, bed.truth(task), bed.sides, rule, draw)
+    samples = [sample for burst in bursts for sample in burst]
     median = statistics.median(samples)
+    base = median if known is None else statistics.median(known)
     return Round(
-        base_ms=median if known is None else statistics.median(known),
+        base_ms=base,
         head_ms=median,
+        log_ratio=math.log(median / base),
         base_samples=len(known or samples),
         head_samples=len(samples),
         disturbances=disturbances,

@@ -56,7 +56,7 @@ class Calibration(Record, frozen=True, kw_only=True):
 
 def noise_of(cell: Cell, rounds: Sequence[Round], disturbed: int) -> CellNoise:
     """The noise that at least STAGES[0] rounds of the same code show."""
-    logs = [math.log(taken.head_ms / taken.base_ms) for taken in rounds]
+    logs = [taken.log_ratio for taken in rounds]
     count = STAGES[0]
     means = [statistics.fmean(logs[i : i + count]) for i in range(len(logs) - count + 1)]
     sides = [[math.log(r.base_ms) for r in rounds], [math.log(r.head_ms) for r in rounds]]

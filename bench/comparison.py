@@ -79,7 +79,11 @@ Estimator = Callable[[Cell, Sequence[Round]], Estimate | None]
 
 def in_pairs(cell: Cell, rounds: Sequence[Round]) -> Estimate | None:
     """The estimate from rounds of which each measured both sides."""
-    return paired([taken.base_ms for taken in rounds], [taken.head_ms for taken in rounds])
+    return paired(
+        [taken.log_ratio for taken in rounds],
+        [taken.base_ms for taken in rounds],
+        [taken.head_ms for taken in rounds],
+    )
 
 
 class Comparison:

@@ -5,6 +5,8 @@ each, in an order drawn anew for every pair. What the machine does over more tha
 (clocks, other guests, temperature) thus falls on both alike, and only one of them ever computes.
 """
 
+import itertools
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -24,21 +26,29 @@ PositiveMs = Annotated[float, Meta(gt=0)]
 
 
 class RoundRule(Record, frozen=True, kw_only=True):
-    """How much a round samples of each side, at least: bursts, their seconds, and samples."""
+    """How much a round samples of each side, at least.
 
-    burst_s: NonNegative = 0.03
-    bursts: Positive = 12
-    samples: Positive = 30
+    burst_s   seconds of a burst, but never less than a sample
+    bursts    their number
+    samples   in all bursts together
+    """
+
+    burst_s: NonNegative = 0.01
+    bursts: Positive = 40
+    samples: Positive = 40
 
 
 class Round(Record, frozen=True, kw_only=True):
     """A round of both sides: medians over all samples of each, in milliseconds.
 
+    `log_ratio` is the median over pairs of bursts of log(head / base), each with the medians of its
+    samples: a pair lies within some hundredths of a second, in which machines change little.
     `disturbances` are sentences on what the machine went through; such a round does not count.
     """
 
     base_ms: PositiveMs
     head_ms: PositiveMs
+    log_ratio: float
     base_samples: Positive
     head_samples: Positive
     disturbances: list[str]
@@ -55,9 +65,9 @@ class RoundError(Exception):
 
 
 class Taken(NamedTuple):
-    """The samples of each side, in milliseconds, and what disturbed the machine meanwhile."""
+    """The bursts of samples of each side, in milliseconds, and what disturbed the machine."""
 
-    samples_ms: list[list[float]]
+    bursts_ms: list[list[list[float]]]
     disturbances: list[str]
 
 
@@ -65,31 +75,37 @@ def measure_pair(
     task: Task, truth: Path, base: Side, head: Side, rule: RoundRule, draw: random.Random
 ) -> Round:
     """One round of a task's cell on both sides. Raises RoundError."""
-    (base_ms, head_ms), disturbances = take_samples(task, truth, (base, head), rule, draw)
+    (bases, heads), disturbances = take_bursts(task, truth, (base, head), rule, draw)
+    base_ms, head_ms = list(itertools.chain(*bases)), list(itertools.chain(*heads))
+    pairs = zip(bases, heads, strict=True)
+    logs = [math.log(statistics.median(h) / statistics.median(b)) for b, h in pairs]
     return Round(
         base_ms=statistics.median(base_ms),
         head_ms=statistics.median(head_ms),
+        log_ratio=statistics.median(logs),
         base_samples=len(base_ms),
         head_samples=len(head_ms),
         disturbances=disturbances,
     )
 
 
-def take_samples(
+def take_bursts(
     task: Task, truth: Path, sides: Sequence[Side], rule: RoundRule, draw: random.Random
 ) -> Taken:
     """The samples of one round. Raises RoundError."""
-    samples: dict[Side, list[float]] = {side: [] for side in sides}
-    bursts = 0
+    bursts: dict[Side, list[list[float]]] = {side: [] for side in sides}
+
+    def fewest() -> int:
+        return min(sum(map(len, taken)) for taken in bursts.values())
+
     current = sides[0]
     try:
         for current in draw.sample(sides, len(sides)):
             current.open(task, truth)
         before, source = _read(sides)
-        while bursts < rule.bursts or min(map(len, samples.values())) < rule.samples:
+        while len(bursts[sides[0]]) < rule.bursts or fewest() < rule.samples:
             for current in draw.sample(sides, len(sides)):
-                samples[current] += current.burst(rule.burst_s, rule.samples)
-            bursts += 1
+                bursts[current].append(current.burst(rule.burst_s, rule.samples))
         after, _ = _read(sides)
         for current in sides:
             current.end()
@@ -102,11 +118,11 @@ def take_samples(
         for side in sides:
             side.kill()
         raise
-    images = task.cell.batch * sum(map(len, samples.values()))
+    images = task.cell.batch * sum(len(burst) for taken in bursts.values() for burst in taken)
     found = conditions(
         before, after, source=source, images=images, threads=task.environment.threads
     )
-    return Taken(list(samples.values()), found.disturbances)
+    return Taken(list(bursts.values()), found.disturbances)
 
 
 def _read(sides: Sequence[Side]) -> tuple[Reading, str]:

@@ -32,6 +32,12 @@ from resblock_bench.bench.records import Status
 from resblock_bench.bench.units import format_duration
 
 _START_S = 300.0
+_ALIKE = {
+    "PYTHONHASHSEED": "0",
+    # Which buffers happen to get huge pages made sides of the same code differ by up to 11 %.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""What would else be drawn by lot for each side, and stay for all its rounds."""
 A = TypeVar("A", Opened, Samples, Counters, Ended, Up)
 
 
@@ -78,11 +84,13 @@ class Side:
 
     def _start(self) -> str:
         own, other = Pipe(duplex=True)
-        path = os.pathsep.join([*self._paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Absolute, since the process starts in another folder.
+        inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        path = os.pathsep.join([*self._paths, *map(os.path.abspath, inherited)])
         with other, self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "resblock_bench.bench.side", str(other.fileno())],
-                env={**os.environ, **self._variables, "PYTHONPATH": path},
+                env={**os.environ, **_ALIKE, **self._variables, "PYTHONPATH": path},
                 pass_fds=[other.fileno()],
                 # With -m a package in the current folder would come before the path.
                 cwd=self._folder.name,

@@ -1,7 +1,7 @@
 """Verdicts on a cell from its rounds: SLOW, FAST, SAME or AMBIGUOUS.
 
-The unit is the round, d = log(head / base) of its medians: samples within a process are far more
-alike than processes are, so pooling them finds differences where there are none. Of R rounds with
+The unit is the round, d its log(head / base): samples within a process are far more alike than
+processes are, so pooling them finds differences where there are none. Of R rounds with
 mean d̄ and standard deviation s, and with t the quantile of Student's distribution for R − 1
 degrees of freedom, the one-sided 95 % bounds are d̄ ± t·s/√R. With the tolerance τ, what two runs
 of the same code may differ by on this machine:
@@ -67,9 +67,13 @@ class Estimate:
         return self.mean + side * float(stdtrit(self.freedom, 1 - ALPHA)) * self.error
 
 
-def paired(base_ms: Sequence[float], head_ms: Sequence[float]) -> Estimate | None:
-    """The estimate from rounds that measured both sides; None if they are too few."""
-    logs = [math.log(head / base) for base, head in zip(base_ms, head_ms, strict=True)]
+def paired(
+    logs: Sequence[float], base_ms: Sequence[float], head_ms: Sequence[float]
+) -> Estimate | None:
+    """The estimate from rounds that measured both sides; None if they are too few.
+
+    logs   log(head / base) of each round
+    """
     count = len(logs)
     if count < MIN_ROUNDS:
         return None

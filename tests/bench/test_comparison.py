@@ -14,6 +14,7 @@ def a_round(ratio=1.0, base_ms=10.0, disturbances=()):
     return Round(
         base_ms=base_ms,
         head_ms=base_ms * ratio,
+        log_ratio=math.log(ratio),
         base_samples=30,
         head_samples=30,
         disturbances=list(disturbances),

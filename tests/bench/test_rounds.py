@@ -16,7 +16,7 @@ from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import exit_code
 from resblock_bench.bench.grid import PlannedCell
 from resblock_bench.bench.plan import Plan
-from resblock_bench.bench.rounds import RoundError, RoundRule, measure_pair, take_samples
+from resblock_bench.bench.rounds import RoundError, RoundRule, measure_pair, take_bursts
 from resblock_bench.bench.source_tree import checked_out, python_paths, repository_around, resolve
 from resblock_bench.bench.testbed import opened
 from resblock_bench.bench.timing import Rule
@@ -85,8 +85,9 @@ def test_a_round_of_two_sides_and_of_one(bed):
     assert min(taken.base_samples, taken.head_samples) >= FAST.samples
     assert taken.base_ms > 0 < taken.head_ms
     assert taken.disturbances == []
-    (alone,), _ = take_samples(task, bed.truth(task), [head], FAST, random.Random(0))
-    assert len(alone) >= FAST.samples
+    (alone,), _ = take_bursts(task, bed.truth(task), [head], FAST, random.Random(0))
+    assert len(alone) >= FAST.bursts
+    assert sum(map(len, alone)) >= FAST.samples
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,14 @@ from resblock_bench.bench.verdict import (
 NOISE = [1.004, 0.997, 1.001, 0.999, 1.0]
 
 
-def verdict(ratio, noise=NOISE, base=10.0, tolerance=DEFAULT_TOLERANCE, others=0):
+def in_pairs(base, head):
+    logs = [math.log(h / b) for b, h in zip(base, head, strict=True)]
+    return paired(logs, base, head)
+
+
+def verdict(ratio, noise=NOISE, base=10.0, tolerance=DEFAULT_TOLERANCE):
     heads = [base * ratio * factor for factor in noise]
-    estimates = [paired([base] * len(noise), heads)] * (1 + others)
-    return judge(estimates, tolerance)[0]
+    return judge([in_pairs([base] * len(noise), heads)], tolerance)[0]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_a_word_for_every_ratio(ratio, word):
 
 def test_bounds_are_those_of_the_paired_t_test():
     base, head = [10.0, 11.0, 9.5, 10.2], [10.6, 11.2, 10.1, 10.9]
-    estimate = paired(base, head)
+    estimate = in_pairs(base, head)
     logs = [math.log(h / b) for b, h in zip(base, head, strict=True)]
     low, high = stats.t.interval(
         0.90, 3, statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(4)
@@ -76,7 +80,7 @@ def test_a_calibrated_spread_is_never_undercut_by_lucky_rounds():
 
 
 def test_few_rounds_are_no_verdict():
-    found = judge([paired([10.0, 10.0], [20.0, 20.0])], DEFAULT_TOLERANCE)[0]
+    found = judge([in_pairs([10.0, 10.0], [20.0, 20.0])], DEFAULT_TOLERANCE)[0]
     assert (found.word, found.ratio) == ("AMBIGUOUS", None)
 
 
@@ -113,5 +117,5 @@ def test_the_smallest_detectable_slowdown_is_seen_four_times_in_five():
     caught = 0
     for _ in range(trials):
         heads = [slowdown * math.exp(draw.gauss(0, spread)) for _ in range(rounds)]
-        caught += judge([paired([1.0] * rounds, heads)], DEFAULT_TOLERANCE)[0].word == "SLOW"
+        caught += judge([in_pairs([1.0] * rounds, heads)], DEFAULT_TOLERANCE)[0].word == "SLOW"
     assert 0.75 < caught / trials < 0.85
