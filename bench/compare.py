@@ -107,6 +107,11 @@ def in_lockstep(
         notes = []
         if base.code == head.code:
             notes.append(f"{base.name} and {head.name} are the same code")
+        if not (base.fixed_addresses and head.fixed_addresses):
+            notes.append(
+                "this system draws the addresses of each side's memory by lot, which alone can make "
+                "them differ by some per cent: allow personality(2), or repeat the comparison"
+            )
 
         def measure(task: Task) -> Round:
             return measure_pair(task, bed.truth(task), base, head, request.rule, draw)

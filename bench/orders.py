@@ -6,6 +6,8 @@ from resblock_bench.bench.measure import Task
 from resblock_bench.bench.records import Status
 from resblock_bench.bench.telemetry import Reading
 
+ADDR_NO_RANDOMIZE = 0x0040000  # sys/personality.h
+
 
 class Open(msgspec.Struct, tag=True):
     """Begin a round: check the task's cell against its truth, a file, and warm it up."""
@@ -33,9 +35,14 @@ Order = Open | Burst | Read | Close
 
 
 class Up(msgspec.Struct, tag=True):
-    """The server has imported everything; `code` is the digest of it."""
+    """The server has imported everything.
+
+    code              the digest of the code that it has imported
+    fixed_addresses   whether its memory lies where that of the other side does
+    """
 
     code: str
+    fixed_addresses: bool
 
 
 class Opened(msgspec.Struct, tag=True):

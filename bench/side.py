@@ -26,6 +26,7 @@ from resblock_bench.bench.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure import Checked, Task, checked_workload, reason_of, status_of
 from resblock_bench.bench.memory_limit import limit_memory
 from resblock_bench.bench.orders import (
+    ADDR_NO_RANDOMIZE,
     Answer,
     Burst,
     Counters,
@@ -47,7 +48,7 @@ def main() -> None:
     """Serve rounds until the other end of the socket is closed."""
     socket: Connection = Connection(int(sys.argv[1]))
     die_with_parent()
-    _answer(socket, Up(code_fingerprint()))
+    _answer(socket, Up(code_fingerprint(), _fixed_addresses()))
     while True:
         try:
             message = socket.recv_bytes()
@@ -58,6 +59,13 @@ def main() -> None:
             _round(socket, message)
         _, status = os.waitpid(pid, 0)
         _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
+
+
+def _fixed_addresses() -> bool:
+    try:
+        return bool(int(Path("/proc/self/personality").read_text(), 16) & ADDR_NO_RANDOMIZE)
+    except (OSError, ValueError):
+        return False
 
 
 def _answer(socket: Connection, answer: Answer) -> None:

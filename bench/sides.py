@@ -1,6 +1,7 @@
 """The two sides of a comparison as seen by what compares them: started, given orders, ended."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import msgspec
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.orders import (
+    ADDR_NO_RANDOMIZE,
     Answer,
     Burst,
     Close,
@@ -39,6 +41,12 @@ _ALIKE = {
 }
 """What would else be drawn by lot for each side, and stay for all its rounds."""
 A = TypeVar("A", Opened, Samples, Counters, Ended, Up)
+
+
+def _fix_addresses() -> None:
+    """Where the system allows it: the same addresses on both sides, not a draw for each."""
+    libc = ctypes.CDLL(None)
+    libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE)
 
 
 class SideError(Exception):
@@ -77,12 +85,13 @@ class Side:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Connection | None = None
         try:
-            self.code = self._start()
+            up = self._start()
         except BaseException:
             self.close()
             raise
+        self.code, self.fixed_addresses = up.code, up.fixed_addresses
 
-    def _start(self) -> str:
+    def _start(self) -> Up:
         own, other = Pipe(duplex=True)
         # Absolute, since the process starts in another folder.
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -98,10 +107,11 @@ class Side:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_fix_addresses if sys.platform == "linux" else None,
             )
         self._socket = own
         try:
-            return self._answer(Up, _START_S).code
+            return self._answer(Up, _START_S)
         except SideError as error:
             raise InvalidError(
                 f"{self.name} cannot be imported, so there is nothing to compare: {error}"
