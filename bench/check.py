@@ -17,7 +17,7 @@ from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import Finding, Level, exit_code
 from resblock_bench.bench.pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 from resblock_bench.bench.report import Checked, Destination, Report, count_levels, write
-from resblock_bench.bench.storage import is_checkout
+from resblock_bench.bench.storage import repository_root
 
 TIMING = "timing"
 COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "invalid", "seconds"]
@@ -59,9 +59,8 @@ def pinned_parts() -> dict[str, PinnedPart]:
 
 
 def default_pins(start: Path) -> Path:
-    """The pins of this project's checkout around `start`, or of another repository, or there."""
-    roots = (f for f in (start, *start.parents) if is_checkout(f) or (f / ".git").exists())
-    return next(roots, start) / PINS
+    """The pins of the repository around `start`."""
+    return repository_root(start) / PINS
 
 
 def carry_out(request: Request, timing: Timing, console: Console, progress: Console) -> int:

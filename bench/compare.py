@@ -109,8 +109,8 @@ def in_lockstep(
             notes.append(f"{base.name} and {head.name} are the same code")
         if not (base.fixed_addresses and head.fixed_addresses):
             notes.append(
-                "this system draws the addresses of each side's memory by lot, which alone can make "
-                "them differ by some per cent: allow personality(2), or repeat the comparison"
+                "this system draws the addresses of each side's memory by lot, which alone can "
+                "make them differ by some per cent: allow personality(2), or compare repeatedly"
             )
 
         def measure(task: Task) -> Round:

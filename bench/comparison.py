@@ -138,7 +138,7 @@ class Comparison:
                 text = f"{len(first.disturbed)} of the rounds were disturbed, at last since {why}"
                 verdict = replace(verdict, reasons=[text])
             rounds = first.valid + second.valid
-            estimate = self._estimate(cell, rounds)
+            estimate = self._estimate(cell, rounds) if rounds else None
             failed = first.failed or second.failed
             found.append(
                 Compared(

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.storage import checkout_around
+from resblock_bench.bench.storage import repository_root
 
 CALIBRATION = "calibration.json"
 TIMING = "timing.json"
@@ -19,8 +19,8 @@ _HISTORY = "history"
 
 
 def machine_folder(machine: str, start: Path) -> Path:
-    """The folder of a machine in the checkout around `start`, else in `start`."""
-    return checkout_around(start) / "results" / "baselines" / machine
+    """The folder of a machine in the repository around `start`."""
+    return repository_root(start) / "results" / "baselines" / machine
 
 
 def write(path: Path, content: msgspec.Struct, *, keep: str | None = None) -> None:

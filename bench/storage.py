@@ -59,6 +59,12 @@ def checkout_around(start: Path) -> Path:
     return next((folder for folder in (start, *start.parents) if is_checkout(folder)), start)
 
 
+def repository_root(start: Path) -> Path:
+    """The root of this project's checkout or of another repository around `start`, else `start`."""
+    roots = (f for f in (start, *start.parents) if is_checkout(f) or (f / ".git").exists())
+    return next(roots, start)
+
+
 def is_checkout(folder: Path) -> bool:
     """Whether the folder is the root of a checkout of this project."""
     try:

@@ -1,5 +1,9 @@
 """Rounds on real processes, and a revision of a repository against its working tree."""
 
+import contextlib
+import dataclasses
+import io
+import itertools
 import random
 import shutil
 import subprocess
@@ -10,14 +14,22 @@ import pytest
 from cells import TINY
 from rich.console import Console
 
-from resblock_bench.bench import compare, comparison
+from resblock_bench.bench import (
+    baseline_timing,
+    calibrate,
+    check_timing,
+    compare,
+    comparison,
+)
 from resblock_bench.bench.comparison import Comparison
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import exit_code
 from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench.machine_store import history, machine_folder, write
 from resblock_bench.bench.plan import Plan
-from resblock_bench.bench.rounds import RoundError, RoundRule, measure_pair, take_bursts
+from resblock_bench.bench.rounds import RoundError, RoundRule, Taken, measure_pair, take_bursts
 from resblock_bench.bench.source_tree import checked_out, python_paths, repository_around, resolve
+from resblock_bench.bench.stored import read_baseline
 from resblock_bench.bench.testbed import opened
 from resblock_bench.bench.timing import Rule
 from resblock_bench.bench.verdict import DEFAULT_TOLERANCE
@@ -136,6 +148,143 @@ def test_a_throttled_machine_allows_no_verdict(bed, tmp_path, monkeypatch):
     assert (item.verdict.word, len(item.disturbed)) == ("AMBIGUOUS", 10)
     assert "heat held the clocks back" in item.verdict.reasons[0]
     assert code == 4
+
+
+# Baselines and calibrations
+
+
+@pytest.fixture
+def stage(bed, tmp_path, monkeypatch):
+    """Requests for two fused cells, measured on the sides that are there."""
+    tasks = tasks_of(bed, "fused")[:2]
+    alone = dataclasses.replace(bed, sides=bed.sides[:1], tasks=tasks)
+    both = dataclasses.replace(bed, tasks=tasks)
+    monkeypatch.setattr(baseline_timing, "_bed", lambda request: contextlib.nullcontext(alone))
+    monkeypatch.setattr(calibrate, "opened", lambda *a, **k: contextlib.nullcontext(both))
+    monkeypatch.setattr(comparison, "STAGES", (5,))
+    monkeypatch.setattr(baseline_timing, "ROUNDS", 5)
+    plan = plan_of({"impl": "fused", "batch": 1}, {"impl": "fused", "batch": 2})
+    return baseline_timing.Request(plan=plan, start=tmp_path, rule=FAST)
+
+
+def quiet_console():
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """Samples of 10 ms, give or take a thousandth, whatever the machine does meanwhile."""
+    count = itertools.count()
+
+    def take(*arguments):
+        return Taken([[[10.0 + 0.01 * (next(count) % 3)]]], [])
+
+    monkeypatch.setattr(baseline_timing, "take_bursts", take)
+
+
+def scaled(baseline, factor):
+    series = [
+        msgspec.structs.replace(one, rounds_ms=[factor * ms for ms in one.rounds_ms])
+        for one in baseline.series
+    ]
+    return msgspec.structs.replace(baseline, series=series)
+
+
+def test_a_baseline_is_measured_saved_and_kept(stage, bed, tmp_path):
+    path = machine_folder(bed.environment.machine, tmp_path) / "timing.json"
+    console = quiet_console()
+    assert baseline_timing.save(stage, "the first", console) == 0
+    first = read_baseline(path)
+    assert [len(series.rounds_ms) for series in first.series] == [5, 5]
+    assert baseline_timing.save(stage, "the second", console) == 0
+    assert read_baseline(path).reason == "the second"
+    assert [read_baseline(file).reason for file in history(path)] == ["the first"]
+    assert "the first" in console.file.getvalue().splitlines()[-2]
+
+    outcome = baseline_timing.against_baseline(stage, path, quiet_console())
+    assert [item.failed for item in outcome.items] == [None, None]
+    assert outcome.stored
+
+
+@pytest.mark.parametrize(
+    ("factor", "level", "code"),
+    [(1.0, None, 0), (0.8, "regression", 1), (1.05, "note", 0), (1.2, "better", 4)],
+    ids=["the same", "slower", "faster", "slack"],
+)
+def test_a_baseline_that_was(stage, bed, tmp_path, steady, factor, level, code):
+    path = machine_folder(bed.environment.machine, tmp_path) / "timing.json"
+    baseline_timing.save(stage, "all", quiet_console())
+    write(path, scaled(read_baseline(path), factor))
+    outcome = baseline_timing.against_baseline(stage, path, quiet_console())
+    findings = compare.findings_of(outcome, "timing")
+    assert {finding.level for finding in findings} == ({level} if level else set())
+    assert exit_code(findings) == code
+
+
+def test_a_baseline_of_fewer_cells_another_machine_or_contract(stage, bed, tmp_path, steady):
+    path = machine_folder(bed.environment.machine, tmp_path) / "timing.json"
+    baseline_timing.save(stage, "all", quiet_console())
+    whole = read_baseline(path)
+    write(path, msgspec.structs.replace(whole, series=whole.series[:1]))
+    outcome = baseline_timing.against_baseline(stage, path, quiet_console())
+    findings = compare.findings_of(outcome, "timing")
+    assert "has no baseline in" in findings[0].text
+    assert exit_code(findings) == 3
+
+    other = msgspec.structs.replace(whole.environment, cpu="Another CPU")
+    write(path, msgspec.structs.replace(whole, environment=other))
+    with pytest.raises(InvalidError, match=r"cpu was Another CPU and is .*save a baseline here"):
+        baseline_timing.against_baseline(stage, path, quiet_console())
+
+    rule = msgspec.structs.replace(FAST, bursts=7)
+    write(path, msgspec.structs.replace(whole, rule=rule))
+    with pytest.raises(InvalidError, match=r"rounds' bursts was 7 and is 2"):
+        baseline_timing.against_baseline(stage, path, quiet_console())
+
+
+def test_timing_without_calibration_is_no_pass(stage, steady, monkeypatch, tmp_path):
+    """The cells are the same, but by a tolerance that nobody measured here."""
+    baseline_timing.save(stage, "here", quiet_console())
+    path = next(tmp_path.rglob("timing.json"))
+    monkeypatch.setattr(check_timing, "baseline_file", lambda start: path)
+    done = check_timing.check(stage, quiet_console())
+    assert [finding.level for finding in done.findings] == ["inconclusive"]
+    assert "was never calibrated" in done.findings[0].text
+    assert exit_code(done.findings) == 4
+
+
+def test_a_calibration_is_stored_and_used(stage, bed, tmp_path):
+    request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
+    console = quiet_console()
+    assert calibrate.carry_out(request, console) == 0
+    assert "stored in" in console.file.getvalue()
+    found, note = compare.usable_calibration(bed.environment, FAST, tmp_path)
+    assert note is None
+    assert [noise.rounds for noise in found.cells] == [5, 5]
+    assert found.tolerance.relative >= 0.01
+    tolerance, notes = compare.tolerance_here(bed.environment, FAST, tmp_path)
+    assert (tolerance, notes) == (found.tolerance, [])
+    _, note = compare.usable_calibration(bed.environment, RoundRule(), tmp_path)
+    assert "is stale (its rounds were taken in another way)" in note
+
+
+def test_a_throttled_machine_is_neither_calibrated_nor_a_baseline(stage, bed, tmp_path):
+    trace = tmp_path / "throttled.jsonl"
+    trace.write_text(THROTTLED)
+    with pytest.MonkeyPatch.context() as patch:
+        throttled = [
+            msgspec.structs.replace(task, telemetry=str(trace)) for task in tasks_of(bed, "fused")
+        ][:1]
+        both = dataclasses.replace(bed, tasks=throttled)
+        alone = dataclasses.replace(both, sides=bed.sides[:1])
+        patch.setattr(calibrate, "opened", lambda *a, **k: contextlib.nullcontext(both))
+        patch.setattr(baseline_timing, "_bed", lambda request: contextlib.nullcontext(alone))
+        request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
+        with pytest.raises(InvalidError, match=r"cannot be calibrated: 10 of 10 rounds were dist"):
+            calibrate.carry_out(request, quiet_console())
+        with pytest.raises(InvalidError, match=r"is no baseline: 10 rounds were disturbed"):
+            baseline_timing.save(stage, "hot", quiet_console())
+    assert not list(tmp_path.rglob("*.json"))
 
 
 # A revision and the working tree

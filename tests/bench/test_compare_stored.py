@@ -1,0 +1,296 @@
+"""Stored measurements against each other, calibrations, and baselines: made-up numbers in files."""
+
+import datetime
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+from cells import TINY
+from msgspec.structs import replace
+
+from resblock_bench.bench import compare
+from resblock_bench.bench.calibration import (
+    CALIBRATION_VERSION,
+    MAX_AGE_DAYS,
+    Calibration,
+    CellNoise,
+    noise_of,
+    stale,
+    tolerance_of,
+)
+from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.findings import exit_code
+from resblock_bench.bench.machine_store import CALIBRATION, history, machine_folder, write
+from resblock_bench.bench.measure import contract_of
+from resblock_bench.bench.records import cell_name
+from resblock_bench.bench.rounds import Round, RoundRule
+from resblock_bench.bench.stored import BASELINE_VERSION, Baseline, Series
+from resblock_bench.bench.verdict import Tolerance
+
+NOISE = [1.002, 0.998, 1.001, 0.999, 1.0]
+REFERENCE = TINY
+FUSED = replace(TINY, impl="fused")
+NOW = "2026-01-31T12:00:00+00:00"
+
+
+@pytest.fixture
+def environment(found):
+    return replace(found, machine="here")
+
+
+@pytest.fixture
+def baseline(tmp_path, environment, make_task):
+    """Write a baseline: the median of each cell, and what else is changed."""
+    task = make_task()
+
+    def make(name, medians, **changes):
+        content = Baseline(
+            baseline_version=BASELINE_VERSION,
+            saved_at=NOW,
+            reason="a test",
+            code="abc",
+            environment=environment,
+            contract=contract_of(task),
+            rule=RoundRule(),
+            series=[
+                Series(cell=cell, rounds_ms=[median * factor for factor in NOISE])
+                for cell, median in medians.items()
+            ],
+        )
+        path = tmp_path / f"{name}.json"
+        path.write_bytes(msgspec.json.encode(replace(content, **changes)))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def calibration(environment):
+    noise = CellNoise(cell=TINY, rounds=15, disturbed=0, drift=0.01, pair_spread=0.01, spread=0.001)
+    return Calibration(
+        calibration_version=CALIBRATION_VERSION,
+        saved_at=NOW,
+        environment=environment,
+        rule=RoundRule(),
+        tolerance=Tolerance(relative=0.03, absolute_ms=1e-3),
+        cells=[noise],
+    )
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """The words by cell and the exit code of two files."""
+
+    def run(base, head, **options):
+        outcome = compare.of_stored(base, head, tmp_path, **{"relative": False, **options})
+        words = [item.verdict.word for item in outcome.items]
+        return words, exit_code(compare.report_of(outcome).findings), outcome
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ratio", "word", "code"),
+    [(1.0, "SAME", 0), (1.1, "SLOW", 1), (0.9, "FAST", 0), (1.02, "AMBIGUOUS", 4)],
+)
+def test_verdicts_and_codes(baseline, compared, ratio, word, code):
+    words, found, _ = compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0 * ratio}))
+    assert (words, found) == ([word], code)
+
+
+def test_four_times_as_fast_is_to_be_explained(baseline, compared):
+    _, code, outcome = compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 2.5}))
+    assert code == 3
+    assert "4.0× as fast" in compare.report_of(outcome).findings[0].text
+
+
+def test_a_missing_cell_is_never_a_pass(baseline, compared):
+    both, one = {TINY: 10.0, FUSED: 9.0}, {TINY: 10.0}
+    for base, head in ((both, one), (one, both)):
+        words, code, outcome = compared(baseline("a", base), baseline("b", head))
+        assert code == 3
+        assert words == ["SAME", "AMBIGUOUS"]
+        assert "was not planned" in compare.report_of(outcome).findings[0].text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline_version": 0}, "is a baseline of schema 0, and this version reads 1"),
+        ({"rule": RoundRule(bursts=7)}, "rounds' bursts of their timing contracts was 40 and is 7"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(baseline, compared, changes, message):
+    with pytest.raises(InvalidError, match=message):
+        compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0}, **changes))
+
+
+def test_another_machine_is_refused_by_name_of_the_field(baseline, compared, environment):
+    there = replace(environment, cpu="Another CPU", machine="there")
+    head = baseline("b", {TINY: 10.0, FUSED: 9.0}, environment=there)
+    base = baseline("a", {TINY: 20.0, FUSED: 18.0})
+    with pytest.raises(InvalidError, match=r"machine was here and is there.*--relative"):
+        compared(base, head)
+    words, code, outcome = compared(base, head, relative=True)
+    assert (words, code) == (["SAME"], 0)
+    assert outcome.items[0].base == pytest.approx(0.9)
+
+
+def test_contracts_are_compared_field_by_field(baseline, compared, make_task):
+    other = replace(contract_of(make_task()), threads=3)
+    head = baseline("b", {TINY: 10.0}, contract=other)
+    with pytest.raises(InvalidError, match="threads of their timing contracts was 1 and is 3"):
+        compared(baseline("a", {TINY: 10.0}), head)
+
+
+def test_relative_sees_the_ratio_and_not_the_machine(baseline, compared):
+    base = baseline("a", {REFERENCE: 20.0, FUSED: 18.0})
+    words, code, _ = compared(base, baseline("b", {REFERENCE: 5.0, FUSED: 5.4}), relative=True)
+    assert (words, code) == (["SLOW"], 1)
+    words, code, _ = compared(base, baseline("b", {REFERENCE: 5.0, FUSED: 4.5}), relative=True)
+    assert (words, code) == (["SAME"], 0)
+
+
+def test_fused_against_reference_within_one(baseline, tmp_path):
+    outcome = compare.of_variants(baseline("a", {REFERENCE: 20.0, FUSED: 15.0}), tmp_path)
+    (item,) = outcome.items
+    assert item.verdict.ratio == pytest.approx(0.75)
+    assert item.verdict.word == "FAST"
+    with pytest.raises(InvalidError, match="has no fused cell"):
+        compare.of_variants(baseline("b", {REFERENCE: 20.0}), tmp_path)
+
+
+def test_files_that_are_not_there_or_damaged(baseline, compared, tmp_path):
+    good = baseline("a", {TINY: 10.0})
+    with pytest.raises(UsageError, match="cannot be read"):
+        compared(good, tmp_path / "absent.json")
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"baseline_version": 1, "series": 3}')
+    with pytest.raises(InvalidError, match="is no baseline"):
+        compared(good, damaged)
+    for value in ("NaN", "null", "0"):
+        damaged.write_bytes(good.read_bytes().replace(b"9.98", value.encode(), 1))
+        with pytest.raises(InvalidError, match="is no baseline"):
+            compared(good, damaged)
+
+
+def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
+    """No verdict without a calibration, since one process shows no spread."""
+    folder = tmp_path / "run"
+    arguments = ["-a", "channels=32", "-a", "resolution=8", "-a", "batch=1", "--samples", "6"]
+    done = run_cli("run", *arguments, "--threads", 1, "--no-plots", "--output", folder)
+    assert done.code == 0, done.err
+    outcome = compare.of_stored(folder, folder, tmp_path, relative=False)
+    assert {item.verdict.word for item in outcome.items} == {"AMBIGUOUS"}
+    assert any("was never calibrated" in note for note in outcome.uncalibrated)
+    here = compare.load(folder).environment
+    path = machine_folder(here.machine, tmp_path) / CALIBRATION
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    write(path, replace(calibration, environment=here, saved_at=now))
+    outcome = compare.of_stored(folder, folder, tmp_path, relative=False)
+    words = {item.verdict.word for item in outcome.items}
+    # Disturbed cells have none either.
+    assert words <= {"SAME", "AMBIGUOUS"}
+    assert outcome.uncalibrated == []
+    assert outcome.tolerance.relative == 0.03
+
+
+# Calibration
+
+
+def a_round(ratio, base_ms=10.0):
+    return Round(
+        base_ms=base_ms,
+        head_ms=base_ms * ratio,
+        log_ratio=math.log(ratio),
+        base_samples=30,
+        head_samples=30,
+        disturbances=[],
+    )
+
+
+def test_drift_is_the_worst_of_any_five_rounds():
+    ratios = [1.0] * 5 + [1.02] * 5 + [1.0] * 5
+    noise = noise_of(TINY, [a_round(ratio) for ratio in ratios], 2)
+    assert noise.drift == pytest.approx(math.log(1.02))
+    assert (noise.rounds, noise.disturbed) == (15, 2)
+    assert noise.spread == pytest.approx(noise.pair_spread)
+    assert tolerance_of([noise]).relative == pytest.approx(1.02**1.5 - 1)
+
+
+def test_no_tolerance_is_below_the_floor():
+    quiet = noise_of(TINY, [a_round(1.0001)] * 5, 0)
+    assert tolerance_of([quiet]) == Tolerance(relative=0.01, absolute_ms=1e-3)
+
+
+def test_a_calibration_goes_stale(calibration, environment):
+    saved = datetime.datetime.fromisoformat(NOW)
+    rule = RoundRule()
+    assert stale(calibration, environment, rule, saved) is None
+    later = saved + datetime.timedelta(days=MAX_AGE_DAYS + 1)
+    assert stale(calibration, environment, rule, later) == "it is 31 days old"
+    torch = replace(environment, versions={**environment.versions, "torch": "9.9"})
+    assert "torch was" in stale(calibration, torch, rule, saved)
+    assert "another way" in stale(calibration, environment, RoundRule(bursts=7), saved)
+
+
+def test_a_stale_calibration_is_said_and_not_used(baseline, compared, calibration, tmp_path):
+    path = machine_folder("here", tmp_path) / CALIBRATION
+    write(path, replace(calibration, saved_at="2020-01-01T00:00:00+00:00"))
+    _, _, outcome = compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0}))
+    assert outcome.tolerance.relative == 0.02
+    assert "is stale (it is" in outcome.uncalibrated[0]
+    path.write_text("{}")
+    with pytest.raises(InvalidError, match="is no calibration"):
+        compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0}))
+
+
+def test_what_is_replaced_is_kept(tmp_path):
+    path = tmp_path / "here" / "timing.json"
+    write(path, Tolerance(relative=0.01, absolute_ms=1.0))
+    write(path, Tolerance(relative=0.02, absolute_ms=1.0), keep=NOW)
+    write(path, Tolerance(relative=0.03, absolute_ms=1.0), keep="2026-02-01T00:00:00+00:00")
+    relatives = [msgspec.json.decode(file.read_bytes())["relative"] for file in history(path)]
+    assert relatives == [0.01, 0.02]
+    assert msgspec.json.decode(path.read_bytes())["relative"] == 0.03
+    with pytest.raises(UsageError, match="cannot be written"):
+        write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
+
+
+def test_the_report_names_every_cell(baseline, compared):
+    _, _, outcome = compared(
+        baseline("a", {REFERENCE: 10.0, FUSED: 9.0}), baseline("b", {REFERENCE: 10.0, FUSED: 11.0})
+    )
+    report = compare.report_of(outcome, explain=True)
+    assert [row[0] for row in report.rows] == [cell_name(REFERENCE), cell_name(FUSED)]
+    assert [row[5] for row in report.rows] == ["SAME", "SLOW"]
+    assert report.rows[1][1:4] == ["9 ms", "11 ms", "1.222"]
+    assert any("both bounds are within the tolerance of 2.0%" in note for note in report.notes)
+
+
+def test_the_command_line(run_cli, baseline, tmp_path):
+    a, b = baseline("a", {TINY: 10.0}), baseline("b", {TINY: 11.0})
+    done = run_cli("compare", a, b, "--format", "json", "--output", tmp_path / "report.json")
+    assert done.code == 1
+    assert "SLOW" in done.out
+    document = msgspec.json.decode((tmp_path / "report.json").read_bytes())
+    assert document["exit_code"] == 1
+    assert document["report"]["findings"][0]["level"] == "regression"
+    for arguments, message in (
+        ([], "0 runs were named"),
+        ([a], "has no fused cell"),
+        ([a, b, "--base", "main"], "--base measures two revisions"),
+        ([a, b, "--threads", 1], "--threads goes with --base"),
+        ([a, b, "--format", "html"], "unknown format 'html'"),
+        ([a, Path("absent")], "cannot be read"),
+    ):
+        done = run_cli("compare", *arguments)
+        assert done.code in (2, 3), done
+        assert message in done.err
+
+
+def test_an_empty_selection_is_not_a_pass(run_cli):
+    done = run_cli("compare", "--base", "HEAD", "-a", "mode=inference", "-a", "checkpoint=full")
+    assert done.code == 3
+    assert "has no cell" in done.err
