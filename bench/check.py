@@ -77,8 +77,8 @@ def check(names: Sequence[str], root: Path, timing: Timing, console: Console) ->
     A part that cannot be done here is a note, unless it was asked for by name.
     """
     parts: dict[str, tuple[str | None, Callable[[], Outcome]]] = {
-        part.name: (part.cannot(), functools.partial(check_pinned, part, root, console))
-        for part in pinned_parts().values()
+        name: (part.cannot(), functools.partial(check_pinned, part, root, console))
+        for name, part in pinned_parts().items()
     }
     parts[TIMING] = (timing.cannot, lambda: timing.check(console))
     outcomes = []
