@@ -21,6 +21,7 @@ from resblock_bench.bench.lane import Lane
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.records import Row
+from resblock_bench.bench.scratch import scratch_folder
 
 
 class Engine(Protocol):
@@ -54,8 +55,8 @@ class LocalEngine:
                 self._open.enter_context(only_user(gpu))
             each: Sequence[str | None] = gpus or (None,)
             for own in each:
-                folder = self._open.enter_context(tempfile.TemporaryDirectory("-resblock-bench"))
-                self._lanes.put(Lane(self._processes, Path(folder), limit_s=limit_s, gpu=own))
+                folder = self._open.enter_context(scratch_folder())
+                self._lanes.put(Lane(self._processes, folder, limit_s=limit_s, gpu=own))
         except BaseException:
             self._open.close()
             raise

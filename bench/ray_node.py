@@ -6,7 +6,6 @@ These functions run in a Ray worker, which itself never touches the device. JSON
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -25,6 +24,7 @@ from resblock_bench.bench.lane import Lane
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.records import Environment
+from resblock_bench.bench.scratch import scratch_folder
 from resblock_bench.bench.survey import survey
 
 _POLL_S = 0.2
@@ -60,8 +60,9 @@ def measure_on_node(argument: bytes) -> bytes:
         with contextlib.ExitStack() as stack:
             if own.gpu_uuid is not None and gpu is not None:
                 stack.enter_context(only_user(own.gpu_uuid))
-            folder = stack.enter_context(tempfile.TemporaryDirectory("-resblock-bench"))
-            lane = Lane(processes, Path(folder), limit_s=job.limit_s, gpu=gpu)
+            lane = Lane(
+                processes, stack.enter_context(scratch_folder()), limit_s=job.limit_s, gpu=gpu
+            )
             row = lane.measure(replace(task, environment=own, folder=run_folder))
             return msgspec.json.encode(row)
 

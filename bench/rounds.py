@@ -34,8 +34,8 @@ class RoundRule(Record, frozen=True, kw_only=True):
     """
 
     burst_s: NonNegative = 0.01
-    bursts: Positive = 40
-    samples: Positive = 40
+    bursts: Positive = 30
+    samples: Positive = 30
 
 
 class Round(Record, frozen=True, kw_only=True):
@@ -111,7 +111,7 @@ def take_bursts(
             current.end()
     except SideError as error:
         for side in sides:
-            side.kill()
+            side.abandon()
         at_base = len(sides) > 1 and current is sides[0]
         raise RoundError(error.status, f"{current.name}: {error}", at_base=at_base) from None
     except BaseException:

@@ -54,9 +54,12 @@ def main() -> None:
             message = socket.recv_bytes()
         except (EOFError, OSError):
             return
+        order = msgspec.json.decode(message, type=Order)
+        if not isinstance(order, Open):
+            continue  # for a round that has ended meanwhile, which was said
         pid = os.fork()
         if pid == 0:
-            _round(socket, message)
+            _round(socket, order)
         _, status = os.waitpid(pid, 0)
         _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
 
@@ -72,13 +75,13 @@ def _answer(socket: Connection, answer: Answer) -> None:
     socket.send_bytes(msgspec.json.encode(answer))
 
 
-def _round(socket: Connection, message: bytes) -> NoReturn:
+def _round(socket: Connection, order: Open) -> NoReturn:
     """The life of a round's process."""
     code = 1
     try:
         die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; one ends us
-        _serve(socket, msgspec.json.decode(message, type=Open))
+        _serve(socket, order)
         code = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         code = 0  # the comparison was ended

@@ -84,6 +84,7 @@ class Side:
         self._log = Path(self._folder.name, "output")
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Connection | None = None
+        self._measuring = False
         try:
             up = self._start()
         except BaseException:
@@ -123,6 +124,7 @@ class Side:
             self._start()
         # What an earlier round printed says nothing of this one.
         os.truncate(self._log, 0)
+        self._measuring = True
         opened = self._ask(Open(task, str(truth)), Opened)
         if opened.status != "ok":
             self._answer(Ended, self._limit_s)
@@ -142,8 +144,15 @@ class Side:
         if ended.exit_code:
             raise SideError("crashed", self._ended(ended.exit_code))
 
+    def abandon(self) -> None:
+        """End the round's process where there is one, whatever it answers."""
+        if self._measuring:
+            with contextlib.suppress(SideError):
+                self.end()
+
     def kill(self) -> None:
         """End whatever runs; the next round starts anew."""
+        self._measuring = False
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -174,6 +183,8 @@ class Side:
         except (EOFError, OSError, msgspec.DecodeError):
             self.kill()
             raise SideError("crashed", self._ended(None)) from None
+        if isinstance(answer, Ended):
+            self._measuring = False
         if isinstance(answer, Ended) and not isinstance(answer, expected):
             raise SideError("crashed", self._ended(answer.exit_code))
         assert isinstance(answer, expected), answer

@@ -1,7 +1,6 @@
 """The ground on which sides are compared: the machine, its GPU held, the truths of all sites."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.process import Processes
 from resblock_bench.bench.records import Environment, Status
 from resblock_bench.bench.rounds import RoundError
+from resblock_bench.bench.scratch import scratch_folder
 from resblock_bench.bench.sides import Side
 from resblock_bench.bench.survey import survey
 from resblock_bench.bench.truth_file import truth_path
@@ -86,7 +86,7 @@ def opened(
             side = Side(name, paths, limit_s=limit_s, variables=variables)
             stack.callback(side.close)
             started.append(side)
-        folder = stack.enter_context(tempfile.TemporaryDirectory(suffix="-resblock-bench"))
+        folder = stack.enter_context(scratch_folder())
         tasks = [
             Task(
                 cell=item.cell,
@@ -102,4 +102,4 @@ def opened(
             )
             for item in plan.cells
         ]
-        yield Testbed(found, started, tasks, processes, Path(folder), limit_s)
+        yield Testbed(found, started, tasks, processes, folder, limit_s)
