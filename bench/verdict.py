@@ -115,8 +115,8 @@ def unpaired(
     )
 
 
-CALIBRATED_FREEDOM = 9
-"""Degrees of freedom of a calibrated spread: it comes from at least ten rounds."""
+CALIBRATED_FREEDOM = 4
+"""Degrees of freedom of a calibrated spread: it comes from at least five rounds."""
 
 
 class Verdict(Record, frozen=True, kw_only=True):
