@@ -45,7 +45,10 @@ class Machine:
 
 
 @pytest.fixture(scope="session")
-def machine() -> Iterator[Machine]:
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    if hasattr(request.config, "workerinput"):
+        # pytest-benchmark switches itself off there, and the run would pass without a number.
+        pytest.fail("several workers would disturb each other: leave out -n")
     kind = default_kind()
     if kind == "cuda" and dispatch.interpreting():
         pytest.fail("the kernels would be interpreted: set TRITON_INTERPRET=0 (make benchmark)")
