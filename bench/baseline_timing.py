@@ -23,7 +23,7 @@ from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine_store import TIMING, history, machine_folder, write
 from resblock_bench.bench.measure import Task, contract_of
 from resblock_bench.bench.plan import Plan, difference
-from resblock_bench.bench.progress import RoundProgress
+from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import Cell, cell_name
 from resblock_bench.bench.rounds import Round, RoundError, RoundRule, take_bursts
 from resblock_bench.bench.stored import (
@@ -61,11 +61,11 @@ def save(request: Request, reason: str, console: Console) -> int:
         bed = stack.enter_context(_bed(request))
         draw = random.Random(request.plan.seed)
         draws = {task.cell: Draw() for task in bed.tasks}
-        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
+        tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         wanting = list(bed.tasks)
         while wanting:
             for task in draw.sample(wanting, len(wanting)):
-                progress.begin("measuring", task)
+                tell("measuring", task)
                 try:
                     draws[task.cell].take(_lone_round(bed, task, request.rule, draw, None))
                 except RoundError as error:
@@ -111,9 +111,9 @@ def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
             spread = None if calibration is None else calibration.spread_of(cell)
             return unpaired(known[cell], [taken.head_ms for taken in rounds], spread)
 
-        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
+        tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
-        comparison = Comparison(bed.tasks, measure, tolerance, draw, progress.begin, estimate)
+        comparison = Comparison(bed.tasks, measure, tolerance, draw, tell, estimate)
         whole = True
         try:
             comparison.carry_out()

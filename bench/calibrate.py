@@ -22,7 +22,7 @@ from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine_store import CALIBRATION, machine_folder, write
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
-from resblock_bench.bench.progress import RoundProgress
+from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.rounds import RoundError, RoundRule, measure_pair
 from resblock_bench.bench.terminal import say, terminable
@@ -56,11 +56,11 @@ def carry_out(request: Request, console: Console) -> int:
         base, head = bed.sides
         draws = {task.cell: Draw() for task in bed.tasks}
         draw = random.Random(request.plan.seed)
-        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
+        tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         wanting = list(bed.tasks)
         while wanting:
             for task in draw.sample(wanting, len(wanting)):
-                progress.begin("calibrating", task)
+                tell("calibrating", task)
                 try:
                     taken = measure_pair(task, bed.truth(task), base, head, request.rule, draw)
                 except RoundError as error:

@@ -186,11 +186,14 @@ def _base_request(
     base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
 ) -> BaseRequest:
     from resblock_bench.bench.compare import BaseRequest
+    from resblock_bench.bench.source_tree import repository_around, resolve
     from resblock_bench.bench.telemetry import Replay
     from resblock_bench.bench.units import parse_duration_s
 
+    # What is wrong with these is found before anything is measured.
+    resolve(repository_around(Path.cwd()), base)
     if telemetry is not None:
-        Replay(telemetry)  # a bad trace is found before anything is measured
+        Replay(telemetry)
     return BaseRequest(
         base=base,
         plan=plan,

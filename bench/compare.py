@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -17,10 +16,11 @@ from resblock_bench.bench.findings import Finding, exit_code
 from resblock_bench.bench.machine_store import CALIBRATION, machine_folder
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
-from resblock_bench.bench.progress import RoundProgress
+from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import Environment, cell_name
 from resblock_bench.bench.report import Checked, Destination, Report, write
 from resblock_bench.bench.rounds import Round, RoundRule, measure_pair
+from resblock_bench.bench.scratch import scratch_folder
 from resblock_bench.bench.source_tree import (
     checked_out,
     python_paths,
@@ -85,7 +85,7 @@ def against_base(request: BaseRequest, console: Console) -> Outcome:
             label: python_paths(
                 root,
                 request.sources,
-                Path(stack.enter_context(TemporaryDirectory(suffix="-resblock-bench"))),
+                stack.enter_context(scratch_folder()),
             )
             for label, root in ((name, tree), (HEAD, repository))
         }
@@ -105,7 +105,8 @@ def in_lockstep(
         draw = random.Random(request.plan.seed)
         tolerance, uncalibrated = tolerance_here(bed.environment, request.rule, request.start)
         notes = []
-        if base.code == head.code:
+        # The digest is of this project's code, which is not what another repository compares.
+        if not request.sources and base.code == head.code:
             notes.append(f"{base.name} and {head.name} are the same code")
         if not (base.fixed_addresses and head.fixed_addresses):
             notes.append(
@@ -116,8 +117,8 @@ def in_lockstep(
         def measure(task: Task) -> Round:
             return measure_pair(task, bed.truth(task), base, head, request.rule, draw)
 
-        progress = stack.enter_context(RoundProgress(console, len(bed.tasks)))
-        comparison = Comparison(bed.tasks, measure, tolerance, draw, progress.begin)
+        tell = stack.enter_context(round_progress(console, len(bed.tasks)))
+        comparison = Comparison(bed.tasks, measure, tolerance, draw, tell)
         whole = True
         try:
             comparison.carry_out()

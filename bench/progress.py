@@ -87,37 +87,24 @@ class RunProgress:
         self._bar.__exit__(kind, error, trace)
 
 
-class RoundProgress:
-    """Told of each round of a comparison; how many there will be is not known beforehand."""
+@contextmanager
+def round_progress(console: Console, cells: int) -> Iterator[Callable[[str, Task], None]]:
+    """Call what it yields before each round of a comparison, with what the round is for.
 
-    def __init__(self, console: Console, cells: int) -> None:
-        self._console = console
-        self._cells = cells
-        self._rounds = 0
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False), console=console, transient=True
-        )
-        self._task = self._bar.add_task("starting")
+    How many there will be is not known beforehand, so a terminal shows the number of this one;
+    elsewhere there is a line for every round of all cells.
+    """
+    text = TextColumn("{task.description}", markup=False)
+    rounds = 0
+    with Progress(text, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("starting")
 
-    def begin(self, stage: str, task: Task) -> None:
-        """The round that is taken next, and what for."""
-        self._rounds += 1
-        self._bar.update(
-            self._task, description=f"{stage}, round {self._rounds}: {cell_name(task.cell)}"
-        )
-        if not self._console.is_terminal and self._rounds % self._cells == 1 % self._cells:
-            text = f"{stage}: round {self._rounds} of {self._cells} cells"
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        def tell(stage: str, task: Task) -> None:
+            nonlocal rounds
+            rounds += 1
+            bar.update(shown, description=f"{stage}, round {rounds}: {cell_name(task.cell)}")
+            if not console.is_terminal and rounds % cells == 1 % cells:
+                line = f"{stage}: round {rounds} of {cells} cells"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> "RoundProgress":
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+        yield tell

@@ -8,7 +8,6 @@ as JSON over the socket FD; what the two print goes where their output goes.
 """
 
 import os
-import signal
 import sys
 import time
 import traceback
@@ -80,7 +79,6 @@ def _round(socket: Connection, order: Open) -> NoReturn:
     code = 1
     try:
         die_with_parent()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; one ends us
         _serve(socket, order)
         code = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):

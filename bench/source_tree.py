@@ -6,12 +6,12 @@ measures is the same on both sides, so that nothing but what is measured differs
 
 import contextlib
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fingerprint import package_folder
+from resblock_bench.bench.scratch import scratch_folder
 from resblock_bench.bench.storage import is_checkout
 
 _MEASURED = ("reference", "kernels")
@@ -42,8 +42,8 @@ def resolve(repository: Path, revision: str) -> str:
 @contextlib.contextmanager
 def checked_out(repository: Path, commit: str) -> Iterator[Path]:
     """A worktree of the commit, removed afterwards."""
-    with tempfile.TemporaryDirectory(suffix="-resblock-bench") as folder:
-        tree = Path(folder, "tree")
+    with scratch_folder() as folder:
+        tree = folder / "tree"
         done = subprocess.run(
             ["git", "-C", repository, "worktree", "add", "--detach", "--quiet", tree, commit],
             capture_output=True,

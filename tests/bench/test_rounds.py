@@ -17,6 +17,7 @@ from rich.console import Console
 from resblock_bench.bench import (
     baseline_timing,
     calibrate,
+    check,
     check_timing,
     compare,
     comparison,
@@ -148,6 +149,18 @@ def test_a_throttled_machine_allows_no_verdict(bed, tmp_path, monkeypatch):
     assert (item.verdict.word, len(item.disturbed)) == ("AMBIGUOUS", 10)
     assert "heat held the clocks back" in item.verdict.reasons[0]
     assert code == 4
+
+
+@pytest.mark.parametrize("sources", [(), (Path("src"),)])
+def test_the_same_code_is_said_of_this_project_alone(bed, tmp_path, monkeypatch, sources):
+    """Of another repository's code there is no digest."""
+    none = dataclasses.replace(bed, tasks=[])
+    monkeypatch.setattr(compare, "opened", lambda *a, **k: contextlib.nullcontext(none))
+    request = compare.BaseRequest(
+        base="main", plan=plan_of({}), start=tmp_path, timeout_s=8.0, sources=sources
+    )
+    outcome = compare.in_lockstep(request, {}, Console(quiet=True))
+    assert any("the same code" in note for note in outcome.notes) == (not sources)
 
 
 # Baselines and calibrations
@@ -408,6 +421,16 @@ def test_revisions_and_folders_that_are_not_there(project, tmp_path):
         python_paths(project, [Path("src")], tmp_path)
     with pytest.raises(UsageError, match=r"is not a checkout of resblock-bench.*--source src"):
         python_paths(tmp_path, [], tmp_path)
+
+
+def test_a_revision_that_is_not_there_is_found_before_anything_is_measured(
+    run_cli, project, monkeypatch
+):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(check, "check", lambda *arguments: pytest.fail("it was measured"))
+    done = run_cli("check", "--base", "nowhere")
+    assert done.code == 2
+    assert "--base 'nowhere' is no revision of" in done.err
 
 
 def test_another_repository_names_its_sources(project, tmp_path):
