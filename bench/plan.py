@@ -1,10 +1,13 @@
 """What a run set out to measure: written beside its rows, so that it can be resumed."""
 
+from pathlib import Path
+
 from msgspec.structs import replace
 
 from resblock_bench.bench.devices import Kind
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid import PlannedCell
+from resblock_bench.bench.measure import Task
 from resblock_bench.bench.records import SCHEMA_VERSION, Count, Environment, Positive, Record
 from resblock_bench.bench.timing import Rule
 
@@ -34,6 +37,26 @@ class Plan(Record, frozen=True, kw_only=True):
                 )
         cells = {item.cell: item for item in [*self.cells, *later.cells]}
         return replace(self, cells=list(cells.values()))
+
+    def tasks(
+        self, environment: Environment, *, folder: Path | None = None, telemetry: Path | None = None
+    ) -> list[Task]:
+        """The first attempt at every cell; `folder` and `telemetry` as in Task."""
+        return [
+            Task(
+                cell=item.cell,
+                multiplicity=item.multiplicity,
+                attempt=1,
+                device=self.device,
+                rule=self.rule,
+                seed=self.seed,
+                environment=environment,
+                memory_limit_bytes=self.memory_limit_bytes,
+                folder=None if folder is None else str(folder.resolve()),
+                telemetry=None if telemetry is None else str(telemetry.resolve()),
+            )
+            for item in self.cells
+        ]
 
 
 _FINGERPRINT = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")

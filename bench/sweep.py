@@ -169,21 +169,7 @@ def _sweep(
     earlier: list[Row],
     console: Console,
 ) -> int:
-    tasks = [
-        Task(
-            cell=item.cell,
-            multiplicity=item.multiplicity,
-            attempt=1,
-            device=plan.device,
-            rule=plan.rule,
-            seed=plan.seed,
-            environment=found,
-            memory_limit_bytes=plan.memory_limit_bytes,
-            folder=str(writer.folder.resolve()),
-            telemetry=None if request.telemetry is None else str(request.telemetry.resolve()),
-        )
-        for item in plan.cells
-    ]
+    tasks = plan.tasks(found, folder=writer.folder, telemetry=request.telemetry)
     asked = {id_of(task) for task in tasks}
     rows = {row.id: row for row in earlier if row.id in asked}
     todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)

@@ -87,19 +87,5 @@ def opened(
             stack.callback(side.close)
             started.append(side)
         folder = stack.enter_context(scratch_folder())
-        tasks = [
-            Task(
-                cell=item.cell,
-                multiplicity=item.multiplicity,
-                attempt=1,
-                device=plan.device,
-                rule=plan.rule,
-                seed=plan.seed,
-                environment=found,
-                memory_limit_bytes=plan.memory_limit_bytes,
-                folder=None,
-                telemetry=None if telemetry is None else str(telemetry.absolute()),
-            )
-            for item in plan.cells
-        ]
+        tasks = plan.tasks(found, telemetry=telemetry)
         yield Testbed(found, started, tasks, processes, folder, limit_s)
