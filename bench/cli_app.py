@@ -45,6 +45,9 @@ DeviceOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
 ]
+GateThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: 1 on a CPU, where it is steadiest.")
+]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
 ]

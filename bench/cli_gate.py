@@ -12,11 +12,11 @@ from resblock_bench.bench.cli_app import (
     ConfigOption,
     DeviceOption,
     FormatOption,
+    GateThreadsOption,
     OutputOption,
     PresetOption,
     SeedOption,
     TelemetryOption,
-    ThreadsOption,
     TimeoutOption,
     app,
     progress_console,
@@ -89,7 +89,7 @@ def compare(
     ] = False,
     timeout: TimeoutOption = "5m",
     telemetry: TelemetryOption = None,
-    threads: ThreadsOption = None,
+    threads: GateThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
     output: OutputOption = None,
@@ -162,11 +162,12 @@ def _gate_plan(
     if not (axis or preset or config):
         preset = f"gate-{kind}"
     sweep = choose(axis or [], preset, config, kind)
+    measured = (None if device is None else kind) or sweep.device or kind
     return Plan(
-        device=(None if device is None else kind) or sweep.device or kind,
+        device=measured,
         rule=sweep.settings.rule(),
         seed=seed or 0,
-        threads=threads,
+        threads=threads or (1 if measured == "cpu" else None),
         memory_limit_bytes=None,
         cells=_selected(sweep),
     )
@@ -213,7 +214,7 @@ def calibrate(
     rounds: Annotated[
         int, typer.Option(min=5, metavar="15", help="Rounds of every cell against itself.")
     ] = 15,
-    threads: ThreadsOption = None,
+    threads: GateThreadsOption = None,
     seed: SeedOption = None,
 ) -> None:
     """Measure how far two runs of the same code lie apart here, and store the tolerance.
@@ -248,7 +249,7 @@ def check(
     source: SourceOption = None,
     timeout: TimeoutOption = "5m",
     telemetry: TelemetryOption = None,
-    threads: ThreadsOption = None,
+    threads: GateThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
     output: OutputOption = None,
@@ -323,7 +324,7 @@ def save(
     config: ConfigOption = None,
     device: DeviceOption = None,
     timeout: TimeoutOption = "5m",
-    threads: ThreadsOption = None,
+    threads: GateThreadsOption = None,
     seed: SeedOption = None,
 ) -> None:
     """Measure the parts named and save what they find; what is wrong or invalid is not saved.

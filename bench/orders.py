@@ -17,10 +17,9 @@ class Open(msgspec.Struct, tag=True):
 
 
 class Burst(msgspec.Struct, tag=True):
-    """Take samples for so many seconds, one to `most`, after a step that is not sampled."""
+    """Take samples for so many seconds, at least one."""
 
     seconds: float
-    most: int
 
 
 class Read(msgspec.Struct, tag=True):

@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -26,16 +27,16 @@ PositiveMs = Annotated[float, Meta(gt=0)]
 
 
 class RoundRule(Record, frozen=True, kw_only=True):
-    """How much a round samples of each side, at least.
+    """How much a round samples, at least.
 
     burst_s   seconds of a burst, but never less than a sample
-    bursts    their number
-    samples   in all bursts together
+    bursts    of each side
+    seconds   from the first burst of either side to the last
     """
 
-    burst_s: NonNegative = 0.01
+    burst_s: NonNegative = 0.005
     bursts: Positive = 30
-    samples: Positive = 30
+    seconds: NonNegative = 1.5
 
 
 class Round(Record, frozen=True, kw_only=True):
@@ -94,18 +95,15 @@ def take_bursts(
 ) -> Taken:
     """The samples of one round. Raises RoundError."""
     bursts: dict[Side, list[list[float]]] = {side: [] for side in sides}
-
-    def fewest() -> int:
-        return min(sum(map(len, taken)) for taken in bursts.values())
-
     current = sides[0]
     try:
         for current in draw.sample(sides, len(sides)):
             current.open(task, truth)
         before, source = _read(sides)
-        while len(bursts[sides[0]]) < rule.bursts or fewest() < rule.samples:
+        until = time.monotonic() + rule.seconds
+        while len(bursts[sides[0]]) < rule.bursts or time.monotonic() < until:
             for current in draw.sample(sides, len(sides)):
-                bursts[current].append(current.burst(rule.burst_s, rule.samples))
+                bursts[current].append(current.burst(rule.burst_s))
         after, _ = _read(sides)
         for current in sides:
             current.end()

@@ -118,11 +118,10 @@ def _serve(socket: Connection, order: Open) -> None:
     _answer(socket, Opened("ok", None))
     while True:
         match msgspec.json.decode(socket.recv_bytes(), type=Order):
-            case Burst(seconds, most):
-                sample_ms()  # caches and clocks are as the other side left them
+            case Burst(seconds):
                 samples = [sample_ms()]
                 until = time.monotonic() + seconds - samples[0] / 1e3
-                while len(samples) < most and time.monotonic() < until:
+                while time.monotonic() < until:
                     samples.append(sample_ms())
                 _answer(socket, Samples(samples))
             case Read():

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TypeVar
@@ -43,8 +43,11 @@ _ALIKE = {
 A = TypeVar("A", Opened, Samples, Counters, Ended, Up)
 
 
-def _fix_addresses() -> None:
-    """Where the system allows it: the same addresses on both sides, not a draw for each."""
+def _settle(cpus: Collection[int]) -> None:
+    """The same CPUs and, where the system allows it, the same addresses on all sides, which would
+    else be a draw for each."""
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     libc = ctypes.CDLL(None)
     libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE)
 
@@ -64,6 +67,7 @@ class Side:
     paths       what its Python path begins with
     limit_s     seconds that an order may take
     variables   of its environment, beside those of this process
+    cpus        that it may use; none are those of this process
 
     Raises InvalidError where its code cannot be imported.
     """
@@ -75,11 +79,13 @@ class Side:
         *,
         limit_s: float,
         variables: Mapping[str, str] | None = None,
+        cpus: Collection[int] = (),
     ) -> None:
         self.name = name
         self._paths = [str(path) for path in paths]
         self._limit_s = limit_s
         self._variables = dict(variables or {})
+        self._cpus = cpus
         self._folder = tempfile.TemporaryDirectory(suffix="-resblock-bench")
         self._log = Path(self._folder.name, "output")
         self._process: subprocess.Popen[bytes] | None = None
@@ -108,7 +114,7 @@ class Side:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_fix_addresses if sys.platform == "linux" else None,
+                preexec_fn=(lambda: _settle(self._cpus)) if sys.platform == "linux" else None,
             )
         self._socket = own
         try:
@@ -130,9 +136,9 @@ class Side:
             self._answer(Ended, self._limit_s)
             raise SideError(opened.status, opened.reason or "no reason was given")
 
-    def burst(self, seconds: float, most: int) -> list[float]:
+    def burst(self, seconds: float) -> list[float]:
         """Samples in milliseconds."""
-        return self._ask(Burst(seconds, most), Samples).samples_ms
+        return self._ask(Burst(seconds), Samples).samples_ms
 
     def read(self) -> Counters:
         """The machine's counters, as the round's process sees them."""

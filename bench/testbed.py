@@ -1,6 +1,7 @@
 """The ground on which sides are compared: the machine, its GPU held, the truths of all sites."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -81,11 +82,23 @@ def opened(
         threads = plan.threads or environment.usable_cpus()
         found = survey(processes, jobs.SurveyJob(plan.device, threads, ceilings=False), variables)
         found = replace(found, machine=environment.machine_name())
+        cpus = _cpus(threads) if plan.device == "cpu" else []
         started = []
         for name, paths in sides.items():
-            side = Side(name, paths, limit_s=limit_s, variables=variables)
+            side = Side(name, paths, limit_s=limit_s, variables=variables, cpus=cpus)
             stack.callback(side.close)
             started.append(side)
         folder = stack.enter_context(scratch_folder())
         tasks = plan.tasks(found, telemetry=telemetry)
         yield Testbed(found, started, tasks, processes, folder, limit_s)
+
+
+def _cpus(threads: int) -> list[int]:
+    """The CPUs that all sides compute on, one a thread; none where the system does not tell.
+
+    Neighbours of a virtual machine slow its CPUs apart from each other: on the same ones the sides
+    go through the same slow spells.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))[-threads:]  # the first ones serve more interrupts
