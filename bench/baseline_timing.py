@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,8 @@ from rich.table import Table
 
 from resblock_bench.bench import exitcodes
 from resblock_bench.bench.compare import HEAD, Outcome, usable_calibration
-from resblock_bench.bench.comparison import STAGES, Comparison, Draw
+from resblock_bench.bench.comparison import STAGES, Comparison
+from resblock_bench.bench.draws import Draw, fill
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine_store import TIMING, history, machine_folder, write
 from resblock_bench.bench.measure import Task, contract_of
@@ -59,18 +61,17 @@ def save(request: Request, reason: str, console: Console) -> int:
     """
     with terminable(), ExitStack() as stack:
         bed = stack.enter_context(_bed(request))
-        draw = random.Random(request.plan.seed)
-        draws = {task.cell: Draw() for task in bed.tasks}
+        order = random.Random(request.plan.seed)
+
+        def measure(task: Task) -> Round:
+            try:
+                return _lone_round(bed, task, request.rule, order, None)
+            except RoundError as error:
+                raise InvalidError(f"{cell_name(task.cell)} is no baseline: {error}") from None
+
+        draws = [Draw(task) for task in bed.tasks]
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
-        wanting = list(bed.tasks)
-        while wanting:
-            for task in draw.sample(wanting, len(wanting)):
-                tell("measuring", task)
-                try:
-                    draws[task.cell].take(_lone_round(bed, task, request.rule, draw, None))
-                except RoundError as error:
-                    raise InvalidError(f"{cell_name(task.cell)} is no baseline: {error}") from None
-            wanting = [task for task in wanting if draws[task.cell].lacks(ROUNDS)]
+        fill(draws, ROUNDS, measure, order, partial(tell, "measuring"))
         baseline = Baseline(
             baseline_version=BASELINE_VERSION,
             saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -79,7 +80,7 @@ def save(request: Request, reason: str, console: Console) -> int:
             environment=bed.environment,
             contract=contract_of(bed.tasks[0]),
             rule=request.rule,
-            series=[_series(task.cell, draws[task.cell]) for task in bed.tasks],
+            series=[_series(draw) for draw in draws],
         )
     path = machine_folder(baseline.environment.machine, request.start) / TIMING
     write(path, baseline, keep=_saved_at(path))
@@ -99,13 +100,13 @@ def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
         bed = stack.enter_context(_bed(request))
         _refuse_different(path, baseline, bed, request.rule)
         calibration, note = usable_calibration(bed.environment, request.rule, request.start)
-        draw = random.Random(request.plan.seed)
+        order = random.Random(request.plan.seed)
 
         def measure(task: Task) -> Round:
             if task.cell not in known:
                 reason = f"has no baseline in {path}: save one"
                 raise RoundError("skipped", reason, at_base=True)
-            return _lone_round(bed, task, request.rule, draw, known[task.cell])
+            return _lone_round(bed, task, request.rule, order, known[task.cell])
 
         def estimate(cell: Cell, rounds: Sequence[Round]) -> Estimate | None:
             spread = None if calibration is None else calibration.spread_of(cell)
@@ -113,7 +114,7 @@ def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
-        comparison = Comparison(bed.tasks, measure, tolerance, draw, tell, estimate)
+        comparison = Comparison(bed.tasks, measure, tolerance, order, tell, estimate)
         whole = True
         try:
             comparison.carry_out()
@@ -158,10 +159,10 @@ def _bed(request: Request) -> AbstractContextManager[Testbed]:
 
 
 def _lone_round(
-    bed: Testbed, task: Task, rule: RoundRule, draw: random.Random, known: list[float] | None
+    bed: Testbed, task: Task, rule: RoundRule, order: random.Random, known: list[float] | None
 ) -> Round:
     """A round of one side, beside the baseline's median where there is one."""
-    (bursts,), disturbances = take_bursts(task, bed.truth(task), bed.sides, rule, draw)
+    (bursts,), disturbances = take_bursts(task, bed.truth(task), bed.sides, rule, order)
     samples = [sample for burst in bursts for sample in burst]
     median = statistics.median(samples)
     base = median if known is None else statistics.median(known)
@@ -175,7 +176,8 @@ def _lone_round(
     )
 
 
-def _series(cell: Cell, draw: Draw) -> Series:
+def _series(draw: Draw) -> Series:
+    cell = draw.task.cell
     if len(draw.valid) < STAGES[0]:
         raise InvalidError(
             f"{cell_name(cell)} is no baseline: {len(draw.disturbed)} rounds were disturbed, at "

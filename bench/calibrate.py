@@ -4,6 +4,7 @@ import datetime
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,14 +18,15 @@ from resblock_bench.bench.calibration import (
     noise_of,
     tolerance_of,
 )
-from resblock_bench.bench.comparison import STAGES, Draw
+from resblock_bench.bench.comparison import STAGES
+from resblock_bench.bench.draws import Draw, fill
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine_store import CALIBRATION, machine_folder, write
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import cell_name
-from resblock_bench.bench.rounds import RoundError, RoundRule, measure_pair
+from resblock_bench.bench.rounds import Round, RoundError, RoundRule, measure_pair
 from resblock_bench.bench.terminal import say, terminable
 from resblock_bench.bench.testbed import opened
 from resblock_bench.bench.verdict import smallest_detectable
@@ -54,21 +56,19 @@ def carry_out(request: Request, console: Console) -> int:
             opened(request.plan, {"A": (), "B": ()}, limit_s=request.timeout_s)
         )
         base, head = bed.sides
-        draws = {task.cell: Draw() for task in bed.tasks}
-        draw = random.Random(request.plan.seed)
+        order = random.Random(request.plan.seed)
+
+        def measure(task: Task) -> Round:
+            try:
+                return measure_pair(task, bed.truth(task), base, head, request.rule, order)
+            except RoundError as error:
+                name = cell_name(task.cell)
+                raise InvalidError(f"{name} cannot be calibrated: {error}") from None
+
+        draws = [Draw(task) for task in bed.tasks]
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
-        wanting = list(bed.tasks)
-        while wanting:
-            for task in draw.sample(wanting, len(wanting)):
-                tell("calibrating", task)
-                try:
-                    taken = measure_pair(task, bed.truth(task), base, head, request.rule, draw)
-                except RoundError as error:
-                    name = cell_name(task.cell)
-                    raise InvalidError(f"{name} cannot be calibrated: {error}") from None
-                draws[task.cell].take(taken)
-            wanting = [task for task in wanting if draws[task.cell].lacks(request.rounds)]
-        noises = [_noise(task, draws[task.cell]) for task in bed.tasks]
+        fill(draws, request.rounds, measure, order, partial(tell, "calibrating"))
+        noises = [_noise(draw) for draw in draws]
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         calibration = Calibration(
             calibration_version=CALIBRATION_VERSION,
@@ -85,14 +85,14 @@ def carry_out(request: Request, console: Console) -> int:
     return exitcodes.OK
 
 
-def _noise(task: Task, draw: Draw) -> CellNoise:
+def _noise(draw: Draw) -> CellNoise:
     if len(draw.valid) < STAGES[0]:
         raise InvalidError(
-            f"{cell_name(task.cell)} cannot be calibrated: {len(draw.disturbed)} of "
+            f"{cell_name(draw.task.cell)} cannot be calibrated: {len(draw.disturbed)} of "
             f"{len(draw.disturbed) + len(draw.valid)} rounds were disturbed, at last since "
             f"{draw.disturbed[-1].disturbances[0]}; see 'resblock-bench env'"
         )
-    return noise_of(task.cell, draw.valid, len(draw.disturbed))
+    return noise_of(draw.task.cell, draw.valid, len(draw.disturbed))
 
 
 def _table(calibration: Calibration) -> Table:

@@ -102,7 +102,7 @@ def in_lockstep(
             opened(request.plan, sides, limit_s=request.timeout_s, telemetry=request.telemetry)
         )
         base, head = bed.sides
-        draw = random.Random(request.plan.seed)
+        order = random.Random(request.plan.seed)
         tolerance, uncalibrated = tolerance_here(bed.environment, request.rule, request.start)
         notes = []
         # The digest is of this project's code, which is not what another repository compares.
@@ -115,10 +115,10 @@ def in_lockstep(
             )
 
         def measure(task: Task) -> Round:
-            return measure_pair(task, bed.truth(task), base, head, request.rule, draw)
+            return measure_pair(task, bed.truth(task), base, head, request.rule, order)
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
-        comparison = Comparison(bed.tasks, measure, tolerance, draw, tell)
+        comparison = Comparison(bed.tasks, measure, tolerance, order, tell)
         whole = True
         try:
             comparison.carry_out()

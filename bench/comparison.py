@@ -7,41 +7,22 @@ and stands only if the second draw says the same.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from msgspec.structs import replace
 
+from resblock_bench.bench.draws import Draw, Measure, fill
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.records import Cell, Count, Record, Status
-from resblock_bench.bench.rounds import Round, RoundError
+from resblock_bench.bench.rounds import Round
 from resblock_bench.bench.verdict import Estimate, Tolerance, Verdict, judge, paired
 
 STAGES = (5, 9, 13)
 """Valid rounds after which a verdict is sought."""
-ATTEMPTS = 2
-"""Rounds are taken again until there were this many times as many as are wanted."""
 SUSPICIOUS = 3.0
 """Nobody makes a cell so many times as fast unnoticed."""
-
-
-@dataclass
-class Draw:
-    """The rounds of a cell, and what ended them: `failed` is the side's status and reason."""
-
-    valid: list[Round] = field(default_factory=list)
-    disturbed: list[Round] = field(default_factory=list)
-    failed: RoundError | None = None
-
-    def lacks(self, count: int) -> bool:
-        """Whether more rounds are to be taken for `count` valid ones."""
-        taken = len(self.valid) + len(self.disturbed)
-        return self.failed is None and len(self.valid) < count and taken < ATTEMPTS * count
-
-    def take(self, taken: Round) -> None:
-        """Add a round."""
-        (self.disturbed if taken.disturbances else self.valid).append(taken)
 
 
 class Compared(Record, frozen=True, kw_only=True):
@@ -71,8 +52,6 @@ class Compared(Record, frozen=True, kw_only=True):
     confirmed: bool | None
 
 
-Measure = Callable[[Task], Round]
-"""Takes one round of a task; raises RoundError."""
 Estimator = Callable[[Cell, Sequence[Round]], Estimate | None]
 """What the rounds of a cell come to."""
 
@@ -97,17 +76,16 @@ class Comparison:
         tasks: Sequence[Task],
         measure: Measure,
         tolerance: Tolerance,
-        draw: random.Random,
+        order: random.Random,
         tell: Callable[[str, Task], None] = lambda stage, task: None,
         estimate: Estimator = in_pairs,
     ) -> None:
-        self._tasks = {task.cell: task for task in tasks}
         self._measure = measure
         self._tolerance = tolerance
-        self._draw = draw
+        self._order = order
         self._tell = tell
         self._estimate = estimate
-        self._first = {cell: Draw() for cell in self._tasks}
+        self._first = {task.cell: Draw(task) for task in tasks}
         self._second: dict[Cell, Draw] = {}
 
     def carry_out(self) -> list[Compared]:
@@ -118,7 +96,7 @@ class Comparison:
             for cell, verdict in self._verdicts(self._first).items()
             if verdict.word in ("SLOW", "FAST")
         ]
-        self._second = {cell: Draw() for cell in flagged}
+        self._second = {cell: Draw(self._first[cell].task) for cell in flagged}
         self._settle(self._second, "confirming")
         return self.results()
 
@@ -127,7 +105,7 @@ class Comparison:
         firsts, seconds = self._verdicts(self._first), self._verdicts(self._second)
         found = []
         for cell, first in self._first.items():
-            second = self._second.get(cell, Draw())
+            second = self._second.get(cell, Draw(first.task))
             verdict, confirmed = firsts[cell], None
             if verdict.word in ("SLOW", "FAST"):
                 other = seconds.get(cell)
@@ -160,23 +138,12 @@ class Comparison:
 
     def _settle(self, draws: dict[Cell, Draw], stage: str) -> None:
         """Take rounds until no verdict is ambiguous or all stages are done."""
-        unsettled: Iterable[Cell] = list(draws)
+        unsettled = list(draws)
         for count in STAGES:
-            wanting = [cell for cell in unsettled if draws[cell].lacks(count)]
-            while wanting:
-                for cell in self._draw.sample(wanting, len(wanting)):
-                    task = self._tasks[cell]
-                    self._tell(stage, task)
-                    self._take(draws[cell], task)
-                wanting = [cell for cell in wanting if draws[cell].lacks(count)]
+            wanting = [draws[cell] for cell in unsettled]
+            fill(wanting, count, self._measure, self._order, partial(self._tell, stage))
             verdicts = self._verdicts(draws)
             unsettled = [cell for cell in draws if verdicts[cell].word == "AMBIGUOUS"]
-
-    def _take(self, draw: Draw, task: Task) -> None:
-        try:
-            draw.take(self._measure(task))
-        except RoundError as error:
-            draw.failed = error
 
     def _verdicts(self, draws: dict[Cell, Draw]) -> dict[Cell, Verdict]:
         estimates = [

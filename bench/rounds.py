@@ -73,10 +73,10 @@ class Taken(NamedTuple):
 
 
 def measure_pair(
-    task: Task, truth: Path, base: Side, head: Side, rule: RoundRule, draw: random.Random
+    task: Task, truth: Path, base: Side, head: Side, rule: RoundRule, order: random.Random
 ) -> Round:
     """One round of a task's cell on both sides. Raises RoundError."""
-    (bases, heads), disturbances = take_bursts(task, truth, (base, head), rule, draw)
+    (bases, heads), disturbances = take_bursts(task, truth, (base, head), rule, order)
     base_ms, head_ms = list(itertools.chain(*bases)), list(itertools.chain(*heads))
     pairs = zip(bases, heads, strict=True)
     logs = [math.log(statistics.median(h) / statistics.median(b)) for b, h in pairs]
@@ -91,18 +91,18 @@ def measure_pair(
 
 
 def take_bursts(
-    task: Task, truth: Path, sides: Sequence[Side], rule: RoundRule, draw: random.Random
+    task: Task, truth: Path, sides: Sequence[Side], rule: RoundRule, order: random.Random
 ) -> Taken:
     """The samples of one round. Raises RoundError."""
     bursts: dict[Side, list[list[float]]] = {side: [] for side in sides}
     current = sides[0]
     try:
-        for current in draw.sample(sides, len(sides)):
+        for current in order.sample(sides, len(sides)):
             current.open(task, truth)
         before, source = _read(sides)
         until = time.monotonic() + rule.seconds
         while len(bursts[sides[0]]) < rule.bursts or time.monotonic() < until:
-            for current in draw.sample(sides, len(sides)):
+            for current in order.sample(sides, len(sides)):
                 bursts[current].append(current.burst(rule.burst_s))
         after, _ = _read(sides)
         for current in sides:

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from resblock_bench.bench.comparison import ATTEMPTS, STAGES, Comparison
+from resblock_bench.bench.comparison import STAGES, Comparison
+from resblock_bench.bench.draws import ATTEMPTS
 from resblock_bench.bench.rounds import Round, RoundError
 from resblock_bench.bench.verdict import DEFAULT_TOLERANCE
 
