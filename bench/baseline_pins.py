@@ -12,14 +12,15 @@ from resblock_bench.bench.check import (
     Timing,
     check,
     default_pins,
-    measured,
+    failure,
     pinned_parts,
     report_of,
 )
 from resblock_bench.bench.errors import UsageError, unknown
-from resblock_bench.bench.findings import Finding, exit_code, worst_first
+from resblock_bench.bench.findings import Finding, exit_code, of_part, worst_first
 from resblock_bench.bench.pins import Found, PinFile, PinnedPart, read_pins, write_pins
 from resblock_bench.bench.report import WIDTH, show
+from resblock_bench.bench.storage import repository_root
 from resblock_bench.bench.terminal import say
 
 
@@ -37,7 +38,10 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
     root = pins or default_pins(Path.cwd())
     refused: list[Finding] = []
     for part in parts:
-        found = measured(part, console)
+        try:
+            found = part.measure(console)
+        except Exception as error:
+            found = Found(findings=[failure(part.name, error)])
         obstacles = _obstacles(part, found)
         if obstacles:
             refused += obstacles
@@ -74,19 +78,19 @@ def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:
             bad = [name for name, value in figures.items() if part.rules[name].judge(value, value)]
             if bad:
                 text = f"{', '.join(bad)} is not a number"
-                obstacles.append(_invalid(part, subject, entry, text))
+                obstacles.append(
+                    Finding(
+                        part=part.name, level="invalid", subject=subject, entry=entry, text=text
+                    )
+                )
     if not found.subjects and not obstacles:
-        obstacles.append(_invalid(part, part.name, None, "nothing was measured"))
+        obstacles.append(of_part(part.name, "invalid", "nothing was measured"))
     return obstacles
-
-
-def _invalid(part: PinnedPart, subject: str, entry: str | None, text: str) -> Finding:
-    return Finding(part=part.name, level="invalid", subject=subject, entry=entry, text=text)
 
 
 def _commit() -> str | None:
     """The commit that was measured, "-dirty" where tracked files differ from it."""
-    commit, dirty = environment.source_state(Path(__file__).resolve().parent)
+    commit, dirty = environment.source_state(repository_root(Path.cwd()))
     return f"{commit}-dirty" if commit and dirty else commit
 
 

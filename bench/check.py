@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.findings import Finding, Level, exit_code
+from resblock_bench.bench.findings import Finding, Level, exit_code, of_part
 from resblock_bench.bench.pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 from resblock_bench.bench.report import Checked, Destination, Report, count_levels, write
 from resblock_bench.bench.storage import repository_root
@@ -86,32 +86,38 @@ def check(names: Sequence[str], root: Path, timing: Timing, console: Console) ->
         if names and name not in names:
             continue
         if reason is None:
-            outcomes.append(carried_out())
+            outcomes.append(_guarded(name, carried_out))
         else:
             level: Level = "invalid" if names else "note"
-            outcomes.append(
-                Outcome(name, [], [_said(name, level, f"not done here: {reason}")], 0.0)
-            )
+            said = of_part(name, level, f"not done here: {reason}")
+            outcomes.append(Outcome(name, [], [said], 0.0))
     if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
-        outcomes.append(
-            Outcome("check", [], [_said("check", "invalid", "nothing was checked")], 0.0)
-        )
+        said = of_part("check", "invalid", "nothing was checked")
+        outcomes.append(Outcome("check", [], [said], 0.0))
     return outcomes
 
 
-def _said(part: str, level: Level, text: str) -> Finding:
-    """A finding about a part as a whole."""
-    return Finding(part=part, level=level, subject=part, entry=None, text=text)
+def _guarded(name: str, carried_out: Callable[[], Outcome]) -> Outcome:
+    """A part that fails as a whole is a finding: what the others found is not lost."""
+    began = time.monotonic()
+    try:
+        return carried_out()
+    except Exception as error:
+        return Outcome(name, [], [failure(name, error)], time.monotonic() - began)
+
+
+def failure(name: str, error: Exception) -> Finding:
+    """That a part failed as a whole."""
+    expected = isinstance(error, (InvalidError, UsageError))
+    text = str(error) if expected else f"crashed: {type(error).__name__}: {error}"
+    return of_part(name, "invalid", text)
 
 
 def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
     """Measure a part and compare it with its pins."""
     began = time.monotonic()
-    try:
-        pins = read_pins(root, part.name)
-    except InvalidError as error:
-        return Outcome(part.name, [], [_said(part.name, "invalid", str(error))], 0.0)
-    found = measured(part, console)
+    pins = read_pins(root, part.name)
+    found = part.measure(console)
     return Outcome(
         part.name,
         _compared(part, pins, found),
@@ -119,18 +125,6 @@ def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
         time.monotonic() - began,
         [part.summary(pins, found)] if part.summary is not None else [],
     )
-
-
-def measured(part: PinnedPart, console: Console) -> Found:
-    """What a part measures; one that crashes as a whole is a finding, and the others go on."""
-    try:
-        return part.measure(console)
-    except (UsageError, InvalidError):
-        raise
-    except Exception as error:
-        return Found(
-            findings=[_said(part.name, "invalid", f"crashed: {type(error).__name__}: {error}")]
-        )
 
 
 def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[Checked]:
@@ -186,8 +180,8 @@ def advice(findings: Sequence[Finding]) -> list[str]:
         said.append("wrong: a result is too far from float64; mend it, no pin can allow it")
     if flags("regression"):
         said.append(f"worse: mend it, or if it is meant to be, {save(flags('regression'))}")
-    if flags("invalid"):
-        said.append(f"invalid: mend what is said above; what is new and right: {save('--PART')}")
+    if parts := flags("invalid"):
+        said.append(f"invalid: mend what is said above; what is new and right: {save(parts)}")
     if parts := flags("better", "changed"):
         said.append(f"better or changed on purpose: save with {save(parts)}")
     if flags("inconclusive"):

@@ -13,7 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from resblock_bench.bench import environment
@@ -22,6 +24,7 @@ from resblock_bench.bench.findings import Finding, Level
 from resblock_bench.bench.pins import Found, PinnedPart, Rule, Value
 from resblock_bench.bench.progress import task_progress
 from resblock_bench.bench.records import Conditioning, DType, Layout
+from resblock_bench.bench.storage import in_checkout
 from resblock_bench.bench.workers import Answer, Job, JobFailed, run
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
@@ -110,7 +113,17 @@ def subject_of(case: Case) -> str:
 
 
 def _cannot() -> str | None:
+    if not in_checkout(Path.cwd()):
+        return "it is about this project's kernels: run it in a checkout of resblock-bench"
     return None if triton_installed() else "Triton, whose interpreter it needs, is not installed"
+
+
+def _made_with() -> dict[str, str | None]:
+    """Figures are ratios to PyTorch's own kernels, and those of the tiers are interpreted."""
+    import triton
+
+    minor = ".".join(torch.__version__.split(".")[:2])
+    return {"torch": minor, "triton": triton.__version__}
 
 
 _RULE = Rule("lower", tolerance=TOLERANCE)
@@ -120,5 +133,5 @@ PART = PinnedPart(
     cannot=_cannot,
     measure=lambda console: measure_cases(list(cases()), console),
     rules={f"{name}{of}": _RULE for name in RESULTS for of in (" error", " / eager")},
-    made_with=dict,
+    made_with=_made_with,
 )

@@ -1,24 +1,30 @@
 """The memory part of `check`: what a training step holds, exact to the byte and without running it.
 
 A subject is a published model, an entry one of its blocks in one implementation and checkpoint
-mode. The figures are those of `predict`: live tensors of the CPU's operators on fake tensors. They
-are the same on every machine, but follow what PyTorch's operators save and allocate, so pins hold
-for one minor version of it.
+mode; the fused block is there on both of its paths, PyTorch's own kernels and the Triton kernels,
+which it takes on a GPU. The figures are those of `predict`: live tensors on fake tensors, without a
+GPU library's workspaces. They are the same on every machine, but follow what PyTorch's operators
+save and allocate, so pins hold for one minor version of it.
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from resblock_bench.bench import environment
 from resblock_bench.bench.axes import Selection
 from resblock_bench.bench.findings import Finding
 from resblock_bench.bench.grid import plan
 from resblock_bench.bench.pins import Found, PinnedPart, Rule
 from resblock_bench.bench.predict import predict_memory
 from resblock_bench.bench.progress import task_progress
-from resblock_bench.bench.records import Cell, cell_name
+from resblock_bench.bench.records import Cell, Memory, cell_name
+from resblock_bench.bench.storage import in_checkout
+from resblock_bench.bench.workers import Answer, Job, JobFailed, run
+from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 
 NAME = "memory"
 
@@ -64,39 +70,76 @@ def cells() -> Iterator[Cell]:
         yield from (item.cell for item in plan([{**site, **_VARIANTS}]))
 
 
-def measure_cells(wanted: Sequence[Cell], console: Console) -> Found:
-    """The figures of the cells."""
+def items(wanted: Iterable[Cell]) -> Iterator[tuple[Cell, Backend]]:
+    """Each cell on each of its paths."""
+    for cell in wanted:
+        yield cell, "aten"
+        if cell.impl == "fused":
+            yield cell, "triton"
+
+
+def measure_cells(wanted: Iterable[Cell], console: Console) -> Found:
+    """The figures of the cells, measured in processes of their own."""
     found = Found()
-    try:
-        with task_progress(console, "memory on fake tensors", len(wanted)) as advance:
-            for cell in wanted:
-                # A prediction collects garbage several times; it need not walk half a million
-                # objects of PyTorch, which imports much of itself in the first one.
-                gc.freeze()
-                _measure(found, cell)
-                advance()
-    finally:
-        gc.unfreeze()
+    jobs = [Job(True, predict, item) for item in items(wanted)]
+    count = max(1, min(environment.usable_cpus(), len(jobs)))
+    answers: dict[Job, Answer] = {}
+    with task_progress(console, "memory on fake tensors", len(jobs)) as advance:
+        for job, answer in run(jobs, count):
+            answers[job] = answer
+            advance()
+    # Entries stand in the order of the cells, in which the jobs do not end.
+    for job in jobs:
+        cell, backend = job.arguments
+        try:
+            enter(found, cell, backend, answers[job].get())
+        except JobFailed as error:
+            _say(found, cell, backend, f"crashed: {error}")
     return found
 
 
-def _measure(found: Found, cell: Cell) -> None:
-    subject, entry = str(cell.model), cell_name(cell).removeprefix(f"{cell.model} ")
-    try:
-        memory = predict_memory(cell)
-        problem = None if memory else "no prediction can be made of it"
-    except Exception as error:
-        memory, problem = None, f"crashed: {type(error).__name__}: {error}"
+def predict(cell: Cell, backend: Backend) -> Memory | None:
+    """The memory of a cell on one path. That of Triton needs TRITON_INTERPRET=1, and runs nothing:
+    on fake tensors the operators only allocate."""
+    # A prediction collects garbage several times; it need not walk half a million objects of
+    # PyTorch, which imports much of itself in the first one.
+    gc.freeze()
+    with prefer(backend):
+        return predict_memory(cell)
+
+
+def enter(found: Found, cell: Cell, backend: Backend, memory: Memory | None) -> None:
+    """Add a cell's figures, or that there are none."""
     if memory is None:
-        finding = Finding(
-            part=NAME, level="invalid", subject=subject, entry=entry, text=str(problem)
-        )
-        found.findings.append(finding)
+        _say(found, cell, backend, "no prediction can be made of it")
         return
-    found.subjects.setdefault(subject, {})[entry] = {
+    found.subjects.setdefault(str(cell.model), {})[entry_of(cell, backend)] = {
         "peak_above_baseline_bytes": memory.peak_above_baseline_bytes,
         "saved_for_backward_bytes": memory.saved_for_backward_bytes,
     }
+
+
+def entry_of(cell: Cell, backend: Backend) -> str:
+    """The cell's name without the model, and the path that is not the CPU's."""
+    name = cell_name(cell).removeprefix(f"{cell.model} ")
+    return f"{name} in Triton" if backend == "triton" else name
+
+
+def _say(found: Found, cell: Cell, backend: Backend, text: str) -> None:
+    finding = Finding(
+        part=NAME,
+        level="invalid",
+        subject=str(cell.model),
+        entry=entry_of(cell, backend),
+        text=text,
+    )
+    found.findings.append(finding)
+
+
+def _cannot() -> str | None:
+    if not in_checkout(Path.cwd()):
+        return "it is about this project's blocks: run it in a checkout of resblock-bench"
+    return None if triton_installed() else "Triton, whose path it measures too, is not installed"
 
 
 def _made_with() -> dict[str, str | None]:
@@ -105,7 +148,7 @@ def _made_with() -> dict[str, str | None]:
 
 PART = PinnedPart(
     name=NAME,
-    cannot=lambda: None,
+    cannot=_cannot,
     measure=lambda console: measure_cells(list(cells()), console),
     rules=dict.fromkeys(("peak_above_baseline_bytes", "saved_for_backward_bytes"), Rule("lower")),
     made_with=_made_with,

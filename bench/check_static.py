@@ -1,22 +1,24 @@
 """The static part of `check`: bytes and machine code of the kernels, the same on every machine.
 
-A subject is a norm at fixed sizes, or a case that another package offers (kernel_cases.py). Its
-entries are the traffic of each direction and the machine code of each of its kernels on each
-architecture. What costs more for certain is a regression: spills, narrower accesses, more bytes,
-wasted sectors, shared memory that no block may have. Machine code that is otherwise different is a
-change: only a timing run can tell what it means, and the same machine code needs none.
+In a checkout of this project a subject is a norm at fixed sizes, or one of `static_cases`; in
+another repository it is a case that its packages offer (kernel_cases.py). Its entries are the
+traffic of each direction and the machine code of each of its kernels on each architecture. What
+costs more for certain is a regression: spills, narrower accesses, more bytes, wasted sectors,
+shared memory that no block may have. Machine code that is otherwise different is a change: only a
+timing run can tell what it means, and the same machine code, launched alike, needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from resblock_bench.bench import kernel_cases
+from resblock_bench.bench import kernel_cases, workers
 from resblock_bench.bench.cost import answers, calls_of
 from resblock_bench.bench.findings import Finding, Level
 from resblock_bench.bench.grid import GROUPS
@@ -26,7 +28,8 @@ from resblock_bench.bench.machine_code import (
     SM_SHARED_BYTES,
     MachineCode,
 )
-from resblock_bench.bench.pins import Found, PinFile, PinnedPart, Rule, Value
+from resblock_bench.bench.pins import Entries, Found, PinFile, PinnedPart, Rule, Value
+from resblock_bench.bench.storage import in_checkout
 from resblock_bench.bench.workers import Job
 
 if TYPE_CHECKING:
@@ -35,15 +38,19 @@ if TYPE_CHECKING:
 NAME = "static"
 
 _ROUNDING = 1e-4  # of five digits
+_WIDTH = 0.05  # one scalar more beside eight wide accesses narrows none of them
 RULES = {
     "registers": Rule("lower", hard=False),
     "spill_bytes": Rule("lower"),
     "shared_bytes": Rule("lower", hard=False),
-    "load_bits": Rule("higher"),
-    "store_bits": Rule("higher"),
+    "load_bits": Rule("higher", _WIDTH),
+    "store_bits": Rule("higher", _WIDTH),
     "instructions": Rule("lower", hard=False),
     "occupancy": Rule("higher", hard=False),
     "sass_hash": Rule(None),
+    "warps": Rule(None),
+    "programs": Rule(None),
+    "launches": Rule(None),
     "requested": Rule("lower", _ROUNDING),
     "dram": Rule("lower", _ROUNDING),
     "small": Rule("lower", _ROUNDING),
@@ -54,13 +61,22 @@ RULES = {
 registers, occupancy    as in MachineCode
 spill_bytes             stored and loaded by a thread
 shared_bytes            of a block
-load_bits, store_bits   the widest access of a thread to global memory in the main loops; 0: none
+load_bits, store_bits   the mean width of a thread's accesses to global memory in the main loops,
+                        Σ b²/Σ b over the bits b of each; 0: none
 instructions            of a thread in the main loops, an element
 sass_hash               the same where the instructions are
+warps, programs         of a program, and of a launch
+launches                of the kernel in one call
 requested, dram, small  passes over the activation, as in norm_cost.Traffic; of another package's
                         case bytes an element (kernel_cases.CaseTraffic)
 sector_efficiency       bytes asked for over those of the sectors they lie in
 """
+
+
+_SPEED = ("sass_hash", "warps", "programs", "launches")
+OWN = metadata.EntryPoint(
+    "static_cases", "resblock_bench.bench.static_cases:cases", kernel_cases.GROUP
+)
 
 
 class Item(NamedTuple):
@@ -128,21 +144,26 @@ def norm_items(norms: Iterable[Norm]) -> Iterator[Item]:
 
 
 def case_items(
-    points: Iterable[metadata.EntryPoint], archs: Sequence[int]
+    points: Iterable[metadata.EntryPoint],
 ) -> tuple[list[Item], list[Finding]]:
-    """The entries of other packages' cases, and what is wrong with those that offer none."""
+    """The entries of the cases that packages offer, and what is wrong with those that offer none.
+
+    Foreign modules are imported in a process of their own, which they may end.
+    """
     items: dict[str, list[Item]] = {}
     wrong: list[Finding] = []
-    for point in points:
+    offers = {point: kernel_cases.offer_job(point.value) for point in points}
+    answers = dict(workers.run(offers.values(), 1))
+    for point, job in offers.items():
         package = point.dist.name if point.dist else point.name
         try:
-            names = kernel_cases.cases_of(point.value)
-        except Exception as error:  # whatever a foreign import raises
-            why = f"{point.value} cannot be used ({type(error).__name__}: {_one_line(error)})"
+            archs_of = answers[job].get()
+        except workers.JobFailed as error:
+            why = f"{point.value} cannot be used ({_one_line(error)})"
             text = f"of the package {package}: {why}; mend or uninstall it"
             wrong.append(_finding("invalid", point.name, None, text))
             continue
-        for name in names:
+        for name, archs in archs_of.items():
             if name in items:
                 text = f"of the package {package}: another case has this name; rename one"
                 wrong.append(_finding("invalid", name, None, text))
@@ -172,8 +193,8 @@ def measure_items(items: Iterable[Item], console: Console) -> Found:
         if job.interpret:
             entries[entry] = _traffic(value)
             continue
-        code = value if isinstance(value, MachineCode) else value.code
-        entries[entry] = _code(code)
+        code = value.code
+        entries[entry] = {**_code(code), "programs": value.programs, "launches": value.launches}
         most = SM_SHARED_BYTES[code.arch] - RESERVED_SHARED_BYTES
         if code.shared_bytes > most:
             text = (
@@ -185,25 +206,37 @@ def measure_items(items: Iterable[Item], console: Console) -> Found:
 
 
 def measure(console: Console) -> Found:
-    """Every norm of this configuration, and the cases of the installed packages."""
-    own = list(norm_items(norms()))
-    cases, wrong = case_items(kernel_cases.registered(), ARCHITECTURES)
-    found = measure_items([*own, *cases], console)
+    """Of this project in its checkout, elsewhere what the installed packages offer."""
+    if in_checkout(Path.cwd()):
+        cases, wrong = case_items([OWN])
+        items = [*norm_items(norms()), *cases]
+    else:
+        items, wrong = case_items(kernel_cases.registered())
+    found = measure_items(items, console)
     found.findings[:0] = wrong
     return found
 
 
 def summary(pins: Mapping[str, PinFile], found: Found) -> str:
-    """How many kernels have exactly the pinned machine code, and so cannot have changed speed."""
-    same = changed = 0
-    for subject, entries in found.subjects.items():
-        pinned = pins[subject].entries if subject in pins else {}
-        for entry, figures in entries.items():
-            if "sass_hash" in figures:
-                equal = pinned.get(entry, {}).get("sass_hash") == figures["sass_hash"]
-                same, changed = same + equal, changed + (not equal)
-    rest = f"{changed} do not" if changed else "no timing run is needed"
-    return f"{same} of {same + changed} kernels have exactly the pinned machine code; {rest}"
+    """How many kernels have exactly the pinned machine code and launch, and so the same speed."""
+    pinned = _codes({subject: pin.entries for subject, pin in pins.items()})
+    here = _codes(found.subjects)
+    names = pinned.keys() | here.keys()
+    same = sum(pinned.get(name) == here.get(name) for name in names)
+    rest = f"{len(names) - same} do not" if same < len(names) else "no timing run is needed"
+    return f"{same} of {len(names)} kernels have exactly the pinned machine code and launch" + (
+        f"; {rest}" if names else ""
+    )
+
+
+def _codes(subjects: Mapping[str, Entries]) -> dict[tuple[str, str], tuple[Value, ...]]:
+    """What decides a kernel's speed, by subject and entry."""
+    return {
+        (subject, entry): tuple(figures.get(name) for name in _SPEED)
+        for subject, entries in subjects.items()
+        for entry, figures in entries.items()
+        if "sass_hash" in figures
+    }
 
 
 def _code(code: MachineCode) -> dict[str, Value]:
@@ -211,12 +244,20 @@ def _code(code: MachineCode) -> dict[str, Value]:
         "registers": code.registers,
         "spill_bytes": code.spill_store_bytes + code.spill_load_bytes,
         "shared_bytes": code.shared_bytes,
-        "load_bits": max(code.main_loads, default=0),
-        "store_bits": max(code.main_stores, default=0),
+        "load_bits": _width(code.main_loads),
+        "store_bits": _width(code.main_stores),
         "instructions": _rounded(code.instructions["total"]),
         "occupancy": _rounded(code.occupancy),
         "sass_hash": code.sass_hash,
+        "warps": code.warps,
     }
+
+
+def _width(accesses: Mapping[int, int]) -> float:
+    """Σ b²/Σ b over the bits b that each of the accesses moves; their counts by these bits."""
+    moved = sum(bits * count for bits, count in accesses.items())
+    weighted = sum(bits**2 * count for bits, count in accesses.items())
+    return _rounded(weighted / moved) if moved else 0
 
 
 def _traffic(value: Any) -> dict[str, Value]:
@@ -247,7 +288,9 @@ def _cannot() -> str | None:
 
 
 def _made_with() -> dict[str, str | None]:
-    return {"triton": metadata.version("triton")}
+    import triton
+
+    return {"triton": triton.__version__}
 
 
 PART = PinnedPart(

@@ -9,8 +9,7 @@ from resblock_bench.bench import baseline_timing, environment
 from resblock_bench.bench import check as checking
 from resblock_bench.bench.compare import BaseRequest, Outcome, against_base, findings_of
 from resblock_bench.bench.compare_report import summary
-from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.findings import Finding
+from resblock_bench.bench.findings import of_part
 from resblock_bench.bench.machine_store import TIMING, machine_folder
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.report import Checked
@@ -34,27 +33,8 @@ def baseline_file(start: Path) -> Path:
 def check(request: BaseRequest | baseline_timing.Request, console: Console) -> checking.Outcome:
     """Compare. A machine that is not calibrated, or no longer as it was, allows no verdict."""
     began = time.monotonic()
-    try:
-        outcome = _outcome(request, console)
-    except InvalidError as error:
-        finding = Finding(
-            part=checking.TIMING,
-            level="invalid",
-            subject=checking.TIMING,
-            entry=None,
-            text=str(error),
-        )
-        return checking.Outcome(checking.TIMING, [], [finding], time.monotonic() - began)
-    uncalibrated = [
-        Finding(
-            part=checking.TIMING,
-            level="inconclusive",
-            subject=checking.TIMING,
-            entry=None,
-            text=note,
-        )
-        for note in outcome.uncalibrated
-    ]
+    outcome = _outcome(request, console)
+    uncalibrated = [of_part(checking.TIMING, "inconclusive", note) for note in outcome.uncalibrated]
     checked = [
         Checked(part=checking.TIMING, subject=cell_name(item.cell), entry=None)
         for item in outcome.items

@@ -45,6 +45,11 @@ class Finding(Record, frozen=True, kw_only=True):
     text: str
 
 
+def of_part(part: str, level: Level, text: str) -> Finding:
+    """A finding about a part as a whole."""
+    return Finding(part=part, level=level, subject=part, entry=None, text=text)
+
+
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     """The findings by level, otherwise in the order given."""
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))

@@ -1,12 +1,13 @@
 """Kernels of other packages, for `check --static` to watch.
 
 An installed package offers them by the entry point group `resblock_bench.static`: each object is a
-function without arguments that returns `KernelCase`s. It is called where kernels are interpreted
-and again where they are compiled, so it may define them by import.
+function without arguments that returns `KernelCase`s. It is called in processes of its own, where
+kernels are interpreted and again where they are compiled, so it may define them by import.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from resblock_bench.bench import traffic
 from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.machine_code import MachineCode, compile_for
+from resblock_bench.bench.machine_code import ARCHITECTURES, MachineCode, compile_for
 from resblock_bench.bench.workers import Job
 
 GROUP = "resblock_bench.static"
@@ -32,12 +33,14 @@ class KernelCase:
     arguments(device)   tensors, scalars, constexprs and launch options by name. On "cpu" the launch
                         is run in Triton's interpreter, so the tensors should be small; on "meta" it
                         is compiled. Parameters BLOCK… are the sides of a program's tile.
+    archs               architectures to compile for, such as 90 for Hopper
     """
 
     name: str
     kernel: Any
     grid: tuple[int, ...]
     arguments: Callable[[str], Mapping[str, Any]]
+    archs: tuple[int, ...] = ARCHITECTURES
 
 
 class CaseTraffic(NamedTuple):
@@ -75,13 +78,31 @@ def cases_of(value: str) -> dict[str, KernelCase]:
     return by_name
 
 
+class CaseCode(NamedTuple):
+    """How often a case's kernel is launched, with how many programs, and what it is compiled to."""
+
+    launches: int
+    programs: int
+    code: MachineCode
+
+
+def offer_job(value: str) -> Job:
+    """Lists what an entry point "module:function" offers: architectures by name."""
+    return Job(False, offered, (value,))
+
+
+def offered(value: str) -> dict[str, tuple[int, ...]]:
+    """The architectures of each case by its name; raises what `cases_of` does."""
+    return {name: tuple(case.archs) for name, case in cases_of(value).items()}
+
+
 def traffic_job(value: str, name: str) -> Job:
     """Counts a case's bytes: a CaseTraffic."""
     return Job(True, count_case, (value, name))
 
 
 def code_job(value: str, name: str, arch: int) -> Job:
-    """Compiles a case: a MachineCode."""
+    """Compiles a case: a CaseCode."""
     return Job(False, compile_case, (value, name, arch))
 
 
@@ -92,6 +113,8 @@ def count_case(value: str, name: str) -> CaseTraffic:
     with traffic.counting() as counter:
         case.kernel[case.grid](**arguments)
     accesses = counter.accesses()
+    if not accesses:
+        raise InvalidError(f"{name} moves no bytes: give it tensors to load from or store to")
     elements = max(v.numel() for v in arguments.values() if isinstance(v, torch.Tensor))
     requested = sum(access.requested_bytes for access in accesses)
     sectors = sum(access.sectors for access in accesses)
@@ -102,7 +125,8 @@ def count_case(value: str, name: str) -> CaseTraffic:
     )
 
 
-def compile_case(value: str, name: str, arch: int) -> MachineCode:
+def compile_case(value: str, name: str, arch: int) -> CaseCode:
     """Must not have TRITON_INTERPRET=1 when the kernel's module is imported."""
     case = cases_of(value)[name]
-    return compile_for(case.kernel, case.arguments("meta"), arch)
+    code = compile_for(case.kernel, case.arguments("meta"), arch)
+    return CaseCode(1, math.prod(case.grid), code)

@@ -198,9 +198,15 @@ def specialise(kernel: Any, arguments: Mapping[str, object]) -> ASTSource:
     from triton.runtime.jit import JITFunction
 
     if not isinstance(kernel, JITFunction):
+        name = getattr(kernel, "__name__", type(kernel).__name__)
+        if isinstance(getattr(kernel, "fn", None), JITFunction):  # autotuned, or with heuristics
+            raise RuntimeError(
+                f"a {type(kernel).__name__} cannot be compiled, since it chooses what it launches: "
+                "pass its kernel.fn, with one configuration among the arguments."
+            )
         raise RuntimeError(
-            f"{getattr(kernel, '__name__', kernel)} cannot be compiled: it was defined with "
-            "TRITON_INTERPRET=1 in the environment; define it in a process that has it unset."
+            f"{name} cannot be compiled: it was defined with TRITON_INTERPRET=1 in the "
+            "environment; define it in a process that has it unset."
         )
     signature: dict[str, str] = {}
     constants: dict[int, object] = {}

@@ -7,7 +7,6 @@ The reply comes back as bytes; nothing that such a process sends is unpickled.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -22,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+from resblock_bench.bench.parent import die_with_parent
+
 Announce = Callable[[str], None]
 """Tells the parent which phase begins."""
 Function = Callable[[bytes, Announce], bytes]
@@ -30,7 +31,6 @@ OUTPUT_BYTES = 16 * 1024
 """How much of what a process prints is kept."""
 _EXIT_S = 10.0  # A process that has replied may take this long to end.
 _KILL_S = 30.0  # One that was killed may: held up in a driver it would take for ever.
-_PR_SET_PDEATHSIG = 1
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["resblock_bench.bench.preload"])
@@ -221,12 +221,6 @@ def _serve(
     sys.stdout.flush()
     sys.stderr.flush()
     replies.send_bytes(b"R" + reply)
-
-
-def die_with_parent() -> None:
-    """Where the kernel can: a killed suite leaves nothing behind that goes on measuring."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _let_server_end() -> None:

@@ -37,7 +37,7 @@ from resblock_bench.bench.orders import (
     Samples,
     Up,
 )
-from resblock_bench.bench.process import die_with_parent
+from resblock_bench.bench.parent import die_with_parent
 from resblock_bench.bench.telemetry import open_probe
 from resblock_bench.bench.timing import ClockError, warm_up
 from resblock_bench.bench.truth_file import read_truth

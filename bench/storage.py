@@ -73,6 +73,11 @@ def is_checkout(folder: Path) -> bool:
         return False
 
 
+def in_checkout(start: Path) -> bool:
+    """Whether `start` is in a checkout of this project."""
+    return is_checkout(repository_root(start))
+
+
 class RunWriter:
     """Appends rows to a run folder, which no other writer may have open.
 

@@ -1,7 +1,7 @@
 """Worker processes in which Triton's kernels are interpreted, or compiled: never both in one.
 
-Imports nothing of the project: a worker imports this module before it knows which it is to be, and
-a kernel is one or the other from the moment it is defined.
+Imports no kernel: a worker imports this module before it knows which it is to be, and a kernel is
+one or the other from the moment it is defined.
 """
 
 import contextlib
@@ -9,10 +9,17 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
+
+from resblock_bench.bench.parent import die_with_parent
+
+JOB_LIMIT_S = 300.0
+"""Nothing that is asked of a worker takes a tenth of this; a kernel that waits for itself would
+take for ever."""
 
 
 class JobFailed(Exception):
@@ -65,11 +72,6 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Do one job and wait for its value; raises JobFailed."""
-        self.begin(Job(self.interpret, function, arguments))
-        return self.answer().get()
-
     def begin(self, job: Job) -> None:
         """Send a job without waiting. The answer says if the process has died meanwhile."""
         with contextlib.suppress(BrokenPipeError):
@@ -80,7 +82,7 @@ class Worker:
         try:
             value, error = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join()
+            self._process.join(1.0)  # long enough for one that is ending
             return Answer(None, WorkerDied(f"its process died ({_ending(self._process.exitcode)})"))
         return Answer(value, None if error is None else JobFailed(error))
 
@@ -92,18 +94,21 @@ class Worker:
 
 
 def run(
-    jobs: Iterable[Job], workers: int, environ: Mapping[str, str] | None = None
+    jobs: Iterable[Job],
+    workers: int,
+    environ: Mapping[str, str] | None = None,
+    limit_s: float = JOB_LIMIT_S,
 ) -> Generator[tuple[Job, Answer], None, None]:
     """The answer to each of the jobs, once each, as they come; so many at a time.
 
-    A job whose process dies fails alone: no process has two. Half of the processes start with
-    interpreting, and whoever has nothing left of its kind is replaced by one of the other. Whatever
-    ends this ends the processes.
+    A job whose process dies, or that takes longer than `limit_s`, fails alone: no process has two.
+    Half of the processes start with interpreting, and whoever has nothing left of its kind is
+    replaced by one of the other. Whatever ends this ends the processes.
     """
     waiting: dict[bool, deque[Job]] = {True: deque(), False: deque()}
     for job in dict.fromkeys(jobs):
         waiting[job.interpret].append(job)
-    busy: dict[Connection, tuple[Worker, Job]] = {}
+    busy: dict[Connection, tuple[Worker, Job, float]] = {}
 
     def go_on(worker: Worker | None, interpret: bool) -> None:
         kind = interpret if waiting[interpret] else not interpret
@@ -113,18 +118,23 @@ def run(
         if waiting[kind]:
             worker = worker or Worker(interpret=kind, environ=environ)
             job = waiting[kind].popleft()
-            busy[worker.connection] = worker, job
+            busy[worker.connection] = worker, job, time.monotonic() + limit_s
             worker.begin(job)
 
     try:
         for i in range(workers):
             go_on(None, i % 2 == 0)
         while busy:
-            for ready in wait(list(busy)):
+            first = min(deadline for _, _, deadline in busy.values())
+            answered = wait(list(busy), max(0.0, first - time.monotonic()))
+            late = [one for one, (*_, due) in busy.items() if due <= time.monotonic()]
+            for ready in dict.fromkeys([*answered, *late]):
                 assert isinstance(ready, Connection)
-                worker, job = busy[ready]
-                answer = worker.answer()
-                del busy[ready]
+                worker, job, _ = busy.pop(ready)
+                if ready in answered:
+                    answer = worker.answer()
+                else:
+                    answer = Answer(None, WorkerDied(f"took longer than {limit_s:g} s"))
                 if isinstance(answer.error, WorkerDied):
                     worker.kill()
                     go_on(None, job.interpret)
@@ -132,11 +142,12 @@ def run(
                     go_on(worker, job.interpret)
                 yield job, answer
     finally:
-        for worker, _ in busy.values():
+        for worker, *_ in busy.values():
             worker.kill()
 
 
 def _serve(connection: Connection, environ: dict[str, str]) -> None:
+    die_with_parent()
     os.environ.update(environ)
     # A terminal sends Ctrl-C to every process; the one that waits for this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -39,6 +39,19 @@ def row_kernel(
 
 
 @triton.jit
+def pair_kernel(p_x, p_w, p_y, offset, BLOCK: tl.constexpr):
+    """x·w, with w from `offset` on."""
+    o_i = tl.arange(0, BLOCK)
+    tl.store(p_y + o_i, tl.load(p_x + o_i) * tl.load(p_w + offset + o_i))
+
+
+@triton.jit
+def idle_kernel(n, BLOCK: tl.constexpr):
+    """Computes for itself."""
+    tl.device_assert(n < BLOCK)
+
+
+@triton.jit
 def product_kernel(p_x, p_y, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """x·xᵀ, with all of x in shared memory."""
     o_i, o_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
@@ -47,7 +60,9 @@ def product_kernel(p_x, p_y, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     tl.store(p_y + o_i[:, None] * BLOCK + o_i, tl.dot(x, w).to(tl.float16))
 
 
-def row(name: str, *, pad: int = 0, crash: bool = False, **changes: Any) -> KernelCase:
+def row(
+    name: str, *, pad: int = 0, crash: bool = False, rows: int = ROWS, **changes: Any
+) -> KernelCase:
     def arguments(device: str) -> dict[str, Any]:
         if crash and device == "meta":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -63,7 +78,7 @@ def row(name: str, *, pad: int = 0, crash: bool = False, **changes: Any) -> Kern
             **changes,
         }
 
-    return KernelCase(name, row_kernel, (ROWS,), arguments)
+    return KernelCase(name, row_kernel, (rows,), arguments, archs=(90,))
 
 
 def product(name: str) -> KernelCase:
@@ -72,7 +87,26 @@ def product(name: str) -> KernelCase:
         y = torch.zeros(128, 128, dtype=torch.float16, device=device)
         return {"p_x": x, "p_y": y, "BLOCK": 128, "BLOCK_K": 512, "num_warps": 8}
 
-    return KernelCase(name, product_kernel, (1,), arguments)
+    return KernelCase(name, product_kernel, (1,), arguments, archs=(90,))
+
+
+def pair(name: str, offset: int = 0) -> KernelCase:
+    def arguments(device: str) -> dict[str, Any]:
+        x, y = (torch.zeros(1024, device=device) for _ in range(2))
+        w = torch.zeros(1024 + offset, device=device)
+        return {"p_x": x, "p_w": w, "p_y": y, "offset": offset, "BLOCK": 1024, "num_warps": 4}
+
+    return KernelCase(name, pair_kernel, (1,), arguments, archs=(90,))
+
+
+def autotuned(name: str) -> KernelCase:
+    kernel = triton.autotune([triton.Config({"BLOCK": 1024})], key=[])(pair_kernel)
+    arguments = pair("").arguments
+    return KernelCase(name, kernel, (1,), arguments, archs=(90,))
+
+
+def idle(name: str) -> KernelCase:
+    return KernelCase(name, idle_kernel, (1,), lambda device: {"n": 1, "BLOCK": 1024}, archs=(90,))
 
 
 def cases() -> list[KernelCase]:
@@ -85,7 +119,12 @@ def cases() -> list[KernelCase]:
         row("spilling", num_warps=1),
         row("reading-twice", AGAIN=True),
         row("longer", MORE=True),
+        row("once", rows=1),
         product("much-shared"),
+        pair("pair"),
+        pair("pair-narrow", offset=1),
+        autotuned("autotuned"),
+        idle("idle"),
     ]
 
 

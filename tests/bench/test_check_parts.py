@@ -14,6 +14,7 @@ from rich.console import Console
 
 from resblock_bench.bench import accuracy_cases, check, check_accuracy, check_memory
 from resblock_bench.bench.accuracy_cases import Case
+from resblock_bench.bench.findings import exit_code
 from resblock_bench.bench.pins import PINS, Found, PinnedPart, read_pins
 from resblock_bench.bench.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
@@ -46,9 +47,15 @@ def memory_part(make_cell: Callable) -> PinnedPart:
     """The part on two tiny cells."""
     common = {"model": "tiny", "impl": "fused"}
     cells = [make_cell(**common), make_cell(**common, checkpoint="full")]
-    return dataclasses.replace(
-        check_memory.PART, measure=lambda console: check_memory.measure_cells(cells, console)
-    )
+
+    def measure(console: object) -> Found:
+        """In this process, so that a test may spoil the block."""
+        found = Found()
+        for cell in cells:
+            check_memory.enter(found, cell, "aten", predict_memory(cell))
+        return found
+
+    return dataclasses.replace(check_memory.PART, measure=measure)
 
 
 def quiet() -> Console:
@@ -84,27 +91,27 @@ def test_a_lower_peak_asks_to_be_saved(
     assert "baseline save --memory --reason" in out
 
 
-def test_a_cell_that_crashes_is_invalid_and_the_others_go_on(
-    saved_then_checked: Callable,
-    memory_part: PinnedPart,
-    make_cell: Callable,
-    monkeypatch: pytest.MonkeyPatch,
+def test_each_path_in_a_process_and_one_that_crashes(
+    make_cell: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = predict_memory(make_cell())
-    monkeypatch.setattr(check_memory, "predict_memory", lambda cell: memory)
+    common = {"model": "tiny", "impl": "fused"}
+    cells = [make_cell(**common), make_cell(**common, checkpoint="full")]
+    none, full = "32 8² b2 fp32 nchw train fused/none", "32 8² b2 fp32 nchw train fused/full"
+    before = check_memory.measure_cells(cells[:1], quiet())
+    assert list(before.subjects["tiny"]) == [none, f"{none} in Triton"]
 
-    def crash() -> None:
-        def predicted(cell: object) -> object:
-            if cell.checkpoint == "full":
-                raise RuntimeError("boom")
-            return memory
+    monkeypatch.setattr(check_memory, "predict", process_functions.predict_or_crash)
+    found = check_memory.measure_cells(cells, quiet())
+    assert found.subjects == before.subjects
+    assert [one.entry for one in found.findings] == [full, f"{full} in Triton"]
+    assert {one.level for one in found.findings} == {"invalid"}
+    assert "crashed: RuntimeError: boom" in found.findings[0].text
 
-        monkeypatch.setattr(check_memory, "predict_memory", predicted)
-
-    code, out = saved_then_checked(memory_part, crash)
-    assert code == 3
-    assert "│memory │ 1 │ 1 │ 0 │ 0 │ 0 │ 1 │" in out
-    assert "fused/full: crashed: RuntimeError: boom" in out
+    monkeypatch.setattr(check_memory, "predict", process_functions.predict_one_more)
+    found = check_memory.measure_cells(cells[:1], quiet())
+    for entry, figures in before.subjects["tiny"].items():
+        more = found.subjects["tiny"][entry]["saved_for_backward_bytes"]
+        assert more - figures["saved_for_backward_bytes"] == 2 * 4 * 2 * 32 * 8 * 8
 
 
 def test_the_pins_of_memory_hold() -> None:
@@ -118,7 +125,18 @@ def test_the_pins_of_memory_hold() -> None:
             pytest.skip(f"pinned with {pins[subject].made_with}")
         for entry, figures in entries.items():
             assert pins[subject].entries[entry] == figures, f"{subject} {entry}"
-    assert sum(len(pin.entries) for pin in pins.values()) == len(cells)
+    assert sum(len(pin.entries) for pin in pins.values()) == len(list(check_memory.items(cells)))
+
+
+def test_the_statistics_of_the_kernels_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    about_zero = Case("A", "fp32", "nchw", "scale_shift", 0.0, 1, 8)
+    cases = [about_zero, about_zero._replace(mean=1000.0)]
+    assert not check_accuracy.measure_cases(cases, quiet()).findings
+    monkeypatch.setattr(check_accuracy, "measure", process_functions.measure_naively)
+    (said,) = check_accuracy.measure_cases(cases, quiet()).findings
+    assert (said.level, said.entry) == ("wrong", cases[1].name)
+    assert exit_code([said]) == 5
 
 
 def in_this_process(cases: Sequence[Case]) -> PinnedPart:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,11 @@ pytest.importorskip("triton")
 
 from rich.console import Console
 
-from resblock_bench.bench import check_static, kernel_cases, pins
+from resblock_bench.bench import check, check_static, kernel_cases, pins
 from resblock_bench.bench.check_static import PART
-from resblock_bench.bench.findings import Finding
 from resblock_bench.bench.pins import Entries, Found, PinFile
 
-COMMITTED = Path(__file__).parents[2] / pins.PINS
+ROOT = Path(__file__).parents[2]
 
 
 def point(value: str, name: str = "seeded") -> metadata.EntryPoint:
@@ -26,8 +28,8 @@ def point(value: str, name: str = "seeded") -> metadata.EntryPoint:
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """The cases of static_kernels.py, measured as those of this project are."""
-    items, wrong = check_static.case_items([point("static_kernels:cases")], [90])
+    """The cases of static_kernels.py, measured as those of another package are."""
+    items, wrong = check_static.case_items([point("static_kernels:cases")])
     assert not wrong
     return check_static.measure_items(items, Console(quiet=True))
 
@@ -37,76 +39,83 @@ def pinned(root: Path, **subjects: Entries) -> dict[str, PinFile]:
     return pins.read_pins(root, PART.name)
 
 
-def judged(root: Path, found: Found, subject: str) -> list[Finding]:
-    """What is said of one case where the good one is what is expected."""
-    expected = pinned(root, **{subject: found.subjects["good"]})
-    own = [finding for finding in found.findings if finding.subject == subject]
-    return pins.judge(PART, expected, Found({subject: found.subjects[subject]}, own))
+@pytest.fixture
+def checked(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: Found
+) -> Callable[..., tuple[int, dict[str | None, dict[str, str]]]]:
+    """`check --static` of one case where another one is what is expected: the exit code, and the
+    findings by entry."""
+
+    def run(subject: str, expected: str = "good") -> tuple[int, dict[str | None, dict[str, str]]]:
+        pinned(tmp_path, **{subject: found.subjects[expected]})
+        own = [finding for finding in found.findings if finding.subject == subject]
+        here = Found({subject: found.subjects[subject]}, own)
+        part = dataclasses.replace(PART, measure=lambda console: here)
+        monkeypatch.setattr(check, "pinned_parts", lambda: {PART.name: part})
+        done = run_cli("check", "--static", "--pins", tmp_path, "--format", "json")
+        said = json.loads(done.out)["report"]["findings"]
+        return done.code, {finding["entry"]: finding for finding in said}
+
+    return run
 
 
-def test_nothing_changed(found: Found, tmp_path: Path) -> None:
-    assert judged(tmp_path, found, "same") == []
+def test_nothing_changed(checked: Callable, found: Found, tmp_path: Path) -> None:
+    assert checked("same") == (0, {})
     expected = pinned(tmp_path, same=found.subjects["good"])
     same = Found({"same": found.subjects["same"]})
-    text = "1 of 1 kernels have exactly the pinned machine code; no timing run is needed"
+    text = "1 of 1 kernels have exactly the pinned machine code and launch; no timing run is needed"
     assert check_static.summary(expected, same) == text
     longer = Found({"same": found.subjects["longer"]})
     assert check_static.summary(expected, longer).startswith("0 of 1")
     assert check_static.summary({}, same).endswith("1 do not")
+    # What crashed is not as pinned.
+    assert check_static.summary(expected, Found()).endswith("1 do not")
+    assert "timing" not in check_static.summary({}, Found())
 
 
 @pytest.mark.parametrize(
-    ("subject", "entry", "level", "texts"),
+    ("subject", "expected", "entry", "code", "texts"),
     [
-        ("narrow", "sm_90", "regression", ["load_bits 128 → 32", "store_bits 128 → 32"]),
-        ("narrow", "traffic", "regression", ["sector_efficiency 1 → "]),
-        ("spilling", "sm_90", "regression", ["spill_bytes 0 → "]),
+        ("narrow", "good", "sm_90", 1, ["load_bits 128 → 32", "store_bits 128 → 32"]),
+        ("narrow", "good", "traffic", 1, ["sector_efficiency 1 → "]),
+        # One of two loads; the other and the store are as wide as before.
+        ("pair-narrow", "pair", "sm_90", 1, ["load_bits 128 → "]),
+        ("spilling", "good", "sm_90", 1, ["spill_bytes 0 → "]),
         # Bytes read and written for an element: the second read is of what was touched before.
-        ("reading-twice", "traffic", "regression", ["requested 8 → 12"]),
-        ("longer", "sm_90", "changed", ["sass_hash", "instructions"]),
+        ("reading-twice", "good", "traffic", 1, ["requested 8 → 12"]),
+        ("longer", "good", "sm_90", 4, ["sass_hash", "instructions"]),
+        ("once", "good", "sm_90", 4, ["programs 2 → 1"]),
+        # A pin with slack would let the next regression pass.
+        ("good", "reading-twice", "traffic", 4, ["requested 12 → 8"]),
+        ("much-shared", "much-shared", "sm_90", 1, ["232,448"]),  # 227 KiB
+        ("crashing", "good", "sm_90", 3, ["could not be compiled: its process died (SIGSEGV)"]),
+        ("broken", "good", "traffic", 3, ["could not be interpreted", "broken on purpose"]),
+        ("broken", "good", "sm_90", 3, ["could not be compiled", "broken on purpose"]),
+        ("autotuned", "good", "sm_90", 3, ["pass its kernel.fn, with one configuration"]),
+        ("idle", "idle", "traffic", 3, ["moves no bytes"]),
     ],
 )
 def test_seeded_changes(
-    found: Found, tmp_path: Path, subject: str, entry: str, level: str, texts: list[str]
+    checked: Callable, subject: str, expected: str, entry: str, code: int, texts: list[str]
 ) -> None:
-    said = {finding.entry: finding for finding in judged(tmp_path, found, subject)}
-    assert said[entry].level == level
+    found_code, said = checked(subject, expected)
+    assert found_code == code
+    assert (
+        said[entry]["level"] in {1: ["regression"], 3: ["invalid"], 4: ["changed", "better"]}[code]
+    )
     for text in texts:
-        assert text in said[entry].text
+        assert text in said[entry]["text"]
 
 
-def test_the_reverse_of_a_regression_is_better(found: Found, tmp_path: Path) -> None:
-    """A pin with slack would let the next regression pass."""
-    expected = pinned(tmp_path, case=found.subjects["reading-twice"])
-    said = pins.judge(PART, expected, Found({"case": found.subjects["good"]}))
-    assert {finding.entry: finding.level for finding in said}["traffic"] == "better"
+def test_an_instruction_more_moves_no_bytes(checked: Callable) -> None:
+    _, said = checked("longer")
+    assert {finding["level"] for finding in said.values()} == {"changed"}
 
 
-def test_an_instruction_more_moves_no_bytes(found: Found, tmp_path: Path) -> None:
-    assert {finding.level for finding in judged(tmp_path, found, "longer")} == {"changed"}
-
-
-def test_shared_memory_above_the_limit_needs_no_pin(found: Found) -> None:
-    (said,) = [finding for finding in found.findings if finding.subject == "much-shared"]
-    assert (said.level, said.entry) == ("regression", "sm_90")
-    assert "232,448" in said.text  # 227 KiB
-
-
-@pytest.mark.parametrize(
-    ("subject", "entries", "text"),
-    [
-        ("crashing", ["sm_90"], "could not be compiled: its process died (SIGSEGV)"),
-        ("broken", ["traffic", "sm_90"], "broken on purpose"),
-    ],
-)
-def test_a_failure_is_its_own_alone(
-    found: Found, tmp_path: Path, subject: str, entries: list[str], text: str
-) -> None:
+def test_a_failure_is_its_own_alone(checked: Callable) -> None:
     """The cases after it are judged, above; of what failed nothing else is said."""
-    said = judged(tmp_path, found, subject)
-    assert [finding.entry for finding in said] == entries
-    assert {finding.level for finding in said} == {"invalid"}
-    assert all(text in finding.text for finding in said)
+    _, said = checked("crashing")
+    assert list(said) == ["sm_90"]
 
 
 def test_pins_that_say_nothing(
@@ -117,32 +126,34 @@ def test_pins_that_say_nothing(
     assert (said.level, said.text) == ("invalid", "has no pin: save one")
     expected = pinned(tmp_path, good=found.subjects["good"])
     assert pins.judge(PART, expected, good) == []
-    monkeypatch.setattr(check_static.metadata, "version", lambda name: "0.0")
+    monkeypatch.setattr("triton.__version__", "0.0")
     (said,) = pins.judge(PART, expected, good)
     assert said.level == "invalid" and "here is 0.0" in said.text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("static_kernels:absent", "AttributeError"),
-        ("no_such_package:cases", "No module named"),
-        ("static_kernels:NUMBER", "no function that returns KernelCases"),
-        ("static_kernels:numbers", "offers a int, not a KernelCase"),
-        ("static_kernels:unnameable", "'no/name' is no name"),
-        ("static_kernels:twins", "two of its cases"),
-    ],
-)
-def test_bad_registrations_are_named(value: str, text: str) -> None:
-    items, (said,) = check_static.case_items([point(value)], [90])
+def test_bad_registrations_are_named() -> None:
+    wrong = {
+        "static_kernels:absent": "AttributeError",
+        "no_such_package:cases": "No module named",
+        "static_kernels:NUMBER": "no function that returns KernelCases",
+        "static_kernels:numbers": "offers a int, not a KernelCase",
+        "static_kernels:unnameable": "'no/name' is no name",
+        "static_kernels:twins": "two of its cases",
+        "process_functions:leave": "its process died (exit code 0)",
+    }
+    items, said = check_static.case_items([point(value, value) for value in wrong])
     assert not items
-    assert (said.level, said.subject) == ("invalid", "seeded")
-    assert text in said.text and value in said.text and "mend or uninstall" in said.text
+    assert [finding.subject for finding in said] == list(wrong)
+    for finding, (value, text) in zip(said, wrong.items(), strict=True):
+        assert finding.level == "invalid"
+        assert text in finding.text and value in finding.text
+        assert "mend or uninstall" in finding.text
 
 
-def test_registered_cases_are_measured_with_the_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two packages with a case of one name: the first has it."""
-    measured: list[Any] = []
+@pytest.fixture
+def items_measured(monkeypatch: pytest.MonkeyPatch) -> list[check_static.Item]:
+    """What would be measured, with two packages installed that have cases of the same names."""
+    measured: list[check_static.Item] = []
 
     def measure_items(items: Any, console: Console) -> Found:
         measured.extend(items)
@@ -151,22 +162,52 @@ def test_registered_cases_are_measured_with_the_own(monkeypatch: pytest.MonkeyPa
     two = [point("static_kernels:cases"), point("static_kernels:cases", "other")]
     monkeypatch.setattr(kernel_cases, "registered", lambda: two)
     monkeypatch.setattr(check_static, "measure_items", measure_items)
+    return measured
+
+
+def test_another_repository_is_asked_for_its_own_kernels(
+    items_measured: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two packages with a case of one name: the first has it."""
+    monkeypatch.chdir(tmp_path)
     said = PART.measure(Console(quiet=True)).findings
-    assert {item.subject for item in measured} > {"good", "same"}
-    assert len({item.job for item in measured}) == len(measured)
+    subjects = {item.subject for item in items_measured}
+    assert subjects > {"good", "same"}
+    assert not subjects & {check_static.norm_name(norm) for norm in check_static.norms()}
+    assert len({item.job for item in items_measured}) == len(items_measured)
     assert "rename one" in said[0].text and {finding.level for finding in said} == {"invalid"}
+
+
+def test_without_registered_kernels_nothing_passes(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Such as where the package was not installed anew after it had named its entry point."""
+    monkeypatch.setattr(kernel_cases, "registered", list)
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("check")
+    assert done.code == 3
+    assert "nothing was measured" in done.out
+
+
+def test_this_project_is_asked_for_its_own_alone(
+    items_measured: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert not PART.measure(Console(quiet=True)).findings
+    subjects = {item.subject for item in items_measured}
+    assert subjects == set(pins.read_pins(ROOT / pins.PINS, PART.name))
 
 
 def test_the_pins_are_those_of_the_configuration() -> None:
     """Every tier of both layouts is among them, and each entry once."""
     items = list(check_static.norm_items(check_static.norms()))
+    names = {check_static.norm_name(norm) for norm in check_static.norms()}
     expected: dict[str, list[str]] = {}
     for item in items:
         expected.setdefault(item.subject, []).append(item.entry)
-    committed = pins.read_pins(COMMITTED, PART.name)
-    assert {subject: list(pin.entries) for subject, pin in committed.items()} == {
-        subject: expected[subject] for subject in sorted(expected)
-    }
+    committed = pins.read_pins(ROOT / pins.PINS, PART.name)
+    assert names < committed.keys()
+    assert {subject: list(committed[subject].entries) for subject in names} == expected
     for pin in committed.values():
         for figures in pin.entries.values():
             assert figures.keys() <= PART.rules.keys()

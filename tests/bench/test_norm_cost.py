@@ -18,7 +18,7 @@ from resblock_bench.bench.norm_cost import (
     kernels_of,
     launch_of,
 )
-from resblock_bench.bench.workers import Worker
+from resblock_bench.bench.workers import Job, Worker
 from resblock_bench.kernels.tiers import Choice, Launch, Machine, Tier, shape
 
 
@@ -107,7 +107,11 @@ def compiled(
     worker: Worker, n: Norm, direction: Direction, launch: Launch, arch: int
 ) -> list[KernelCode]:
     how = (n, direction, launch)
-    return [worker.call(compile_kernel, *how, arch, name) for name in kernels_of(*how)]
+    codes = []
+    for name in kernels_of(*how):
+        worker.begin(Job(False, compile_kernel, (*how, arch, name)))
+        codes.append(worker.answer().get())
+    return codes
 
 
 CASES = [

@@ -45,3 +45,13 @@ def test_whoever_stops_asking_ends_the_processes() -> None:
     assert multiprocessing.active_children()
     found.close()
     assert not multiprocessing.active_children()
+
+
+def test_whoever_takes_too_long_is_ended_alone() -> None:
+    """A kernel whose programs wait for each other never ends where they run one after another."""
+    waiting, good = Job(True, time.sleep, (3600,)), Job(True, abs, (-1,))
+    found = dict(run([waiting, good], 1, limit_s=20.0))
+    assert found[good].get() == 1
+    with pytest.raises(WorkerDied, match="took longer than 20 s"):
+        found[waiting].get()
+    assert not multiprocessing.active_children()
