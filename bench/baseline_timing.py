@@ -18,11 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
-from resblock_bench.bench.compare import HEAD, Outcome, usable_calibration
+from resblock_bench.bench.calibration import tolerance_by
+from resblock_bench.bench.compare import (
+    HEAD,
+    Outcome,
+    of_others,
+    settled,
+    unknowns,
+    usable_calibration,
+)
 from resblock_bench.bench.comparison import STAGES, Comparison
-from resblock_bench.bench.draws import Draw, fill
+from resblock_bench.bench.draws import Draw, fill, refuse_few, strict
 from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.machine_store import TIMING, history, machine_folder, write
+from resblock_bench.bench.machine_store import TIMING, history, machine_folder, writable, write
 from resblock_bench.bench.measure import Task, contract_of
 from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.progress import round_progress
@@ -37,8 +45,9 @@ from resblock_bench.bench.stored import (
 )
 from resblock_bench.bench.terminal import say, terminable
 from resblock_bench.bench.testbed import Testbed, opened
-from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, Estimate, unpaired
+from resblock_bench.bench.verdict import Estimate, unpaired
 
+_CANNOT = "is no baseline"
 ROUNDS = 9
 """Of every cell of a baseline: what it is off by, everything that is compared with it is, too."""
 
@@ -61,17 +70,17 @@ def save(request: Request, reason: str, console: Console) -> int:
     """
     with terminable(), ExitStack() as stack:
         bed = stack.enter_context(_bed(request))
+        path = machine_folder(bed.environment.machine, request.start) / TIMING
+        writable(path)
         order = random.Random(request.plan.seed)
 
         def measure(task: Task) -> Round:
-            try:
-                return _lone_round(bed, task, request.rule, order, None)
-            except RoundError as error:
-                raise InvalidError(f"{cell_name(task.cell)} is no baseline: {error}") from None
+            return _lone_round(bed, task, request.rule, order, None)
 
         draws = [Draw(task) for task in bed.tasks]
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
-        fill(draws, ROUNDS, measure, order, partial(tell, "measuring"))
+        fill(draws, ROUNDS, strict(measure, _CANNOT), order, partial(tell, "measuring"))
+        refuse_few(draws, STAGES[0], _CANNOT)
         baseline = Baseline(
             baseline_version=BASELINE_VERSION,
             saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -80,9 +89,13 @@ def save(request: Request, reason: str, console: Console) -> int:
             environment=bed.environment,
             contract=contract_of(bed.tasks[0]),
             rule=request.rule,
-            series=[_series(draw) for draw in draws],
+            series=[
+                Series(cell=draw.task.cell, rounds_ms=[taken.head_ms for taken in draw.valid])
+                for draw in draws
+            ],
         )
-    path = machine_folder(baseline.environment.machine, request.start) / TIMING
+    for note in bed.notes:
+        say(console, note)
     write(path, baseline, keep=_saved_at(path))
     show(path, console)
     return exitcodes.OK
@@ -99,7 +112,9 @@ def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
     with terminable(), ExitStack() as stack:
         bed = stack.enter_context(_bed(request))
         _refuse_different(path, baseline, bed, request.rule)
-        calibration, note = usable_calibration(bed.environment, request.rule, request.start)
+        calibration, note = usable_calibration(
+            bed.environment, request.plan.device, request.rule, request.start
+        )
         order = random.Random(request.plan.seed)
 
         def measure(task: Task) -> Round:
@@ -113,16 +128,18 @@ def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
             return unpaired(known[cell], [taken.head_ms for taken in rounds], spread)
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
-        tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+        tolerance = tolerance_by(calibration)
         comparison = Comparison(bed.tasks, measure, tolerance, order, tell, estimate)
-        whole = True
-        try:
-            comparison.carry_out()
-        except KeyboardInterrupt:
-            whole = False
-        title = f"{HEAD} against the baseline of {baseline.saved_at[:10]}"
-        notes = [] if note is None else [note]
-        return Outcome(title, comparison.results(), tolerance, [], notes, whole, stored=True)
+        items, ended = settled(comparison)
+        return Outcome(
+            f"{HEAD} against the baseline of {baseline.saved_at[:10]}",
+            items,
+            tolerance,
+            [*bed.notes, *of_others(calibration, bed.tasks), *unknowns(items)],
+            [] if note is None else [note],
+            ended,
+            stored=True,
+        )
 
 
 def show(path: Path, console: Console) -> int:
@@ -162,7 +179,7 @@ def _lone_round(
     bed: Testbed, task: Task, rule: RoundRule, order: random.Random, known: list[float] | None
 ) -> Round:
     """A round of one side, beside the baseline's median where there is one."""
-    (bursts,), disturbances = take_bursts(task, bed.truth(task), bed.sides, rule, order)
+    (bursts,), disturbances, notes = take_bursts(task, bed.truth(task), bed.sides, rule, order)
     samples = [sample for burst in bursts for sample in burst]
     median = statistics.median(samples)
     base = median if known is None else statistics.median(known)
@@ -173,17 +190,8 @@ def _lone_round(
         base_samples=len(known or samples),
         head_samples=len(samples),
         disturbances=disturbances,
+        notes=notes,
     )
-
-
-def _series(draw: Draw) -> Series:
-    cell = draw.task.cell
-    if len(draw.valid) < STAGES[0]:
-        raise InvalidError(
-            f"{cell_name(cell)} is no baseline: {len(draw.disturbed)} rounds were disturbed, at "
-            f"last since {draw.disturbed[-1].disturbances[0]}; see 'resblock-bench env'"
-        )
-    return Series(cell=cell, rounds_ms=[taken.head_ms for taken in draw.valid])
 
 
 def _saved_at(path: Path) -> str | None:

@@ -11,27 +11,27 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
+from resblock_bench.bench.baseline_timing import ROUNDS as BASELINE_ROUNDS
 from resblock_bench.bench.calibration import (
     CALIBRATION_VERSION,
     Calibration,
-    CellNoise,
     noise_of,
     tolerance_of,
 )
 from resblock_bench.bench.comparison import STAGES
-from resblock_bench.bench.draws import Draw, fill
-from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.machine_store import CALIBRATION, machine_folder, write
+from resblock_bench.bench.draws import Draw, fill, refuse_few, strict
+from resblock_bench.bench.machine_store import calibration_file, writable, write
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import cell_name
-from resblock_bench.bench.rounds import Round, RoundError, RoundRule, measure_pair
+from resblock_bench.bench.rounds import Round, RoundRule, measure_pair
 from resblock_bench.bench.terminal import say, terminable
-from resblock_bench.bench.testbed import opened
+from resblock_bench.bench.testbed import Testbed, opened
 from resblock_bench.bench.verdict import smallest_detectable
 
 ROUNDS = 15
+_CANNOT = "cannot be calibrated"
 
 
 @dataclass(frozen=True)
@@ -48,62 +48,65 @@ class Request:
 def carry_out(request: Request, console: Console) -> int:
     """Measure, store and show; returns the exit code. What is interrupted is not stored.
 
-    Raises InvalidError where a cell cannot be measured or the machine was disturbed too often.
+    Raises InvalidError where a cell cannot be measured, the machine was disturbed too often, or is
+    too noisy for a gate; UsageError where the calibration could not be stored.
     """
-    with terminable(), ExitStack() as stack:
-        # Two sides that import what this process would.
-        bed = stack.enter_context(
-            opened(request.plan, {"A": (), "B": ()}, limit_s=request.timeout_s)
-        )
-        base, head = bed.sides
-        order = random.Random(request.plan.seed)
-
-        def measure(task: Task) -> Round:
-            try:
-                return measure_pair(task, bed.truth(task), base, head, request.rule, order)
-            except RoundError as error:
-                name = cell_name(task.cell)
-                raise InvalidError(f"{name} cannot be calibrated: {error}") from None
-
-        draws = [Draw(task) for task in bed.tasks]
-        tell = stack.enter_context(round_progress(console, len(bed.tasks)))
-        fill(draws, request.rounds, measure, order, partial(tell, "calibrating"))
-        noises = [_noise(draw) for draw in draws]
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        calibration = Calibration(
-            calibration_version=CALIBRATION_VERSION,
-            saved_at=now,
-            environment=bed.environment,
-            rule=request.rule,
-            tolerance=tolerance_of(noises),
-            cells=noises,
-        )
-    path = machine_folder(calibration.environment.machine, request.start) / CALIBRATION
+    order = random.Random(request.plan.seed)
+    draws: list[Draw] = []
+    path: Path | None = None
+    # Anew for every five rounds: what differs between two starts is part of the noise.
+    for count in [*range(STAGES[0], request.rounds, STAGES[0]), request.rounds]:
+        with terminable(), ExitStack() as stack:
+            # Two sides that import what this process would.
+            bed = stack.enter_context(
+                opened(request.plan, {"A": (), "B": ()}, limit_s=request.timeout_s)
+            )
+            if path is None:
+                path = calibration_file(bed.environment, request.plan.device, request.start)
+                writable(path)
+                draws = [Draw(task) for task in bed.tasks]
+            measure = strict(partial(_measure, bed, request.rule, order), _CANNOT)
+            tell = stack.enter_context(round_progress(console, len(bed.tasks)))
+            fill(draws, count, measure, order, partial(tell, "calibrating"))
+            environment, notes = bed.environment, bed.notes
+    refuse_few(draws, STAGES[0], _CANNOT)
+    noises = [noise_of(draw.task.cell, draw.valid, len(draw.disturbed)) for draw in draws]
+    calibration = Calibration(
+        calibration_version=CALIBRATION_VERSION,
+        saved_at=datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0),
+        device=request.plan.device,
+        environment=environment,
+        rule=request.rule,
+        tolerance=tolerance_of(noises),
+        cells=noises,
+    )
+    assert path is not None
     write(path, calibration)
     console.print(_table(calibration))
+    for note in notes:
+        say(console, note)
     say(console, f"tolerance {calibration.tolerance.relative:.1%}; stored in {path}")
     return exitcodes.OK
 
 
-def _noise(draw: Draw) -> CellNoise:
-    if len(draw.valid) < STAGES[0]:
-        raise InvalidError(
-            f"{cell_name(draw.task.cell)} cannot be calibrated: {len(draw.disturbed)} of "
-            f"{len(draw.disturbed) + len(draw.valid)} rounds were disturbed, at last since "
-            f"{draw.disturbed[-1].disturbances[0]}; see 'resblock-bench env'"
-        )
-    return noise_of(draw.task.cell, draw.valid, len(draw.disturbed))
+def _measure(bed: Testbed, rule: RoundRule, order: random.Random, task: Task) -> Round:
+    base, head = bed.sides
+    return measure_pair(task, bed.truth(task), base, head, rule, order)
 
 
 def _table(calibration: Calibration) -> Table:
+    """`detects` is the slowdown that five rounds in lockstep see, `stored` the one that five rounds
+    see against a stored baseline."""
     table = Table(title=f"A/A on {calibration.environment.machine}", title_justify="left")
     table.add_column("cell")
-    for heading in ("rounds", "disturbed", "worst drift", "spread", "detects"):
+    for heading in ("rounds", "disturbed", "worst drift", "spread", "detects", "stored"):
         table.add_column(heading, justify="right")
     for noise in calibration.cells:
         detects = smallest_detectable(
             calibration.tolerance, noise.pair_spread / STAGES[0] ** 0.5, STAGES[0] - 1
         )
+        apart = noise.spread * (1 / BASELINE_ROUNDS + 1 / STAGES[0]) ** 0.5
+        stored = smallest_detectable(calibration.tolerance, apart, BASELINE_ROUNDS + STAGES[0] - 2)
         table.add_row(
             cell_name(noise.cell),
             str(noise.rounds),
@@ -111,5 +114,6 @@ def _table(calibration: Calibration) -> Table:
             f"{noise.drift:.2%}",
             f"{noise.spread:.2%}",
             f"{detects:.1%}",
+            f"{stored:.1%}",
         )
     return table

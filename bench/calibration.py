@@ -11,18 +11,30 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from resblock_bench.bench.comparison import STAGES
+from resblock_bench.bench.devices import Kind
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.plan import difference
-from resblock_bench.bench.records import Cell, Environment, NonNegative, Positive, Record
+from resblock_bench.bench.records import (
+    Cell,
+    Environment,
+    NonNegative,
+    Positive,
+    Record,
+    cell_name,
+)
 from resblock_bench.bench.rounds import Round, RoundRule
-from resblock_bench.bench.verdict import FLOOR, Tolerance
+from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, FLOOR, Tolerance
 
 CALIBRATION_VERSION = 1
 FACTOR = 1.5
+MOST = 0.05
+"""A tolerance above this would pass what the gate is there to find."""
 MAX_AGE_DAYS = 30
 """Machines change: neighbours, firmware, dust."""
 
@@ -39,14 +51,15 @@ class CellNoise(Record, frozen=True, kw_only=True):
 
 
 class Calibration(Record, frozen=True, kw_only=True):
-    """The noise of a machine. `rule` is how the rounds were taken."""
+    """The noise of a machine's device. `rule` is how the rounds were taken."""
 
     calibration_version: int
-    saved_at: str
+    saved_at: Annotated[datetime.datetime, Meta(tz=True)]
+    device: Kind
     environment: Environment
     rule: RoundRule
     tolerance: Tolerance
-    cells: list[CellNoise]
+    cells: Annotated[list[CellNoise], Meta(min_length=1)]
 
     def spread_of(self, cell: Cell) -> float:
         """That of the cell, or the largest of any where it was not calibrated."""
@@ -71,20 +84,39 @@ def noise_of(cell: Cell, rounds: Sequence[Round], disturbed: int) -> CellNoise:
 
 
 def tolerance_of(cells: Sequence[CellNoise]) -> Tolerance:
-    """The tolerance above."""
-    worst = max(noise.drift for noise in cells)
-    return Tolerance(
-        relative=max(FLOOR.relative, math.expm1(FACTOR * worst)), absolute_ms=FLOOR.absolute_ms
-    )
+    """The tolerance above. Raises InvalidError for one above MOST."""
+    worst = max(cells, key=lambda noise: noise.drift)
+    relative = max(FLOOR.relative, math.expm1(FACTOR * worst.drift))
+    if relative > MOST:
+        raise InvalidError(
+            f"{cell_name(worst.cell)} drifts by {worst.drift:.1%}, which is a tolerance of "
+            f"{relative:.1%}, and {MOST:.0%} is the most: calibrate on a quieter machine, or leave "
+            "the cell out"
+        )
+    return Tolerance(relative=relative, absolute_ms=FLOOR.absolute_ms)
+
+
+def tolerance_by(calibration: Calibration | None) -> Tolerance:
+    """The calibrated tolerance, or that of a machine which was not."""
+    return DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
 
 
 def read_calibration(path: Path) -> Calibration | None:
-    """None where there is no file. Raises InvalidError for one that is damaged."""
+    """None where there is no file. Raises InvalidError for one that is damaged, or of another
+    schema."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        data = path.read_bytes()
+        head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        version = bytes(head.get("calibration_version", msgspec.Raw(b"none"))).decode()
+        if version != str(CALIBRATION_VERSION):
+            raise InvalidError(
+                f"{path} is a calibration of schema {version}, and this version reads "
+                f"{CALIBRATION_VERSION}: run calibrate again"
+            )
+        return msgspec.json.decode(data, type=Calibration)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidError(f"{path} is no calibration ({error}): run calibrate again") from None
 
 
@@ -101,5 +133,5 @@ def stale(
     if calibration.rule != rule:
         return "its rounds were taken in another way"
     now = now or datetime.datetime.now(datetime.timezone.utc)
-    age = (now - datetime.datetime.fromisoformat(calibration.saved_at)).days
+    age = (now - calibration.saved_at).days
     return f"it is {age} days old" if age > MAX_AGE_DAYS else None

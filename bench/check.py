@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from resblock_bench.bench.comparison import Compared
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import Finding, Level, exit_code, of_part
 from resblock_bench.bench.pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
@@ -34,13 +35,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one part came to; `notes` are sentences on the whole of it."""
+    """What one part came to; `notes` are sentences on the whole of it, `cells` what was timed."""
 
     part: str
     checked: list[Checked]
     findings: list[Finding]
     seconds: float
     notes: list[str] = field(default_factory=list)
+    cells: list[Compared] = field(default_factory=list)
 
 
 class Timing(NamedTuple):
@@ -148,6 +150,7 @@ def report_of(outcomes: Sequence[Outcome]) -> Report:
         checked=[thing for outcome in outcomes for thing in outcome.checked],
         findings=findings,
         notes=[*(note for outcome in outcomes for note in outcome.notes), *advice(findings)],
+        cells=[cell for outcome in outcomes for cell in outcome.cells],
     )
 
 
@@ -170,8 +173,8 @@ def _row(outcome: Outcome) -> list[str]:
 def advice(findings: Sequence[Finding]) -> list[str]:
     """A sentence for each kind of finding on what to do, or that all is as pinned."""
 
-    def flags(*levels: str) -> str:
-        parts = dict.fromkeys(f.part for f in findings if f.level in levels)
+    def flags(*levels: str, but: str | None = None) -> str:
+        parts = dict.fromkeys(f.part for f in findings if f.level in levels and f.part != but)
         return " ".join(f"--{part}" for part in parts)
 
     save: Callable[[str], str] = "resblock-bench baseline save {} --reason '…'".format
@@ -179,11 +182,13 @@ def advice(findings: Sequence[Finding]) -> list[str]:
     if flags("wrong"):
         said.append("wrong: a result is too far from float64; mend it, no pin can allow it")
     if flags("regression"):
-        said.append(f"worse: mend it, or if it is meant to be, {save(flags('regression'))}")
+        # A revision stays as slow or fast as it is.
+        parts = flags("regression", but=TIMING)
+        said.append(f"worse: mend it{f', or if it is meant to be, {save(parts)}' if parts else ''}")
     if parts := flags("invalid"):
         said.append(f"invalid: mend what is said above; what is new and right: {save(parts)}")
     if parts := flags("better", "changed"):
         said.append(f"better or changed on purpose: save with {save(parts)}")
     if flags("inconclusive"):
-        said.append("inconclusive: measure again on a quiet machine")
+        said.append("inconclusive: as said above, or measure again on a quiet machine")
     return said or ["all as pinned"]

@@ -8,7 +8,7 @@ from rich.console import Console
 from resblock_bench.bench import baseline_timing, environment
 from resblock_bench.bench import check as checking
 from resblock_bench.bench.compare import BaseRequest, Outcome, against_base, findings_of
-from resblock_bench.bench.compare_report import summary
+from resblock_bench.bench.compare_report import line, summary
 from resblock_bench.bench.findings import of_part
 from resblock_bench.bench.machine_store import TIMING, machine_folder
 from resblock_bench.bench.records import cell_name
@@ -44,7 +44,12 @@ def check(request: BaseRequest | baseline_timing.Request, console: Console) -> c
         checked,
         [*findings_of(outcome, checking.TIMING), *uncalibrated],
         time.monotonic() - began,
-        [f"timing: {summary(outcome.items, outcome.tolerance)}", *outcome.notes],
+        [
+            *(f"timing {line(item)}" for item in outcome.items),
+            f"timing: {summary(outcome.items, outcome.tolerance)}",
+            *outcome.notes,
+        ],
+        outcome.items,
     )
 
 

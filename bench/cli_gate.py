@@ -187,12 +187,14 @@ def _base_request(
     base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
 ) -> BaseRequest:
     from resblock_bench.bench.compare import BaseRequest
-    from resblock_bench.bench.source_tree import repository_around, resolve
+    from resblock_bench.bench.source_tree import repository_around, require_sources, resolve
     from resblock_bench.bench.telemetry import Replay
     from resblock_bench.bench.units import parse_duration_s
 
     # What is wrong with these is found before anything is measured.
-    resolve(repository_around(Path.cwd()), base)
+    repository = repository_around(Path.cwd())
+    resolve(repository, base)
+    require_sources(repository, source or ())
     if telemetry is not None:
         Replay(telemetry)
     return BaseRequest(
@@ -287,6 +289,10 @@ def _timing(
 
     request: BaseRequest | Request
     if base is None:
+        if source:
+            raise UsageError(
+                "--source goes with --base: without it there is one tree, as installed"
+            )
         request = _baseline_request(plan, timeout, telemetry)
     else:
         request = _base_request(base, plan, source, timeout, telemetry)
@@ -335,11 +341,12 @@ def save(
 
     names = _named(static=static, memory=memory, accuracy=accuracy)
     baseline_pins.require(names, timing, reason)
+    # What is wrong with the axes is found before anything is measured.
+    plan = _gate_plan(axis, preset, config, device, threads, seed)
     console, code = result_console(), 0
     if names:
         code = baseline_pins.save(names, reason.strip(), pins, console)
     if timing:
-        plan = _gate_plan(axis, preset, config, device, threads, seed)
         request = _baseline_request(plan, timeout)
         code = baseline_timing.save(request, reason.strip(), console) or code
     raise typer.Exit(code)

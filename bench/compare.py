@@ -9,11 +9,17 @@ from pathlib import Path
 from rich.console import Console
 
 from resblock_bench.bench import compare_stored
-from resblock_bench.bench.calibration import Calibration, read_calibration, stale
+from resblock_bench.bench.calibration import (
+    Calibration,
+    read_calibration,
+    stale,
+    tolerance_by,
+)
 from resblock_bench.bench.compare_report import COLUMNS, explanation, findings, row, summary
 from resblock_bench.bench.comparison import Compared, Comparison
-from resblock_bench.bench.findings import Finding, exit_code
-from resblock_bench.bench.machine_store import CALIBRATION, machine_folder
+from resblock_bench.bench.devices import Kind, device_kind
+from resblock_bench.bench.findings import Finding, exit_code, of_part
+from resblock_bench.bench.machine_store import calibration_file
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.progress import round_progress
@@ -57,8 +63,9 @@ class Outcome:
     """What a comparison found.
 
     uncalibrated   sentences on the machines whose noise is not known
-    whole          False if it was interrupted
+    ended          what ended it before its time, or None
     stored         the base is a stored baseline
+    sudden         head is a later base, so that a great difference needs an explanation
     """
 
     title: str
@@ -66,12 +73,13 @@ class Outcome:
     tolerance: Tolerance
     notes: list[str]
     uncalibrated: list[str]
-    whole: bool = True
+    ended: str | None = None
     stored: bool = False
+    sudden: bool = True
 
 
 def against_base(request: BaseRequest, console: Console) -> Outcome:
-    """Measure both in lockstep. Ctrl-C and SIGTERM leave what the rounds so far say.
+    """Measure both in lockstep. Ctrl-C, SIGTERM and a full disk leave what the rounds so far say.
 
     Raises UsageError for a revision or folder that is not there, InvalidError where either side
     cannot be imported.
@@ -80,6 +88,7 @@ def against_base(request: BaseRequest, console: Console) -> Outcome:
     commit = resolve(repository, request.base)
     name = f"{request.base} ({commit[:9]})"
     with ExitStack() as stack:
+        stack.enter_context(terminable())
         tree = stack.enter_context(checked_out(repository, commit))
         sides = {
             label: python_paths(
@@ -103,59 +112,76 @@ def in_lockstep(
         )
         base, head = bed.sides
         order = random.Random(request.plan.seed)
-        tolerance, uncalibrated = tolerance_here(bed.environment, request.rule, request.start)
-        notes = []
+        calibration, note = usable_calibration(
+            bed.environment, request.plan.device, request.rule, request.start
+        )
+        tolerance = tolerance_by(calibration)
+        notes = [*bed.notes, *of_others(calibration, bed.tasks)]
         # The digest is of this project's code, which is not what another repository compares.
         if not request.sources and base.code == head.code:
             notes.append(f"{base.name} and {head.name} are the same code")
-        if not (base.fixed_addresses and head.fixed_addresses):
-            notes.append(
-                "this system draws the addresses of each side's memory by lot, which alone can "
-                "make them differ by some per cent: allow personality(2), or compare repeatedly"
-            )
 
         def measure(task: Task) -> Round:
             return measure_pair(task, bed.truth(task), base, head, request.rule, order)
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         comparison = Comparison(bed.tasks, measure, tolerance, order, tell)
-        whole = True
-        try:
-            comparison.carry_out()
-        except KeyboardInterrupt:
-            whole = False
-        title = f"{head.name} against {base.name}"
-        return Outcome(title, comparison.results(), tolerance, notes, uncalibrated, whole)
+        items, ended = settled(comparison)
+        return Outcome(
+            f"{head.name} against {base.name}",
+            items,
+            tolerance,
+            [*notes, *unknowns(items)],
+            [] if note is None else [note],
+            ended,
+        )
 
 
-def tolerance_here(
-    environment: Environment, rule: RoundRule, start: Path
-) -> tuple[Tolerance, list[str]]:
-    """The tolerance of this machine, and a note where it is not calibrated."""
-    calibration, note = usable_calibration(environment, rule, start)
+def settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
+    """What its rounds say, and what ended it before its time, or None."""
+    ended = None
+    try:
+        comparison.carry_out()
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    except OSError as error:  # such as a full disk
+        ended = f"ended by {type(error).__name__}: {error}"
+    return comparison.results(), ended
+
+
+def unknowns(items: Sequence[Compared]) -> list[str]:
+    """What could not be known of the machine in some round, each once."""
+    rounds = [taken for item in items for taken in (*item.rounds, *item.disturbed)]
+    return list(dict.fromkeys(note for taken in rounds for note in taken.notes))
+
+
+def of_others(calibration: Calibration | None, tasks: Sequence[Task]) -> list[str]:
+    """A note where the tolerance comes from other cells than are compared."""
     if calibration is None:
-        assert note is not None
-        return DEFAULT_TOLERANCE, [note]
-    return calibration.tolerance, []
+        return []
+    known = {noise.cell for noise in calibration.cells}
+    count = sum(task.cell not in known for task in tasks)
+    if not count:
+        return []
+    return [f"{count} of {len(tasks)} cells were not calibrated: their tolerance is that of others"]
 
 
 def usable_calibration(
-    environment: Environment, rule: RoundRule, start: Path
+    environment: Environment, device: Kind, rule: RoundRule, start: Path
 ) -> tuple[Calibration | None, str | None]:
     """The calibration of a machine, or None and a sentence that says why there is none."""
-    calibration = read_calibration(machine_folder(environment.machine, start) / CALIBRATION)
-    default = f"{DEFAULT_TOLERANCE.relative:.0%}"
+    calibration = read_calibration(calibration_file(environment, device, start))
+    default = (
+        f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run 'resblock-bench "
+        f"calibrate --device {device} --threads {environment.threads}'"
+    )
     if calibration is None:
-        return None, (
-            f"{environment.machine} was never calibrated: the tolerance is {default} by default; "
-            "run 'resblock-bench calibrate'"
-        )
+        threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"
+        machine = f"{environment.machine}, {threads} on {device},"
+        return None, f"{machine} was never calibrated: {default}"
     reason = stale(calibration, environment, rule)
     if reason is not None:
-        return None, (
-            f"the calibration of {environment.machine} is stale ({reason}): the tolerance is "
-            f"{default} by default; run 'resblock-bench calibrate'"
-        )
+        return None, f"the calibration of {environment.machine} is stale ({reason}): {default}"
     return calibration, None
 
 
@@ -168,7 +194,7 @@ def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome
     refuse_different(before, after, other_machine=relative)
     calibrations, notes = _calibrations([before, after], start)
     calibration = calibrations[after.environment.machine]
-    tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+    tolerance = tolerance_by(calibration)
     if relative:
         items = compare_stored.relative(before, after, tolerance, calibrations)
         title = f"fused / reference of {head} against that of {base}"
@@ -183,9 +209,10 @@ def of_variants(folder: Path, start: Path) -> Outcome:
     stored = load(folder)
     calibrations, notes = _calibrations([stored], start)
     calibration = calibrations[stored.environment.machine]
-    tolerance = DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+    tolerance = tolerance_by(calibration)
     items = compare_stored.within(stored, tolerance, calibration)
-    return Outcome(f"fused against reference in {folder}", items, tolerance, [], notes)
+    title = f"fused against reference in {folder}"
+    return Outcome(title, items, tolerance, [], notes, sudden=False)
 
 
 def _calibrations(
@@ -195,7 +222,8 @@ def _calibrations(
     found: dict[str, Calibration | None] = {}
     notes: dict[str, None] = {}
     for item in stored:
-        calibration, note = usable_calibration(item.environment, RoundRule(), start)
+        device = device_kind(str(item.contract["device"]))
+        calibration, note = usable_calibration(item.environment, device, RoundRule(), start)
         found[item.environment.machine] = calibration
         if note is not None:
             notes[note] = None
@@ -221,13 +249,14 @@ def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
         ],
         findings=findings_of(outcome, PART),
         notes=[*notes, *(explanation(outcome.items) if explain else ())],
+        cells=outcome.items,
     )
 
 
 def findings_of(outcome: Outcome, part: str) -> list[Finding]:
     """What a gate has to say of an outcome."""
-    found = findings(outcome.items, part, stored=outcome.stored)
-    if not outcome.whole:
-        text = "interrupted: this is what the rounds taken so far say"
-        found.append(Finding(part=part, level="invalid", subject=part, entry=None, text=text))
+    found = findings(outcome.items, part, stored=outcome.stored, sudden=outcome.sudden)
+    if outcome.ended is not None:
+        text = f"{outcome.ended}: this is what the rounds taken so far say"
+        found.append(of_part(part, "invalid", text))
     return found

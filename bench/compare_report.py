@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from resblock_bench.bench.comparison import SUSPICIOUS, Compared
-from resblock_bench.bench.findings import Finding, Level
+from resblock_bench.bench.findings import Finding, Level, of_part
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.verdict import Tolerance
 
@@ -15,7 +15,7 @@ COLUMNS = ("cell", "base", "head", "ratio", "95 % bounds", "verdict", "rounds", 
 
 def row(item: Compared) -> list[str]:
     """The columns: medians, their ratio with its one-sided 95 % bounds, and the smallest slowdown
-    that would have been seen with 80 % probability."""
+    that as many rounds would have seen with 80 % probability."""
     verdict = item.verdict
     ratio = item.head / item.base if item.head and item.base else None
     bounds = "–"
@@ -34,35 +34,36 @@ def row(item: Compared) -> list[str]:
     ]
 
 
+def line(item: Compared) -> str:
+    """The same in a sentence."""
+    name, base, head, ratio, bounds, word, _, detects = row(item)
+    return f"{name}: {base} → {head}, ratio {ratio} ({bounds}), {word}, detects {detects}"
+
+
 def _median(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
     return f"{value:.4g} ms" if unit == "ms" else f"{value:.3f}×"
 
 
-def findings(items: Sequence[Compared], part: str, *, stored: bool = False) -> list[Finding]:
-    """What the gate has to say; `stored` where the base is a stored baseline."""
+def findings(
+    items: Sequence[Compared], part: str, *, stored: bool = False, sudden: bool = True
+) -> list[Finding]:
+    """What the gate has to say; `stored` where the base is a stored baseline, `sudden` where a
+    great difference has to be explained."""
     found = []
     for item in items:
-        judged = _finding(item, stored)
+        judged = _finding(item, stored, sudden)
         if judged is not None:
             level, text = judged
             name = cell_name(item.cell)
             found.append(Finding(part=part, level=level, subject=name, entry=None, text=text))
     if not items:
-        found.append(
-            Finding(
-                part=part,
-                level="invalid",
-                subject=part,
-                entry=None,
-                text="no cell was compared: nothing is known",
-            )
-        )
+        found.append(of_part(part, "invalid", "no cell was compared: nothing is known"))
     return found
 
 
-def _finding(item: Compared, stored: bool) -> tuple[Level, str] | None:
+def _finding(item: Compared, stored: bool, sudden: bool) -> tuple[Level, str] | None:
     verdict = item.verdict
     if item.failed is not None:
         status, reason = item.failed
@@ -72,7 +73,7 @@ def _finding(item: Compared, stored: bool) -> tuple[Level, str] | None:
     if verdict.ratio is None or verdict.low is None or verdict.high is None:
         return "inconclusive", because
     times = f"{verdict.ratio:.3f} times base ({verdict.low:.3f}–{verdict.high:.3f})"
-    if verdict.ratio * SUSPICIOUS < 1:
+    if sudden and verdict.ratio * SUSPICIOUS < 1:
         return (
             "invalid",
             f"{1 / verdict.ratio:.1f}× as fast as base: find out what it no longer does",

@@ -85,6 +85,13 @@ def relative(
                 math.exp(first.mean),
                 math.exp(second.mean),
             )
+        # Within a run both cells are what is judged: at the base is what the base's run lacks.
+        problems = [
+            part._replace(at_base=run is base) if part.failed else part
+            for part, run in zip(parts, (base, head), strict=True)
+            if part.failed or part.disturbed
+        ]
+        heaviest = max(problems, key=_weight, default=parts[0])
         pairs.append(
             _Pair(
                 fused,
@@ -92,9 +99,9 @@ def relative(
                 None if first is None else math.exp(first.mean),
                 None if second is None else math.exp(second.mean),
                 (min(parts[0].counts), min(parts[1].counts)),
-                parts[0].failed or parts[1].failed,
-                parts[0].failed is not None,
-                parts[0].disturbed or parts[1].disturbed,
+                heaviest.failed,
+                heaviest.at_base,
+                heaviest.disturbed,
             )
         )
     return _judged(pairs, replace(tolerance, absolute_ms=0.0), "× reference")
@@ -119,13 +126,10 @@ def _pair(
     calibration: Calibration | None,
 ) -> _Pair:
     sides = ((base, base_cell), (head, head_cell))
-    for at_base, (stored, wanted) in zip((True, False), sides, strict=True):
-        if wanted in stored.disturbed:
-            return _Pair(cell, None, disturbed=f"{stored.name}: {stored.disturbed[wanted]}")
-        if wanted not in stored.rounds_ms:
-            status, reason = stored.missing.get(wanted, ("skipped", "was not planned"))
-            sentence = f"{cell_name(wanted)} {reason} in {stored.name}"
-            return _Pair(cell, None, failed=(status, sentence), at_base=at_base)
+    found = [_problem(cell, *side, at_base=i == 0) for i, side in enumerate(sides)]
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        return max(problems, key=_weight)
     base_ms, head_ms = (stored.rounds_ms[wanted] for stored, wanted in sides)
     spread = None if calibration is None else calibration.spread_of(cell)
     return _Pair(
@@ -135,6 +139,23 @@ def _pair(
         statistics.median(head_ms),
         (len(base_ms), len(head_ms)),
     )
+
+
+def _problem(cell: Cell, stored: Stored, wanted: Cell, *, at_base: bool) -> _Pair | None:
+    """Why a side has no time of the cell, or None."""
+    if wanted in stored.rounds_ms:
+        return None
+    if wanted in stored.disturbed:
+        return _Pair(cell, None, disturbed=f"{stored.name}: {stored.disturbed[wanted]}")
+    status, reason = stored.missing.get(wanted, ("skipped", "was not planned"))
+    sentence = f"{cell_name(wanted)} {reason} in {stored.name}"
+    return _Pair(cell, None, failed=(status, sentence), at_base=at_base)
+
+
+def _weight(pair: _Pair) -> tuple[bool, bool]:
+    """Of two problems the heavier: a wrong head, then anything that failed."""
+    wrong = pair.failed is not None and pair.failed[0] == "wrong" and not pair.at_base
+    return wrong, pair.failed is not None
 
 
 def _judged(

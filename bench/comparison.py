@@ -156,6 +156,9 @@ class Comparison:
         """The verdict on a flagged cell after its second draw."""
         if second is None:
             return _because(first, "not confirmed by a second draw", word="AMBIGUOUS")
+        if second.ratio is None:
+            why = "too few rounds of the second draw were undisturbed"
+            return _because(first, f"not confirmed: {why}", word="AMBIGUOUS")
         both = self._estimate(cell, self._first[cell].valid + self._second[cell].valid)
         (joined,) = judge([both], self._tolerance)
         if second.word == first.word:

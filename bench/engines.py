@@ -113,8 +113,8 @@ def only_user(gpu: str) -> Iterator[None]:
             raise
     except BlockingIOError:
         raise UsageError(
-            f"another run of this suite measures on {gpu}: wait for it, or name another GPU with "
-            "--devices"
+            f"another run of this suite measures on {gpu}: wait for it, or name another GPU "
+            "with --devices or CUDA_VISIBLE_DEVICES"
         ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be locked ({error.strerror}): remove it") from None

@@ -156,8 +156,19 @@ def _offered(point: metadata.EntryPoint) -> Implementation:
     )
 
 
-for _point in metadata.entry_points(group="resblock_bench.implementations"):
-    IMPLEMENTATIONS.setdefault(_point.name, _offered(_point))
+_OFFERS = {
+    point.name: point
+    for point in metadata.entry_points(group="resblock_bench.implementations")
+    if point.name not in IMPLEMENTATIONS
+}
+IMPLEMENTATIONS.update({name: _offered(point) for name, point in _OFFERS.items()})
+
+
+def packages_of(name: str) -> tuple[str, ...]:
+    """The packages that hold an implementation's code."""
+    if name in _OFFERS:
+        return (_OFFERS[name].module.partition(".")[0],)
+    return "resblock_bench.reference", "resblock_bench.kernels"
 
 
 def could_not_compile(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resblock_bench.bench.comparison import Compared
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.export import escaped
 from resblock_bench.bench.findings import LEVELS, Finding, Level, exit_code, worst_first
@@ -53,6 +54,7 @@ class Report(Record, frozen=True, kw_only=True):
     checked         everything that was compared
     findings        everything that is not as expected
     notes           sentences on the whole, shown last
+    cells           every cell that was timed, with its rounds; in the JSON alone
     """
 
     title: str
@@ -61,6 +63,7 @@ class Report(Record, frozen=True, kw_only=True):
     checked: list[Checked]
     findings: list[Finding]
     notes: list[str]
+    cells: list[Compared] = msgspec.field(default_factory=list)
 
 
 class Document(Record, frozen=True, kw_only=True):

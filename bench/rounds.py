@@ -45,6 +45,7 @@ class Round(Record, frozen=True, kw_only=True):
     `log_ratio` is the median over pairs of bursts of log(head / base), each with the medians of its
     samples: a pair lies within some hundredths of a second, in which machines change little.
     `disturbances` are sentences on what the machine went through; such a round does not count.
+    `notes` say what of that could not be known.
     """
 
     base_ms: PositiveMs
@@ -53,6 +54,7 @@ class Round(Record, frozen=True, kw_only=True):
     base_samples: Positive
     head_samples: Positive
     disturbances: list[str]
+    notes: list[str]
 
 
 class RoundError(Exception):
@@ -66,17 +68,19 @@ class RoundError(Exception):
 
 
 class Taken(NamedTuple):
-    """The bursts of samples of each side, in milliseconds, and what disturbed the machine."""
+    """The bursts of samples of each side, in milliseconds, what disturbed the machine, and what of
+    that could not be known."""
 
     bursts_ms: list[list[list[float]]]
     disturbances: list[str]
+    notes: list[str]
 
 
 def measure_pair(
     task: Task, truth: Path, base: Side, head: Side, rule: RoundRule, order: random.Random
 ) -> Round:
     """One round of a task's cell on both sides. Raises RoundError."""
-    (bases, heads), disturbances = take_bursts(task, truth, (base, head), rule, order)
+    (bases, heads), disturbances, notes = take_bursts(task, truth, (base, head), rule, order)
     base_ms, head_ms = list(itertools.chain(*bases)), list(itertools.chain(*heads))
     pairs = zip(bases, heads, strict=True)
     logs = [math.log(statistics.median(h) / statistics.median(b)) for b, h in pairs]
@@ -87,6 +91,7 @@ def measure_pair(
         base_samples=len(base_ms),
         head_samples=len(head_ms),
         disturbances=disturbances,
+        notes=notes,
     )
 
 
@@ -95,23 +100,22 @@ def take_bursts(
 ) -> Taken:
     """The samples of one round. Raises RoundError."""
     bursts: dict[Side, list[list[float]]] = {side: [] for side in sides}
-    current = sides[0]
     try:
-        for current in order.sample(sides, len(sides)):
-            current.open(task, truth)
+        for side in order.sample(sides, len(sides)):
+            side.open(task, truth)
         before, source = _read(sides)
         until = time.monotonic() + rule.seconds
         while len(bursts[sides[0]]) < rule.bursts or time.monotonic() < until:
-            for current in order.sample(sides, len(sides)):
-                bursts[current].append(current.burst(rule.burst_s))
+            for side in order.sample(sides, len(sides)):
+                bursts[side].append(side.burst(rule.burst_s))
         after, _ = _read(sides)
-        for current in sides:
-            current.end()
+        for side in sides:
+            side.end()
     except SideError as error:
         for side in sides:
             side.abandon()
-        at_base = len(sides) > 1 and current is sides[0]
-        raise RoundError(error.status, f"{current.name}: {error}", at_base=at_base) from None
+        at_base = len(sides) > 1 and error.side is sides[0]
+        raise RoundError(error.status, f"{error.side.name}: {error}", at_base=at_base) from None
     except BaseException:
         for side in sides:
             side.kill()
@@ -120,7 +124,7 @@ def take_bursts(
     found = conditions(
         before, after, source=source, images=images, threads=task.environment.threads
     )
-    return Taken(list(bursts.values()), found.disturbances)
+    return Taken(list(bursts.values()), found.disturbances, found.notes)
 
 
 def _read(sides: Sequence[Side]) -> tuple[Reading, str]:

@@ -1,16 +1,19 @@
 """The process of one side of a comparison: forks a fresh process a round, which takes orders.
 
-    python -m resblock_bench.bench.side FD
+    python -m resblock_bench.bench.side FD CPUS [FOLDER…]
 
 Which code is measured is decided by what this interpreter imports. It imports everything once and
 touches no device, so that a round begins in milliseconds and yet clean. Orders come and answers go
-as JSON over the socket FD; what the two print goes where their output goes.
+as JSON over the socket FD; what the two print goes where their output goes. Rounds compute on the
+CPUs whose numbers are given with commas, on any if none are. Where folders are named, the code that
+is measured has to come from them.
 """
 
 import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +24,7 @@ import torch
 from resblock_bench.bench import preload  # noqa: F401
 from resblock_bench.bench.devices import Device, open_device
 from resblock_bench.bench.fingerprint import code_fingerprint
-from resblock_bench.bench.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.implementations import IMPLEMENTATIONS, packages_of
 from resblock_bench.bench.measure import Checked, Task, checked_workload, reason_of, status_of
 from resblock_bench.bench.memory_limit import limit_memory
 from resblock_bench.bench.orders import (
@@ -47,6 +50,8 @@ def main() -> None:
     """Serve rounds until the other end of the socket is closed."""
     socket: Connection = Connection(int(sys.argv[1]))
     die_with_parent()
+    if sys.argv[2]:
+        os.sched_setaffinity(0, map(int, sys.argv[2].split(",")))
     _answer(socket, Up(code_fingerprint(), _fixed_addresses()))
     while True:
         try:
@@ -137,7 +142,23 @@ def _prepared(task: Task, truth: Path, device: Device) -> Checked:
         raise RuntimeError(reason)
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
-    return checked_workload(task, read_truth(truth), device)
+    checked = checked_workload(task, read_truth(truth), device)
+    _refuse_strays(task.cell.impl, sys.argv[3:])
+    return checked
+
+
+def _refuse_strays(impl: str, folders: Sequence[str]) -> None:
+    """An installed package stands in for what the folders lack, and both sides would import it."""
+    for package in packages_of(impl):
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file is None or not (name == package or name.startswith(f"{package}.")):
+                continue
+            if folders and not any(file.startswith(f"{folder}{os.sep}") for folder in folders):
+                raise RuntimeError(
+                    f"{name} was imported from {file}, not from {' or '.join(folders)}: this side "
+                    "lacks it, or --source does not name the folder that it is imported from"
+                )
 
 
 if __name__ == "__main__":

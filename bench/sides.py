@@ -33,6 +33,7 @@ from resblock_bench.bench.orders import (
 from resblock_bench.bench.records import Status
 from resblock_bench.bench.units import format_duration
 
+_SERVER = "resblock_bench.bench.side"
 _START_S = 300.0
 _ALIKE = {
     "PYTHONHASHSEED": "0",
@@ -43,11 +44,8 @@ _ALIKE = {
 A = TypeVar("A", Opened, Samples, Counters, Ended, Up)
 
 
-def _settle(cpus: Collection[int]) -> None:
-    """The same CPUs and, where the system allows it, the same addresses on all sides, which would
-    else be a draw for each."""
-    if cpus:
-        os.sched_setaffinity(0, cpus)
+def _fix_addresses() -> None:
+    """Where the system allows it: the same addresses on all sides, not a draw for each."""
     libc = ctypes.CDLL(None)
     libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE)
 
@@ -55,21 +53,24 @@ def _settle(cpus: Collection[int]) -> None:
 class SideError(Exception):
     """A round came to nothing on one side; `status` is that of a row."""
 
-    def __init__(self, status: Status, reason: str) -> None:
+    def __init__(self, side: "Side", status: Status, reason: str) -> None:
         super().__init__(reason)
+        self.side = side
         self.status: Status = status
 
 
 class Side:
     """One side: an interpreter that imports the code of that side, and forks a process a round.
 
+    It starts at once; `wait` until it is up before the first round.
+
     name        how people call it: a revision, or "the working tree"
     paths       what its Python path begins with
     limit_s     seconds that an order may take
     variables   of its environment, beside those of this process
-    cpus        that it may use; none are those of this process
+    cpus        that rounds compute on; none are those of this process
 
-    Raises InvalidError where its code cannot be imported.
+    The code that is measured has to lie in one of the paths, if there are any.
     """
 
     def __init__(
@@ -91,21 +92,24 @@ class Side:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Connection | None = None
         self._measuring = False
-        try:
-            up = self._start()
-        except BaseException:
-            self.close()
-            raise
+        self.code = ""
+        self.fixed_addresses = False
+        self._start()
+
+    def wait(self) -> None:
+        """Until it has imported everything. Raises InvalidError where it cannot."""
+        up = self._up()
         self.code, self.fixed_addresses = up.code, up.fixed_addresses
 
-    def _start(self) -> Up:
+    def _start(self) -> None:
         own, other = Pipe(duplex=True)
         # Absolute, since the process starts in another folder.
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        cpus = ",".join(map(str, self._cpus))
         path = os.pathsep.join([*self._paths, *map(os.path.abspath, inherited)])
-        with other, self._log.open("wb") as log:
+        with other, self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "resblock_bench.bench.side", str(other.fileno())],
+                [sys.executable, "-m", _SERVER, str(other.fileno()), cpus, *self._paths],
                 env={**os.environ, **_ALIKE, **self._variables, "PYTHONPATH": path},
                 pass_fds=[other.fileno()],
                 # With -m a package in the current folder would come before the path.
@@ -114,9 +118,11 @@ class Side:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=(lambda: _settle(self._cpus)) if sys.platform == "linux" else None,
+                preexec_fn=_fix_addresses if sys.platform == "linux" else None,
             )
         self._socket = own
+
+    def _up(self) -> Up:
         try:
             return self._answer(Up, _START_S)
         except SideError as error:
@@ -127,14 +133,23 @@ class Side:
     def open(self, task: Task, truth: Path) -> None:
         """Begin a round: a fresh process with a checked, warm cell. Raises SideError."""
         if self._process is None:
-            self._start()
+            self._restart()
         # What an earlier round printed says nothing of this one.
         os.truncate(self._log, 0)
         self._measuring = True
         opened = self._ask(Open(task, str(truth)), Opened)
         if opened.status != "ok":
             self._answer(Ended, self._limit_s)
-            raise SideError(opened.status, opened.reason or "no reason was given")
+            raise SideError(self, opened.status, opened.reason or "no reason was given")
+
+    def _restart(self) -> None:
+        self._start()
+        try:
+            up = self._up()
+        except InvalidError as error:
+            raise SideError(self, "crashed", str(error)) from None
+        if up.code != self.code:
+            raise SideError(self, "crashed", "its files changed meanwhile: compare again")
 
     def burst(self, seconds: float) -> list[float]:
         """Samples in milliseconds."""
@@ -148,7 +163,7 @@ class Side:
         """End the round's process."""
         ended = self._ask(Close(), Ended)
         if ended.exit_code:
-            raise SideError("crashed", self._ended(ended.exit_code))
+            raise SideError(self, "crashed", self._ended(ended.exit_code))
 
     def abandon(self) -> None:
         """End the round's process where there is one, whatever it answers."""
@@ -184,15 +199,15 @@ class Side:
             if not self._socket.poll(limit_s):
                 self.kill()
                 limit = format_duration(limit_s)
-                raise SideError("timeout", f"stopped after the time limit of {limit}")
+                raise SideError(self, "timeout", f"stopped after the time limit of {limit}")
             answer = msgspec.json.decode(self._socket.recv_bytes(), type=Answer)
         except (EOFError, OSError, msgspec.DecodeError):
             self.kill()
-            raise SideError("crashed", self._ended(None)) from None
+            raise SideError(self, "crashed", self._ended(None)) from None
         if isinstance(answer, Ended):
             self._measuring = False
         if isinstance(answer, Ended) and not isinstance(answer, expected):
-            raise SideError("crashed", self._ended(answer.exit_code))
+            raise SideError(self, "crashed", self._ended(answer.exit_code))
         assert isinstance(answer, expected), answer
         return answer
 

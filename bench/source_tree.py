@@ -19,13 +19,13 @@ _MEASURED = ("reference", "kernels")
 
 def repository_around(start: Path) -> Path:
     """The root of the git repository that holds `start`. Raises UsageError where there is none."""
-    root = _git(start, "rev-parse", "--show-toplevel")
-    if root is None:
+    done = _run_git(start, "rev-parse", "--show-toplevel")
+    if done.returncode:
         raise UsageError(
-            f"{start} is in no git repository, and --base names a revision of one: run it in a "
-            "checkout, or compare two run folders"
+            f"{start} is in no git repository that can be used ({done.stderr.strip()}), and --base "
+            "names a revision of one: run it in a checkout, or compare two run folders"
         )
-    return Path(root)
+    return Path(done.stdout.strip())
 
 
 def resolve(repository: Path, revision: str) -> str:
@@ -44,12 +44,7 @@ def checked_out(repository: Path, commit: str) -> Iterator[Path]:
     """A worktree of the commit, removed afterwards."""
     with scratch_folder() as folder:
         tree = folder / "tree"
-        done = subprocess.run(
-            ["git", "-C", repository, "worktree", "add", "--detach", "--quiet", tree, commit],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _run_git(repository, "worktree", "add", "--detach", "--quiet", str(tree), commit)
         if done.returncode:
             raise UsageError(f"git cannot check {commit} out: {done.stderr.strip()}")
         try:
@@ -68,12 +63,7 @@ def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Pat
     is not this project's.
     """
     if sources:
-        for source in sources:
-            if not (tree / source).is_dir():
-                raise UsageError(
-                    f"--source {source} is no folder of {tree}: name the folder that your packages "
-                    "are imported from, relative to the repository"
-                )
+        require_sources(tree, sources)
         return [tree / source for source in sources]
     if not is_checkout(tree):
         raise UsageError(
@@ -88,12 +78,26 @@ def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Pat
     return [scratch]
 
 
+def require_sources(tree: Path, sources: Sequence[Path]) -> None:
+    """Raises UsageError for a folder that the tree lacks."""
+    for source in sources:
+        if not (tree / source).is_dir():
+            raise UsageError(
+                f"--source {source} is no folder of {tree}: name the folder that your packages "
+                "are imported from, relative to the repository"
+            )
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints; None where it fails."""
+    done = _run_git(folder, *arguments)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             ["git", "-C", folder, *arguments], capture_output=True, text=True, check=False
         )
     except OSError:
         raise UsageError("--base needs git, which is not installed") from None
-    return done.stdout.strip() if done.returncode == 0 else None

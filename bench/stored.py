@@ -72,7 +72,8 @@ def read_baseline(path: Path) -> Baseline:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read ({error.strerror}): name a run folder or a baseline's file"
+            f"{path} cannot be read ({error.strerror}): name a run folder or a baseline's file, or "
+            "save one with 'resblock-bench baseline save --timing'"
         ) from None
     try:
         head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
@@ -88,8 +89,12 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def contract_fields(contract: Contract, rule: RoundRule | None) -> dict[str, object]:
-    """A contract's fields by name, with those of the rounds where there are any."""
+    """A contract's fields by name, with those of the rounds where there are any.
+
+    Without `step`, which the cell's mode decides.
+    """
     fields: dict[str, object] = msgspec.structs.asdict(contract)
+    del fields["step"]
     if rule is None:
         return {**fields, "process": "one a cell"}
     rounds = msgspec.structs.asdict(rule)
@@ -136,7 +141,7 @@ def _of_run(folder: Path) -> Stored:
     rounds_ms: dict[Cell, list[float]] = {}
     missing: dict[Cell, tuple[Status, str]] = {}
     disturbed: dict[Cell, str] = {}
-    contracts = {row.axes: row.contract for row in run.rows}
+    contracts = [contract_fields(row.contract, None) for row in run.rows]
     for row in run.rows:
         disturbances = row.conditions.disturbances if row.conditions is not None else []
         if row.status != "ok" or row.median_ms is None:
@@ -145,10 +150,10 @@ def _of_run(folder: Path) -> Stored:
             disturbed[row.axes] = disturbances[0]
         else:
             rounds_ms[row.axes] = [row.median_ms]
-    if len(set(contracts.values())) > 1:
-        raise InvalidError(f"{folder} holds rows of several timing contracts: measure it again")
     if not contracts:
         raise InvalidError(f"{folder} holds no row: there is nothing to compare")
+    if any(contract != contracts[0] for contract in contracts):
+        raise InvalidError(f"{folder} holds rows of several timing contracts: measure it again")
     for cell in expected:
         if cell not in rounds_ms and cell not in disturbed:
             missing.setdefault(cell, ("skipped", "was planned and not measured"))
@@ -159,5 +164,5 @@ def _of_run(folder: Path) -> Stored:
         rounds_ms=rounds_ms,
         missing=missing,
         disturbed=disturbed,
-        contract=contract_fields(next(iter(contracts.values())), None),
+        contract=contracts[0],
     )

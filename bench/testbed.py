@@ -15,12 +15,13 @@ from resblock_bench.bench.engines import only_user
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.process import Processes
-from resblock_bench.bench.records import Environment, Status
+from resblock_bench.bench.records import Environment
 from resblock_bench.bench.rounds import RoundError
 from resblock_bench.bench.scratch import scratch_folder
 from resblock_bench.bench.sides import Side
 from resblock_bench.bench.survey import survey
 from resblock_bench.bench.truth_file import truth_path
+from resblock_bench.bench.units import format_duration
 from resblock_bench.bench.visible_gpus import chosen_gpus
 
 
@@ -30,11 +31,13 @@ class Testbed:
 
     sides      started, in the order given
     tasks      one a cell, in the plan's order
+    notes      on what may make the sides differ that is not their code
     """
 
     environment: Environment
     sides: list[Side]
     tasks: list[Task]
+    notes: list[str]
     _processes: Processes
     _folder: Path
     _limit_s: float
@@ -48,9 +51,11 @@ class Testbed:
         if not path.exists():
             argument = msgspec.json.encode(jobs.CellJob(task, str(path)))
             ending = self._processes.run(jobs.compute_site_truth, argument, limit_s=self._limit_s)
+            if ending.reply is None and ending.exit_code is None:
+                limit = format_duration(self._limit_s)
+                raise RoundError("timeout", f"its float64 truth took longer than {limit}")
             if ending.reply is None:
-                status: Status = "timeout" if ending.exit_code is None else "crashed"
-                raise RoundError(status, f"its float64 truth ended with {ending.exit_code}")
+                raise RoundError("crashed", f"its float64 truth ended with {ending.exit_code}")
             reply = msgspec.json.decode(ending.reply, type=jobs.TruthReply)
             if reply.status != "ok":
                 raise RoundError(reply.status, f"its float64 truth: {reply.reason}")
@@ -88,9 +93,20 @@ def opened(
             side = Side(name, paths, limit_s=limit_s, variables=variables, cpus=cpus)
             stack.callback(side.close)
             started.append(side)
+        for side in started:
+            side.wait()
         folder = stack.enter_context(scratch_folder())
         tasks = plan.tasks(found, telemetry=telemetry)
-        yield Testbed(found, started, tasks, processes, folder, limit_s)
+        yield Testbed(found, started, tasks, _notes(started), processes, folder, limit_s)
+
+
+def _notes(sides: Sequence[Side]) -> list[str]:
+    if all(side.fixed_addresses for side in sides):
+        return []
+    return [
+        "this system draws the addresses of each process's memory by lot, which alone can make "
+        "them differ by some per cent: allow personality(2), or compare repeatedly"
+    ]
 
 
 def _cpus(threads: int) -> list[int]:

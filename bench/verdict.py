@@ -172,7 +172,7 @@ def _mirrored(estimate: Estimate) -> Estimate:
 
 def _judge(estimate: Estimate | None, tolerance: Tolerance, discovered: bool) -> Verdict:
     if estimate is None:
-        reason = f"fewer than {MIN_ROUNDS} valid rounds a side, and no calibration to stand in"
+        reason = "too few valid rounds, and no calibration that could stand in"
         return Verdict(
             word="AMBIGUOUS", ratio=None, low=None, high=None, detectable=None, reasons=[reason]
         )

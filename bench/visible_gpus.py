@@ -56,7 +56,7 @@ def chosen_gpus(wanted: Sequence[str]) -> list[VisibleGpu]:
     if len(kinds) > 1:
         raise UsageError(
             f"the GPUs are of several kinds ({', '.join(sorted(map(str, kinds)))}), and one run "
-            "compares cells on one: choose with --devices"
+            "compares cells on one: choose with --devices or CUDA_VISIBLE_DEVICES"
         )
     return list(dict.fromkeys(chosen))
 

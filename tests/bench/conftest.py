@@ -181,3 +181,11 @@ def run_cli(
         return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """A trace of an undisturbed machine."""
+    path = tmp_path_factory.mktemp("trace") / "quiet.jsonl"
+    path.write_text('{"t_s": 0}\n{"t_s": 1}\n')
+    return path

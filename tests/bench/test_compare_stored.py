@@ -9,7 +9,7 @@ import pytest
 from cells import TINY
 from msgspec.structs import replace
 
-from resblock_bench.bench import compare
+from resblock_bench.bench import compare, compare_report, compare_stored
 from resblock_bench.bench.calibration import (
     CALIBRATION_VERSION,
     MAX_AGE_DAYS,
@@ -21,17 +21,18 @@ from resblock_bench.bench.calibration import (
 )
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import exit_code
-from resblock_bench.bench.machine_store import CALIBRATION, history, machine_folder, write
+from resblock_bench.bench.machine_store import calibration_file, history, write
 from resblock_bench.bench.measure import contract_of
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.rounds import Round, RoundRule
-from resblock_bench.bench.stored import BASELINE_VERSION, Baseline, Series
+from resblock_bench.bench.stored import BASELINE_VERSION, Baseline, Series, Stored
 from resblock_bench.bench.verdict import Tolerance
 
 NOISE = [1.002, 0.998, 1.001, 0.999, 1.0]
 REFERENCE = TINY
 FUSED = replace(TINY, impl="fused")
 NOW = "2026-01-31T12:00:00+00:00"
+SAVED = datetime.datetime.fromisoformat(NOW)
 
 
 @pytest.fixture
@@ -70,7 +71,8 @@ def calibration(environment):
     noise = CellNoise(cell=TINY, rounds=15, disturbed=0, drift=0.01, pair_spread=0.01, spread=0.001)
     return Calibration(
         calibration_version=CALIBRATION_VERSION,
-        saved_at=NOW,
+        saved_at=SAVED,
+        device="cpu",
         environment=environment,
         rule=RoundRule(),
         tolerance=Tolerance(relative=0.03, absolute_ms=1e-3),
@@ -137,6 +139,60 @@ def test_another_machine_is_refused_by_name_of_the_field(baseline, compared, env
     assert outcome.items[0].base == pytest.approx(0.9)
 
 
+def test_what_the_mode_decides_is_no_other_contract(baseline, compared, make_task):
+    """A baseline of several modes has the contract of its first cell."""
+    inference = contract_of(make_task(mode="inference"))
+    assert inference != contract_of(make_task())
+    head = baseline("b", {TINY: 10.0}, contract=inference)
+    words, code, _ = compared(baseline("a", {TINY: 10.0}), head)
+    assert (words, code) == (["SAME"], 0)
+
+
+def stored(environment, **changes):
+    """A run of the reference and of the fused cell, both of which took 10 ms."""
+    whole = Stored(
+        name="run",
+        environment=environment,
+        expected=[REFERENCE, FUSED],
+        rounds_ms={REFERENCE: [10.0], FUSED: [10.0]},
+        missing={},
+        disturbed={},
+        contract={},
+    )
+    return replace(whole, **changes)
+
+
+WRONG = {"missing": {FUSED: ("wrong", "is wrong")}}
+CRASHED = {"missing": {FUSED: ("crashed", "is crashed")}}
+DISTURBED = {"disturbed": {FUSED: "throttled"}}
+
+
+@pytest.mark.parametrize("compared", [compare_stored.plain, compare_stored.relative])
+@pytest.mark.parametrize(
+    ("base", "head", "code"),
+    [
+        (DISTURBED, WRONG, 5),
+        (CRASHED, WRONG, 5),
+        ({}, WRONG, 5),
+        (WRONG, {}, 3),
+        (WRONG, CRASHED, 3),
+        (DISTURBED, CRASHED, 3),
+        (CRASHED, DISTURBED, 3),
+        (DISTURBED, {}, 4),
+        ({}, DISTURBED, 4),
+    ],
+)
+def test_the_heavier_of_two_problems_counts(environment, calibration, compared, base, head, code):
+    lacking = {"rounds_ms": {REFERENCE: [10.0]}}
+    sides = [
+        stored(environment, **(lacking | changes if changes else {})) for changes in (base, head)
+    ]
+    known = {"here": calibration} if compared is compare_stored.relative else calibration
+    items = compared(*sides, calibration.tolerance, known)
+    (item,) = [item for item in items if item.cell == FUSED]
+    assert exit_code(compare_report.findings([item], "compare")) == code
+
+
 def test_contracts_are_compared_field_by_field(baseline, compared, make_task):
     other = replace(contract_of(make_task()), threads=3)
     head = baseline("b", {TINY: 10.0}, contract=other)
@@ -153,6 +209,9 @@ def test_relative_sees_the_ratio_and_not_the_machine(baseline, compared):
 
 
 def test_fused_against_reference_within_one(baseline, tmp_path):
+    # Several times as fast is nothing sudden, here.
+    outcome = compare.of_variants(baseline("c", {REFERENCE: 20.0, FUSED: 5.0}), tmp_path)
+    assert exit_code(compare.report_of(outcome).findings) == 0
     outcome = compare.of_variants(baseline("a", {REFERENCE: 20.0, FUSED: 15.0}), tmp_path)
     (item,) = outcome.items
     assert item.verdict.ratio == pytest.approx(0.75)
@@ -177,21 +236,24 @@ def test_files_that_are_not_there_or_damaged(baseline, compared, tmp_path):
 
 def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
     """No verdict without a calibration, since one process shows no spread."""
-    folder = tmp_path / "run"
-    arguments = ["-a", "channels=32", "-a", "resolution=8", "-a", "batch=1", "--samples", "6"]
-    done = run_cli("run", *arguments, "--threads", 1, "--no-plots", "--output", folder)
+    folder, trace = tmp_path / "run", tmp_path / "quiet.jsonl"
+    trace.write_text('{"t_s": 0}\n{"t_s": 1}\n')
+    axes = ["channels=32", "resolution=8", "batch=1", "mode=train,inference", "checkpoint=none"]
+    arguments = [argument for axis in axes for argument in ("-a", axis)]
+    options = ["--samples", 6, "--threads", 1, "--telemetry", trace, "--no-plots"]
+    done = run_cli("run", *arguments, *options, "--output", folder)
     assert done.code == 0, done.err
     outcome = compare.of_stored(folder, folder, tmp_path, relative=False)
     assert {item.verdict.word for item in outcome.items} == {"AMBIGUOUS"}
     assert any("was never calibrated" in note for note in outcome.uncalibrated)
     here = compare.load(folder).environment
-    path = machine_folder(here.machine, tmp_path) / CALIBRATION
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    path = calibration_file(here, "cpu", tmp_path)
+    now = datetime.datetime.now(datetime.timezone.utc)
     write(path, replace(calibration, environment=here, saved_at=now))
     outcome = compare.of_stored(folder, folder, tmp_path, relative=False)
-    words = {item.verdict.word for item in outcome.items}
-    # Disturbed cells have none either.
-    assert words <= {"SAME", "AMBIGUOUS"}
+    assert {item.verdict.word for item in outcome.items} == {"SAME"}
+    assert {item.cell.mode for item in outcome.items} == {"train", "inference"}
+    assert exit_code(compare.report_of(outcome).findings) == 0
     assert outcome.uncalibrated == []
     assert outcome.tolerance.relative == 0.03
 
@@ -207,6 +269,7 @@ def a_round(ratio, base_ms=10.0):
         base_samples=30,
         head_samples=30,
         disturbances=[],
+        notes=[],
     )
 
 
@@ -219,31 +282,50 @@ def test_drift_is_the_worst_of_any_five_rounds():
     assert tolerance_of([noise]).relative == pytest.approx(1.02**1.5 - 1)
 
 
+def test_a_machine_can_be_too_noisy_for_a_gate():
+    noisy = noise_of(TINY, [a_round(1.04)] * 5, 0)
+    with pytest.raises(InvalidError, match=r"drifts by 3.9%, which is a tolerance of 6.1%, and 5%"):
+        tolerance_of([noisy])
+
+
 def test_no_tolerance_is_below_the_floor():
     quiet = noise_of(TINY, [a_round(1.0001)] * 5, 0)
     assert tolerance_of([quiet]) == Tolerance(relative=0.01, absolute_ms=1e-3)
 
 
 def test_a_calibration_goes_stale(calibration, environment):
-    saved = datetime.datetime.fromisoformat(NOW)
     rule = RoundRule()
-    assert stale(calibration, environment, rule, saved) is None
-    later = saved + datetime.timedelta(days=MAX_AGE_DAYS + 1)
+    assert stale(calibration, environment, rule, SAVED) is None
+    later = SAVED + datetime.timedelta(days=MAX_AGE_DAYS + 1)
     assert stale(calibration, environment, rule, later) == "it is 31 days old"
     torch = replace(environment, versions={**environment.versions, "torch": "9.9"})
-    assert "torch was" in stale(calibration, torch, rule, saved)
-    assert "another way" in stale(calibration, environment, RoundRule(bursts=7), saved)
+    assert "torch was" in stale(calibration, torch, rule, SAVED)
+    assert "another way" in stale(calibration, environment, RoundRule(bursts=7), SAVED)
 
 
-def test_a_stale_calibration_is_said_and_not_used(baseline, compared, calibration, tmp_path):
-    path = machine_folder("here", tmp_path) / CALIBRATION
-    write(path, replace(calibration, saved_at="2020-01-01T00:00:00+00:00"))
-    _, _, outcome = compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0}))
+def test_a_stale_calibration_is_said_and_not_used(
+    baseline, compared, calibration, environment, tmp_path
+):
+    path = calibration_file(environment, "cpu", tmp_path)
+    write(path, replace(calibration, saved_at=SAVED.replace(year=2020)))
+    sides = baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.25})
+    words, code, outcome = compared(*sides)
+    # By the calibrated 3 % it would be SAME.
+    assert (words, code) == (["SLOW"], 1)
     assert outcome.tolerance.relative == 0.02
+    threads = environment.threads
     assert "is stale (it is" in outcome.uncalibrated[0]
-    path.write_text("{}")
-    with pytest.raises(InvalidError, match="is no calibration"):
-        compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0}))
+    assert f"calibrate --device cpu --threads {threads}'" in outcome.uncalibrated[0]
+    good = path.read_bytes()
+    for damaged, message in (
+        (b"{}", "a calibration of schema none"),
+        (good.replace(b'version": 1', b'version": 0'), "a calibration of schema 0"),
+        (good[:-20], "is no calibration"),
+        (good.replace(b"2020-01-31T", b"last year "), "is no calibration"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InvalidError, match=message):
+            compared(*sides)
 
 
 def test_what_is_replaced_is_kept(tmp_path):
@@ -277,16 +359,19 @@ def test_the_command_line(run_cli, baseline, tmp_path):
     document = msgspec.json.decode((tmp_path / "report.json").read_bytes())
     assert document["exit_code"] == 1
     assert document["report"]["findings"][0]["level"] == "regression"
-    for arguments, message in (
-        ([], "0 runs were named"),
-        ([a], "has no fused cell"),
-        ([a, b, "--base", "main"], "--base measures two revisions"),
-        ([a, b, "--threads", 1], "--threads goes with --base"),
-        ([a, b, "--format", "html"], "unknown format 'html'"),
-        ([a, Path("absent")], "cannot be read"),
+    (cell,) = document["report"]["cells"]
+    assert cell["verdict"]["word"] == "SLOW"
+    assert cell["head"] == pytest.approx(11.0)
+    for arguments, code, message in (
+        ([], 2, "0 runs were named"),
+        ([a], 3, "has no fused cell"),
+        ([a, b, "--base", "main"], 2, "--base measures two revisions"),
+        ([a, b, "--threads", 1], 2, "--threads goes with --base"),
+        ([a, b, "--format", "html"], 2, "unknown format 'html'"),
+        ([a, Path("absent")], 2, "cannot be read"),
     ):
         done = run_cli("compare", *arguments)
-        assert done.code in (2, 3), done
+        assert done.code == code, done
         assert message in done.err
 
 

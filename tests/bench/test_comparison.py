@@ -19,6 +19,7 @@ def a_round(ratio=1.0, base_ms=10.0, disturbances=()):
         base_samples=30,
         head_samples=30,
         disturbances=list(disturbances),
+        notes=[],
     )
 
 
@@ -86,6 +87,15 @@ def test_what_is_flagged_is_drawn_again_from_nothing(compare):
     assert item.confirming_from == 5
     assert len(machine.order) == 10
     assert any("not confirmed" in reason for reason in item.verdict.reasons)
+
+
+def test_a_second_draw_on_a_disturbed_machine_confirms_nothing(compare):
+    items, _ = compare(
+        lambda count: 1.08 if count <= 5 else a_round(1.08, disturbances=["throttled"]), noise=0.002
+    )
+    (item,) = items
+    assert (item.verdict.word, item.confirmed) == ("AMBIGUOUS", False)
+    assert "too few rounds of the second draw" in item.verdict.reasons[-1]
 
 
 def test_disturbed_rounds_do_not_count_and_are_taken_again(compare):

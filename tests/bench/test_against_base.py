@@ -1,0 +1,195 @@
+"""A revision of a repository against its working tree, each with its own packages."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from comparing import FAST, checked, plan_of
+from rich.console import Console
+
+from resblock_bench.bench import check, compare
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.findings import exit_code
+from resblock_bench.bench.source_tree import checked_out, python_paths, repository_around, resolve
+
+ROOT = Path(__file__).parents[2]
+
+# Appended to the fused block of one side: what it does depends on the batch.
+SPOILED = """
+import os as _os
+import time as _time
+
+_forward = ResBlock.forward
+
+
+def _spoiled(self, x, emb):
+    if len(x) == {slow}:
+        _time.sleep(0.05)
+    if len(x) == {crashing}:
+        _os._exit(1)
+    out = _forward(self, x, emb)
+    return out * 1.01 if len(x) == {wrong} else out
+
+
+ResBlock.forward = _spoiled
+"""
+SAME, HEAD_SLOW, HEAD_WRONG, HEAD_CRASHING, BASE_SLOW, BASE_WRONG, NEVER = range(2, 9)
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(
+        ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A repository with this project's packages. Its base is slow and wrong for some batches, its
+    working tree for others; the branch `broken` cannot be imported, `lacking` lacks a module."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("reference", "kernels", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    blocks = folder / "kernels" / "blocks.py"
+    source = blocks.read_text()
+    git(folder, "init", "--quiet", "--initial-branch=broken")
+    for branch, text in (
+        ("broken", source + "\n)\n"),
+        ("lacking", source),
+        ("base", source + SPOILED.format(slow=BASE_SLOW, wrong=BASE_WRONG, crashing=NEVER)),
+    ):
+        git(folder, "checkout", "--quiet", "-B", branch)
+        blocks.write_text(text)
+        if branch == "lacking":
+            (folder / "kernels" / "tuned.py").rename(folder / "tuned.txt")
+        elif branch == "base":
+            (folder / "tuned.txt").rename(folder / "kernels" / "tuned.py")
+        git(folder, "add", "-A")
+        git(folder, "commit", "--quiet", "-m", branch)
+    blocks.write_text(
+        source + SPOILED.format(slow=HEAD_SLOW, wrong=HEAD_WRONG, crashing=HEAD_CRASHING)
+    )
+    return folder
+
+
+def against(project, quiet, revision, batches=range(SAME, NEVER)):
+    """Compare the working tree, as `check --timing --base` does."""
+    request = compare.BaseRequest(
+        base=revision,
+        plan=plan_of(*({"impl": "fused", "batch": batch} for batch in batches)),
+        start=project / "kernels",
+        timeout_s=120.0,
+        telemetry=quiet,
+        rule=FAST,
+    )
+    return request
+
+
+@pytest.fixture(scope="module")
+def outcome(project, quiet):
+    return compare.against_base(against(project, quiet, "base"), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def items(outcome):
+    return {item.cell.batch: item for item in outcome.items}
+
+
+def level_of(outcome, batch):
+    """The finding about a cell and the exit code that it means alone."""
+    (item,) = [item for item in outcome.items if item.cell.batch == batch]
+    findings = compare.findings([item], "compare")
+    return (findings[0].level if findings else None), exit_code(findings), findings
+
+
+def test_a_slower_working_tree_is_a_regression(outcome, items):
+    item = items[HEAD_SLOW]
+    assert (item.verdict.word, item.confirmed) == ("SLOW", True)
+    assert item.head > item.base
+    assert level_of(outcome, HEAD_SLOW)[:2] == ("regression", 1)
+
+
+def test_what_is_the_same_is_not_called_slow(outcome, items):
+    assert items[SAME].verdict.word in ("SAME", "AMBIGUOUS")
+    assert level_of(outcome, SAME)[1] in (0, 4)
+
+
+def test_a_wrong_working_tree_is_wrong(outcome, items):
+    assert items[HEAD_WRONG].failed[0] == "wrong"
+    assert level_of(outcome, HEAD_WRONG)[:2] == ("wrong", 5)
+    assert exit_code(compare.report_of(outcome).findings) == 5
+
+
+def test_a_wrong_base_leaves_nothing_to_compare(outcome, items):
+    assert items[BASE_WRONG].at_base
+    assert level_of(outcome, BASE_WRONG)[:2] == ("invalid", 3)
+
+
+def test_a_working_tree_that_crashes_is_invalid(outcome, items):
+    status, reason = items[HEAD_CRASHING].failed
+    assert (status, reason) == ("crashed", "the working tree: its process ended with 1")
+    assert level_of(outcome, HEAD_CRASHING)[:2] == ("invalid", 3)
+
+
+def test_several_times_as_fast_is_to_be_explained(outcome):
+    level, code, findings = level_of(outcome, BASE_SLOW)
+    assert (level, code) == ("invalid", 3)
+    assert "find out what it no longer does" in findings[0].text
+
+
+def test_the_sides_are_named_and_differ(outcome, project):
+    commit = git(project, "rev-parse", "base").strip()
+    assert outcome.title == f"the working tree against base ({commit[:9]})"
+    assert outcome.notes == []
+    assert any("was never calibrated" in note for note in outcome.uncalibrated)
+
+
+@pytest.mark.parametrize(
+    ("revision", "text"),
+    [
+        ("broken", r"broken .* cannot be imported.*SyntaxError"),
+        # What it lacks is not to come from the package that is installed.
+        ("lacking", r"lacking .*(cannot be imported|not from .*: this side lacks it)"),
+    ],
+)
+def test_a_base_that_does_not_build(project, quiet, revision, text):
+    found = checked(against(project, quiet, revision, [SAME]))
+    assert {finding.level for finding in found.findings} >= {"invalid"}
+    assert re.search(text, found.findings[0].text)
+    assert exit_code(found.findings) == 3
+
+
+def test_the_worktree_is_gone_afterwards(project):
+    with checked_out(project, resolve(project, "base")) as tree:
+        assert (tree / "kernels" / "blocks.py").is_file()
+    assert not tree.exists()
+    assert len(git(project, "worktree", "list").splitlines()) == 1
+
+
+def test_revisions_and_folders_that_are_not_there(project, tmp_path):
+    with pytest.raises(UsageError, match=r"--base 'nowhere' is no revision of"):
+        resolve(project, "nowhere")
+    with pytest.raises(UsageError, match=r"is in no git repository"):
+        repository_around(tmp_path)
+    with pytest.raises(UsageError, match=r"--source src is no folder of"):
+        python_paths(project, [Path("src")], tmp_path)
+    with pytest.raises(UsageError, match=r"is not a checkout of resblock-bench.*--source src"):
+        python_paths(tmp_path, [], tmp_path)
+
+
+def test_a_revision_that_is_not_there_is_found_before_anything_is_measured(
+    run_cli, project, monkeypatch
+):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(check, "check", lambda *arguments: pytest.fail("it was measured"))
+    done = run_cli("check", "--base", "nowhere")
+    assert done.code == 2
+    assert "--base 'nowhere' is no revision of" in done.err
+
+
+def test_another_repository_names_its_sources(project, tmp_path):
+    assert python_paths(project, [Path("kernels")], tmp_path) == [project / "kernels"]
