@@ -1,6 +1,7 @@
 """Set before anything imports the kernels: Triton reads it when a kernel is defined.
 
-The tests in tests/gpu want compiled kernels; `make test-gpu` sets it to 0 beforehand.
+The tests in tests/gpu want compiled kernels; `make test-gpu` sets it to 0 beforehand. So do
+benchmarks (`-m benchmark`).
 
 Also which machines pytest-benchmark may compare: its hooks are called before the conftest of
 tests/benchmarks is known.
@@ -18,7 +19,13 @@ FAULTS = str(Path(__file__).parent / "faults")
 sys.path.append(FAULTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), FAULTS]))
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config):
+    """Before any test's module is imported. What is interpreted is no benchmark."""
+    measuring = config.option.markexpr == "benchmark"
+    os.environ.setdefault("TRITON_INTERPRET", "0" if measuring else "1")
+
 
 
 @pytest.hookimpl(optionalhook=True)
