@@ -20,12 +20,10 @@ sys.path.append(FAULTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), FAULTS]))
 
 
-
 def pytest_configure(config):
     """Before any test's module is imported. What is interpreted is no benchmark."""
     measuring = config.option.markexpr == "benchmark"
     os.environ.setdefault("TRITON_INTERPRET", "0" if measuring else "1")
-
 
 
 @pytest.hookimpl(optionalhook=True)
