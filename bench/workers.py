@@ -21,6 +21,8 @@ JOB_LIMIT_S = 300.0
 """Nothing that is asked of a worker takes a tenth of this; a kernel that waits for itself would
 take for ever."""
 
+_END_S = 30.0  # One that has closed its end of the pipe is ending, which on a busy machine takes.
+
 
 class JobFailed(Exception):
     """A job raised an error: its type and what it says. Not every error can be sent as it is."""
@@ -82,7 +84,7 @@ class Worker:
         try:
             value, error = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join(1.0)  # long enough for one that is ending
+            self._process.join(_END_S)
             return Answer(None, WorkerDied(f"its process died ({_ending(self._process.exitcode)})"))
         return Answer(value, None if error is None else JobFailed(error))
 
