@@ -89,6 +89,14 @@ def test_what_is_flagged_is_drawn_again_from_nothing(compare):
     assert any("not confirmed" in reason for reason in item.verdict.reasons)
 
 
+def test_both_draws_together_do_not_confirm(compare):
+    """All eighteen rounds say slow, but the thirteen of the second draw do not alone."""
+    items, _ = compare(lambda count: 1.08 if count <= 5 else 1.02, noise=0.001)
+    (item,) = items
+    assert item.verdict.low > 1.02
+    assert (item.verdict.word, item.confirmed) == ("AMBIGUOUS", False)
+
+
 def test_a_second_draw_on_a_disturbed_machine_confirms_nothing(compare):
     items, _ = compare(
         lambda count: 1.08 if count <= 5 else a_round(1.08, disturbances=["throttled"]), noise=0.002

@@ -33,7 +33,16 @@ def verdict(ratio, noise=NOISE, base=10.0, tolerance=DEFAULT_TOLERANCE):
 
 @pytest.mark.parametrize(
     ("ratio", "word"),
-    [(1.05, "SLOW"), (0.95, "FAST"), (1.0, "SAME"), (1.02, "AMBIGUOUS"), (0.98, "AMBIGUOUS")],
+    [
+        (1.05, "SLOW"),
+        (0.95, "FAST"),
+        (1.0, "SAME"),
+        # Certainly slower and faster, by less than the tolerance.
+        (1.01, "SAME"),
+        (0.99, "SAME"),
+        (1.02, "AMBIGUOUS"),
+        (0.98, "AMBIGUOUS"),
+    ],
 )
 def test_a_word_for_every_ratio(ratio, word):
     found = verdict(ratio)
