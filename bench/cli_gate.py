@@ -222,7 +222,8 @@ def calibrate(
     """Measure how far two runs of the same code lie apart here, and store the tolerance.
 
     The cells of gate-cpu or gate-cuda unless others are named. Verdicts take the tolerance from
-    results/baselines/MACHINE/calibration.json and say so when it is missing or stale.
+    results/baselines/MACHINE/calibration-DEVICE-THREADS.json and say so when it is missing or
+    stale.
     """
     from resblock_bench.bench import calibrate as calibrating
 
@@ -266,6 +267,10 @@ def check(
     from resblock_bench.bench.report import destination
 
     names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
+    if base is not None and names and not timing:
+        raise UsageError("--base goes with --timing: name it too, or no part at all")
+    if pins is not None and not pins.is_dir():
+        raise UsageError(f"--pins {pins} is no folder: name the one that holds static/ and memory/")
     request = checking.Request(names, pins, destination(format, output))
     plan = _gate_plan(axis, preset, config, device, threads, seed)
     how = _timing(base, plan, source, timeout, telemetry)

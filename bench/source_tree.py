@@ -51,6 +51,8 @@ def checked_out(repository: Path, commit: str) -> Iterator[Path]:
             yield tree
         finally:
             _git(repository, "worktree", "remove", "--force", str(tree))
+            # Of comparisons that were killed, whose folders are gone.
+            _git(repository, "worktree", "prune")
 
 
 def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Path]:
@@ -79,12 +81,14 @@ def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Pat
 
 
 def require_sources(tree: Path, sources: Sequence[Path]) -> None:
-    """Raises UsageError for a folder that the tree lacks."""
+    """Raises UsageError for a folder that the tree lacks, or that lies outside of it: both sides
+    would import the same."""
     for source in sources:
-        if not (tree / source).is_dir():
+        folder = tree / source
+        if not folder.is_dir() or not folder.resolve().is_relative_to(tree.resolve()):
             raise UsageError(
-                f"--source {source} is no folder of {tree}: name the folder that your packages "
-                "are imported from, relative to the repository"
+                f"--source {source} is no folder within {tree}: name the folder that your packages "
+                "are imported from, relative to the repository and in both revisions"
             )
 
 

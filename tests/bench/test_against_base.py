@@ -175,8 +175,11 @@ def test_revisions_and_folders_that_are_not_there(project, tmp_path):
         resolve(project, "nowhere")
     with pytest.raises(UsageError, match=r"is in no git repository"):
         repository_around(tmp_path)
-    with pytest.raises(UsageError, match=r"--source src is no folder of"):
-        python_paths(project, [Path("src")], tmp_path)
+    (project / "outside").symlink_to(tmp_path)
+    for source in ("src", tmp_path, "..", "outside"):
+        with pytest.raises(UsageError, match=rf"--source {source} is no folder within"):
+            python_paths(project, [Path(source)], tmp_path)
+    (project / "outside").unlink()
     with pytest.raises(UsageError, match=r"is not a checkout of resblock-bench.*--source src"):
         python_paths(tmp_path, [], tmp_path)
 

@@ -156,6 +156,8 @@ def test_a_report_alone_on_the_standard_output(
         (["--format", "yaml"], "unknown format 'yaml'"),
         (["--output", "absent/report.md"], "absent is not a folder"),
         (["--output", "."], "is a folder: name a file in it"),
+        (["--memory", "--base", "HEAD"], "--base goes with --timing"),
+        (["--pins", "absent"], "--pins absent is no folder"),
     ],
 )
 def test_bad_requests_measure_nothing(
