@@ -43,7 +43,7 @@ from resblock_bench.bench.stored import (
     contract_fields,
     read_baseline,
 )
-from resblock_bench.bench.terminal import say, terminable
+from resblock_bench.bench.terminal import say
 from resblock_bench.bench.testbed import Testbed, opened
 from resblock_bench.bench.verdict import Estimate, unpaired
 
@@ -68,7 +68,7 @@ def save(request: Request, reason: str, console: Console) -> int:
 
     Raises InvalidError where a cell cannot be measured or the machine was disturbed too often.
     """
-    with terminable(), ExitStack() as stack:
+    with ExitStack() as stack:
         bed = stack.enter_context(_bed(request))
         path = machine_folder(bed.environment.machine, request.start) / TIMING
         writable(path)
@@ -109,7 +109,7 @@ def against_baseline(request: Request, path: Path, console: Console) -> Outcome:
     """
     baseline = read_baseline(path)
     known = {series.cell: series.rounds_ms for series in baseline.series}
-    with terminable(), ExitStack() as stack:
+    with ExitStack() as stack:
         bed = stack.enter_context(_bed(request))
         _refuse_different(path, baseline, bed, request.rule)
         calibration, note = usable_calibration(

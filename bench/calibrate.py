@@ -26,7 +26,7 @@ from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.rounds import Round, RoundRule, measure_pair
-from resblock_bench.bench.terminal import say, terminable
+from resblock_bench.bench.terminal import say
 from resblock_bench.bench.testbed import Testbed, opened
 from resblock_bench.bench.verdict import smallest_detectable
 
@@ -53,22 +53,21 @@ def carry_out(request: Request, console: Console) -> int:
     """
     order = random.Random(request.plan.seed)
     draws: list[Draw] = []
-    path: Path | None = None
     # Anew for every five rounds: what differs between two starts is part of the noise.
     for count in [*range(STAGES[0], request.rounds, STAGES[0]), request.rounds]:
-        with terminable(), ExitStack() as stack:
+        with ExitStack() as stack:
             # Two sides that import what this process would.
             bed = stack.enter_context(
                 opened(request.plan, {"A": (), "B": ()}, limit_s=request.timeout_s)
             )
-            if path is None:
-                path = calibration_file(bed.environment, request.plan.device, request.start)
+            environment, notes = bed.environment, bed.notes
+            if not draws:
+                path = calibration_file(environment, request.plan.device, request.start)
                 writable(path)
                 draws = [Draw(task) for task in bed.tasks]
             measure = strict(partial(_measure, bed, request.rule, order), _CANNOT)
             tell = stack.enter_context(round_progress(console, len(bed.tasks)))
             fill(draws, count, measure, order, partial(tell, "calibrating"))
-            environment, notes = bed.environment, bed.notes
     refuse_few(draws, STAGES[0], _CANNOT)
     noises = [noise_of(draw.task.cell, draw.valid, len(draw.disturbed)) for draw in draws]
     calibration = Calibration(
@@ -80,7 +79,6 @@ def carry_out(request: Request, console: Console) -> int:
         tolerance=tolerance_of(noises),
         cells=noises,
     )
-    assert path is not None
     write(path, calibration)
     console.print(_table(calibration))
     for note in notes:

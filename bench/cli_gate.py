@@ -194,7 +194,7 @@ def _base_request(
     # What is wrong with these is found before anything is measured.
     repository = repository_around(Path.cwd())
     resolve(repository, base)
-    require_sources(repository, source or ())
+    require_sources(str(repository), repository, source or ())
     if telemetry is not None:
         Replay(telemetry)
     return BaseRequest(

@@ -18,7 +18,7 @@ from resblock_bench.bench.calibration import (
 from resblock_bench.bench.compare_report import COLUMNS, explanation, findings, row, summary
 from resblock_bench.bench.comparison import Compared, Comparison
 from resblock_bench.bench.devices import Kind, device_kind
-from resblock_bench.bench.findings import Finding, exit_code, of_part
+from resblock_bench.bench.findings import Finding, of_part
 from resblock_bench.bench.machine_store import calibration_file
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
@@ -34,7 +34,6 @@ from resblock_bench.bench.source_tree import (
     resolve,
 )
 from resblock_bench.bench.stored import Stored, load, refuse_different
-from resblock_bench.bench.terminal import terminable
 from resblock_bench.bench.testbed import opened
 from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, Tolerance
 
@@ -79,7 +78,7 @@ class Outcome:
 
 
 def against_base(request: BaseRequest, console: Console) -> Outcome:
-    """Measure both in lockstep. Ctrl-C, SIGTERM and a full disk leave what the rounds so far say.
+    """Measure both in lockstep. Ctrl-C and a full disk leave what the rounds so far say.
 
     Raises UsageError for a revision or folder that is not there, InvalidError where either side
     cannot be imported.
@@ -88,27 +87,33 @@ def against_base(request: BaseRequest, console: Console) -> Outcome:
     commit = resolve(repository, request.base)
     name = f"{request.base} ({commit[:9]})"
     with ExitStack() as stack:
-        stack.enter_context(terminable())
         tree = stack.enter_context(checked_out(repository, commit))
         sides = {
-            label: python_paths(
-                root,
-                request.sources,
-                stack.enter_context(scratch_folder()),
-            )
+            label: python_paths(label, root, request.sources, stack.enter_context(scratch_folder()))
             for label, root in ((name, tree), (HEAD, repository))
         }
-        return in_lockstep(request, sides, console)
+        return in_lockstep(request, sides, console, repository if request.sources else None)
 
 
 def in_lockstep(
-    request: BaseRequest, sides: Mapping[str, Sequence[Path]], console: Console
+    request: BaseRequest,
+    sides: Mapping[str, Sequence[Path]],
+    console: Console,
+    root: Path | None = None,
 ) -> Outcome:
-    """Compare two sides: names, and what their Python paths begin with."""
+    """Compare two sides: names, and what their Python paths begin with.
+
+    root   of another repository that their packages are of
+    """
     with ExitStack() as stack:
-        stack.enter_context(terminable())
         bed = stack.enter_context(
-            opened(request.plan, sides, limit_s=request.timeout_s, telemetry=request.telemetry)
+            opened(
+                request.plan,
+                sides,
+                limit_s=request.timeout_s,
+                telemetry=request.telemetry,
+                root=root,
+            )
         )
         base, head = bed.sides
         order = random.Random(request.plan.seed)
@@ -232,9 +237,7 @@ def _calibrations(
 
 def carry_out(outcome: Outcome, to: Destination, console: Console, *, explain: bool) -> int:
     """Show an outcome; returns the exit code."""
-    report = report_of(outcome, explain=explain)
-    write(report, to, console)
-    return exit_code(report.findings)
+    return write(report_of(outcome, explain=explain), to, console)
 
 
 def report_of(outcome: Outcome, *, explain: bool = False) -> Report:

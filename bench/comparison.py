@@ -68,7 +68,7 @@ def in_pairs(cell: Cell, rounds: Sequence[Round]) -> Estimate | None:
 class Comparison:
     """The rounds of all cells so far; `results` can be asked for at any time.
 
-    tell   called before each round with a sentence on what is done next
+    tell   called before each round with what it is for
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Comparison:
         measure: Measure,
         tolerance: Tolerance,
         order: random.Random,
-        tell: Callable[[str, Task], None] = lambda stage, task: None,
+        tell: Callable[[str, Draw], None] = lambda stage, draw: None,
         estimate: Estimator = in_pairs,
     ) -> None:
         self._measure = measure

@@ -48,7 +48,7 @@ def fill(
     count: int,
     measure: Measure,
     order: random.Random,
-    tell: Callable[[Task], object],
+    tell: Callable[[Draw], object],
 ) -> None:
     """Take rounds until no draw lacks any for `count` valid ones, in an order drawn for each pass.
 
@@ -57,7 +57,7 @@ def fill(
     wanting = [draw for draw in draws if draw.lacks(count)]
     while wanting:
         for draw in order.sample(wanting, len(wanting)):
-            tell(draw.task)
+            tell(draw)
             draw.take(measure)
         wanting = [draw for draw in wanting if draw.lacks(count)]
 

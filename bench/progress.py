@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from resblock_bench.bench.measure import Task
+from resblock_bench.bench.draws import Draw
 from resblock_bench.bench.records import Cell, Row, cell_name
 from resblock_bench.bench.units import format_duration
 
@@ -88,23 +88,28 @@ class RunProgress:
 
 
 @contextmanager
-def round_progress(console: Console, cells: int) -> Iterator[Callable[[str, Task], None]]:
-    """Call what it yields before each round of a comparison, with what the round is for.
+def round_progress(console: Console, cells: int) -> Iterator[Callable[[str, Draw], None]]:
+    """Call what it yields before each round, with what the round is for.
 
     How many there will be is not known beforehand, so a terminal shows the number of this one;
     elsewhere there is a line for every round of all cells.
     """
     text = TextColumn("{task.description}", markup=False)
     rounds = 0
+    disturbed: dict[tuple[str, Cell], int] = {}
     with Progress(text, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("starting")
 
-        def tell(stage: str, task: Task) -> None:
+        def tell(stage: str, draw: Draw) -> None:
             nonlocal rounds
             rounds += 1
-            bar.update(shown, description=f"{stage}, round {rounds}: {cell_name(task.cell)}")
+            cell = draw.task.cell
+            disturbed[stage, cell] = len(draw.disturbed)
+            count = sum(disturbed.values())
+            lost = f" ({count} disturbed)" if count else ""
+            bar.update(shown, description=f"{stage}, round {rounds}{lost}: {cell_name(cell)}")
             if not console.is_terminal and rounds % cells == 1 % cells:
-                line = f"{stage}: round {rounds} of {cells} cells"
+                line = f"{stage}: round {rounds} of {cells} cells{lost}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield tell

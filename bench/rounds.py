@@ -83,7 +83,7 @@ def measure_pair(
     (bases, heads), disturbances, notes = take_bursts(task, truth, (base, head), rule, order)
     base_ms, head_ms = list(itertools.chain(*bases)), list(itertools.chain(*heads))
     pairs = zip(bases, heads, strict=True)
-    logs = [math.log(statistics.median(h) / statistics.median(b)) for b, h in pairs]
+    logs = [_log_ratio(b, h) for b, h in pairs]
     return Round(
         base_ms=statistics.median(base_ms),
         head_ms=statistics.median(head_ms),
@@ -95,14 +95,23 @@ def measure_pair(
     )
 
 
+def _log_ratio(base: Sequence[float], head: Sequence[float]) -> float:
+    """Of two bursts, from as many samples of each.
+
+    The first ones run on caches that the other side has filled. Of a slower side fewer samples fit
+    into a burst, among which these would weigh more and make it look slower still.
+    """
+    count = min(len(base), len(head))
+    return math.log(statistics.median(head[:count]) / statistics.median(base[:count]))
+
+
 def take_bursts(
     task: Task, truth: Path, sides: Sequence[Side], rule: RoundRule, order: random.Random
 ) -> Taken:
     """The samples of one round. Raises RoundError."""
     bursts: dict[Side, list[list[float]]] = {side: [] for side in sides}
     try:
-        for side in order.sample(sides, len(sides)):
-            side.open(task, truth)
+        _open(order.sample(sides, len(sides)), task, truth, sides[-1])
         before, source = _read(sides)
         until = time.monotonic() + rule.seconds
         while len(bursts[sides[0]]) < rule.bursts or time.monotonic() < until:
@@ -125,6 +134,18 @@ def take_bursts(
         before, after, source=source, images=images, threads=task.environment.threads
     )
     return Taken(list(bursts.values()), found.disturbances, found.notes)
+
+
+def _open(sides: Sequence[Side], task: Task, truth: Path, head: Side) -> None:
+    """Raises SideError: what is the matter with the head, even where the base failed before."""
+    failed: dict[Side, SideError] = {}
+    for side in sides:
+        try:
+            side.open(task, truth)
+        except SideError as error:
+            failed[side] = error
+    if failed:
+        raise failed.get(head) or next(iter(failed.values()))
 
 
 def _read(sides: Sequence[Side]) -> tuple[Reading, str]:

@@ -11,13 +11,17 @@ from pathlib import Path
 _JANITOR = 'exec 3<&0; (read -r _ <&3; rm -rf "$0") >/dev/null 2>&1 &'
 
 
+SUFFIX = "-resblock-bench"
+"""Of the names of these folders."""
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A new folder for what can be computed again, such as truths, which may take gigabytes.
 
     It is removed at the end, and if this process is killed before, by one that notices.
     """
-    folder = Path(tempfile.mkdtemp("-resblock-bench"))
+    folder = Path(tempfile.mkdtemp(SUFFIX))
     # It waits for the end of its input, whose other end only this process holds.
     janitor = subprocess.Popen(
         ["/bin/sh", "-c", _JANITOR, folder], stdin=subprocess.PIPE, start_new_session=True

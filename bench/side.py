@@ -1,19 +1,20 @@
 """The process of one side of a comparison: forks a fresh process a round, which takes orders.
 
-    python -m resblock_bench.bench.side FD CPUS [FOLDER…]
+    python -m resblock_bench.bench.side FD CPUS ROOT [FOLDER…]
 
-Which code is measured is decided by what this interpreter imports. It imports everything once and
-touches no device, so that a round begins in milliseconds and yet clean. Orders come and answers go
-as JSON over the socket FD; what the two print goes where their output goes. Rounds compute on the
-CPUs whose numbers are given with commas, on any if none are. Where folders are named, the code that
-is measured has to come from them.
+Which code is measured is decided by what this interpreter imports. It imports all of this suite
+once and touches no device, so that a round begins in milliseconds and yet clean; what other
+packages offer, which may do so, each round imports for itself. Orders come and answers go as JSON
+over the socket FD; what the two print goes where their output goes. Rounds compute on the CPUs
+whose numbers are given with commas, on any if none are. Where folders are named, the code that is
+measured has to come from them: the package that offers it, and all of the repository ROOT.
 """
 
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +49,7 @@ from resblock_bench.bench.truth_file import read_truth
 
 def main() -> None:
     """Serve rounds until the other end of the socket is closed."""
+    began = time.time()
     socket: Connection = Connection(int(sys.argv[1]))
     die_with_parent()
     if sys.argv[2]:
@@ -63,7 +65,7 @@ def main() -> None:
             continue  # for a round that has ended meanwhile, which was said
         pid = os.fork()
         if pid == 0:
-            _round(socket, order)
+            _round(socket, order, began)
         _, status = os.waitpid(pid, 0)
         _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
 
@@ -79,12 +81,12 @@ def _answer(socket: Connection, answer: Answer) -> None:
     socket.send_bytes(msgspec.json.encode(answer))
 
 
-def _round(socket: Connection, order: Open) -> NoReturn:
+def _round(socket: Connection, order: Open, began: float) -> NoReturn:
     """The life of a round's process."""
     code = 1
     try:
         die_with_parent()
-        _serve(socket, order)
+        _serve(socket, order, began)
         code = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         code = 0  # the comparison was ended
@@ -96,11 +98,11 @@ def _round(socket: Connection, order: Open) -> NoReturn:
         os._exit(code)
 
 
-def _serve(socket: Connection, order: Open) -> None:
+def _serve(socket: Connection, order: Open, began: float) -> None:
     task = order.task
     device = open_device(task.device, task.environment.threads)
     try:
-        checked = _prepared(task, Path(order.truth), device)
+        checked = _prepared(task, Path(order.truth), device, began)
     except Exception as error:
         _answer(socket, Opened(status_of(error), reason_of(error)))
         return
@@ -136,29 +138,52 @@ def _serve(socket: Connection, order: Open) -> None:
                 return
 
 
-def _prepared(task: Task, truth: Path, device: Device) -> Checked:
+def _prepared(task: Task, truth: Path, device: Device, began: float) -> Checked:
+    before = set(sys.modules)
     reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
     if reason is not None:
         raise RuntimeError(reason)
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
     checked = checked_workload(task, read_truth(truth), device)
-    _refuse_strays(task.cell.impl, sys.argv[3:])
+    root, *folders = sys.argv[3:]
+    if folders:
+        _refuse_strays(packages_of(task.cell.impl), before, root, folders)
+        _refuse_changed(before, folders, began)
     return checked
 
 
-def _refuse_strays(impl: str, folders: Sequence[str]) -> None:
+def _refuse_strays(
+    packages: Sequence[str], before: Collection[str], root: str, folders: Sequence[str]
+) -> None:
     """An installed package stands in for what the folders lack, and both sides would import it."""
-    for package in packages_of(impl):
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if file is None or not (name == package or name.startswith(f"{package}.")):
-                continue
-            if folders and not any(file.startswith(f"{folder}{os.sep}") for folder in folders):
-                raise RuntimeError(
-                    f"{name} was imported from {file}, not from {' or '.join(folders)}: this side "
-                    "lacks it, or --source does not name the folder that it is imported from"
-                )
+    for name, file in _files():
+        measured = any(name == package or name.startswith(f"{package}.") for package in packages)
+        own = name not in before and root and _within(file, [root])
+        if own and "site-packages" in Path(file).parts:  # of an environment within the repository
+            own = False
+        if (measured or own) and not _within(file, folders):
+            raise RuntimeError(
+                f"{name} was imported from {file}, not from {' or '.join(folders)}: this side "
+                "lacks it, or --source does not name the folder that it is imported from"
+            )
+
+
+def _refuse_changed(before: Collection[str], folders: Sequence[str], began: float) -> None:
+    """What is imported anew in every round has to be the same in all of them."""
+    for name, file in _files():
+        if name not in before and _within(file, folders) and os.stat(file).st_mtime > began:
+            raise RuntimeError(f"{file} changed meanwhile: compare again")
+
+
+def _files() -> list[tuple[str, str]]:
+    """Of all modules: names and files."""
+    files = ((name, getattr(module, "__file__", None)) for name, module in sys.modules.items())
+    return [(name, file) for name, file in files if file is not None]
+
+
+def _within(file: str, folders: Sequence[str]) -> bool:
+    return any(file.startswith(f"{folder}{os.sep}") for folder in folders)
 
 
 if __name__ == "__main__":

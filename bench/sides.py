@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -66,6 +65,8 @@ class Side:
 
     name        how people call it: a revision, or "the working tree"
     paths       what its Python path begins with
+    folder      an empty one, for what it prints
+    root        of another repository, whose modules outside of the paths are refused
     limit_s     seconds that an order may take
     variables   of its environment, beside those of this process
     cpus        that rounds compute on; none are those of this process
@@ -77,18 +78,21 @@ class Side:
         self,
         name: str,
         paths: Sequence[Path],
+        folder: Path,
         *,
         limit_s: float,
         variables: Mapping[str, str] | None = None,
         cpus: Collection[int] = (),
+        root: Path | None = None,
     ) -> None:
         self.name = name
         self._paths = [str(path) for path in paths]
         self._limit_s = limit_s
         self._variables = dict(variables or {})
         self._cpus = cpus
-        self._folder = tempfile.TemporaryDirectory(suffix="-resblock-bench")
-        self._log = Path(self._folder.name, "output")
+        self._root = "" if root is None else str(root)
+        self._folder = folder
+        self._log = folder / "output"
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Connection | None = None
         self._measuring = False
@@ -109,11 +113,14 @@ class Side:
         path = os.pathsep.join([*self._paths, *map(os.path.abspath, inherited)])
         with other, self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _SERVER, str(other.fileno()), cpus, *self._paths],
+                [
+                    *(sys.executable, "-m", _SERVER, str(other.fileno())),
+                    *(cpus, self._root, *self._paths),
+                ],
                 env={**os.environ, **_ALIKE, **self._variables, "PYTHONPATH": path},
                 pass_fds=[other.fileno()],
                 # With -m a package in the current folder would come before the path.
-                cwd=self._folder.name,
+                cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -149,6 +156,7 @@ class Side:
         except InvalidError as error:
             raise SideError(self, "crashed", str(error)) from None
         if up.code != self.code:
+            self.kill()
             raise SideError(self, "crashed", "its files changed meanwhile: compare again")
 
     def burst(self, seconds: float) -> list[float]:
@@ -182,10 +190,6 @@ class Side:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-
-    def close(self) -> None:
-        self.kill()
-        self._folder.cleanup()
 
     def _ask(self, order: Order, expected: type[A]) -> A:
         assert self._socket is not None

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fingerprint import package_folder
-from resblock_bench.bench.scratch import scratch_folder
+from resblock_bench.bench.scratch import SUFFIX, scratch_folder
 from resblock_bench.bench.storage import is_checkout
 
 _MEASURED = ("reference", "kernels")
+_TREE = "tree"
 
 
 def repository_around(start: Path) -> Path:
@@ -43,7 +44,7 @@ def resolve(repository: Path, revision: str) -> str:
 def checked_out(repository: Path, commit: str) -> Iterator[Path]:
     """A worktree of the commit, removed afterwards."""
     with scratch_folder() as folder:
-        tree = folder / "tree"
+        tree = folder / _TREE
         done = _run_git(repository, "worktree", "add", "--detach", "--quiet", str(tree), commit)
         if done.returncode:
             raise UsageError(f"git cannot check {commit} out: {done.stderr.strip()}")
@@ -51,13 +52,21 @@ def checked_out(repository: Path, commit: str) -> Iterator[Path]:
             yield tree
         finally:
             _git(repository, "worktree", "remove", "--force", str(tree))
-            # Of comparisons that were killed, whose folders are gone.
-            _git(repository, "worktree", "prune")
+            _forget_killed(repository)
 
 
-def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Path]:
+def _forget_killed(repository: Path) -> None:
+    """Remove the entries of comparisons that were killed, whose folders are gone, and no others."""
+    for line in (_git(repository, "worktree", "list", "--porcelain") or "").splitlines():
+        tree = Path(line.removeprefix("worktree "))
+        if tree.name == _TREE and tree.parent.name.endswith(SUFFIX) and not tree.exists():
+            _git(repository, "worktree", "remove", "--force", str(tree))
+
+
+def python_paths(name: str, tree: Path, sources: Sequence[Path], scratch: Path) -> list[Path]:
     """What the Python path of a process begins with so that it imports the code of a tree.
 
+    name      how people call the tree: a revision, or "the working tree"
     sources   folders within the tree that packages are imported from; empty for this project,
               whose packages are put together in `scratch`, an empty folder
 
@@ -65,11 +74,11 @@ def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Pat
     is not this project's.
     """
     if sources:
-        require_sources(tree, sources)
+        require_sources(name, tree, sources)
         return [tree / source for source in sources]
     if not is_checkout(tree):
         raise UsageError(
-            f"{tree} is not a checkout of resblock-bench: name the folder that your packages are "
+            f"{name} is not a checkout of resblock-bench: name the folder that your packages are "
             "imported from with --source, such as --source src"
         )
     namespace = scratch / "resblock_bench"
@@ -80,14 +89,14 @@ def python_paths(tree: Path, sources: Sequence[Path], scratch: Path) -> list[Pat
     return [scratch]
 
 
-def require_sources(tree: Path, sources: Sequence[Path]) -> None:
+def require_sources(name: str, tree: Path, sources: Sequence[Path]) -> None:
     """Raises UsageError for a folder that the tree lacks, or that lies outside of it: both sides
     would import the same."""
     for source in sources:
         folder = tree / source
         if not folder.is_dir() or not folder.resolve().is_relative_to(tree.resolve()):
             raise UsageError(
-                f"--source {source} is no folder within {tree}: name the folder that your packages "
+                f"--source {source} is no folder within {name}: name the folder that your packages "
                 "are imported from, relative to the repository and in both revisions"
             )
 

@@ -69,10 +69,12 @@ def opened(
     *,
     limit_s: float,
     telemetry: Path | None = None,
+    root: Path | None = None,
 ) -> Iterator[Testbed]:
     """Survey the machine, hold its GPU, and start the sides.
 
     sides   by name, what the Python path of each begins with
+    root    of another repository that the sides' packages are of
 
     Raises UsageError where the device cannot be used, InvalidError where a side cannot be imported.
     """
@@ -88,14 +90,18 @@ def opened(
         found = survey(processes, jobs.SurveyJob(plan.device, threads, ceilings=False), variables)
         found = replace(found, machine=environment.machine_name())
         cpus = _cpus(threads) if plan.device == "cpu" else []
+        folder = stack.enter_context(scratch_folder())
         started = []
-        for name, paths in sides.items():
-            side = Side(name, paths, limit_s=limit_s, variables=variables, cpus=cpus)
-            stack.callback(side.close)
+        for number, (name, paths) in enumerate(sides.items()):
+            own = folder / f"side-{number}"
+            own.mkdir()
+            side = Side(
+                name, paths, own, limit_s=limit_s, variables=variables, cpus=cpus, root=root
+            )
+            stack.callback(side.kill)
             started.append(side)
         for side in started:
             side.wait()
-        folder = stack.enter_context(scratch_folder())
         tasks = plan.tasks(found, telemetry=telemetry)
         yield Testbed(found, started, tasks, _notes(started), processes, folder, limit_s)
 

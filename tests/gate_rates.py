@@ -130,7 +130,7 @@ def spinning(folder: Path, share: float) -> list[Path]:
         with (folder / "tree" / "kernels" / "blocks.py").open("a") as file:
             file.write(SPIN.format(share=share))
     (folder / "path").mkdir()
-    return python_paths(folder / "tree", [], folder / "path")
+    return python_paths(folder.name, folder / "tree", [], folder / "path")
 
 
 if __name__ == "__main__":

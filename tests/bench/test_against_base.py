@@ -12,6 +12,7 @@ from rich.console import Console
 from resblock_bench.bench import check, compare
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.findings import exit_code
+from resblock_bench.bench.scratch import SUFFIX
 from resblock_bench.bench.source_tree import checked_out, python_paths, repository_around, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,21 @@ def test_the_worktree_is_gone_afterwards(project):
     assert len(git(project, "worktree", "list").splitlines()) == 1
 
 
+def test_of_worktrees_that_are_gone_only_those_of_killed_comparisons_are_forgotten(
+    project, tmp_path
+):
+    killed, own = tmp_path / f"tmp1{SUFFIX}" / "tree", tmp_path / "own"
+    for tree in (killed, own):
+        git(project, "worktree", "add", "--detach", tree, "base")
+        shutil.rmtree(tree)
+    with checked_out(project, resolve(project, "base")):
+        pass
+    listed = git(project, "worktree", "list")
+    git(project, "worktree", "prune")
+    assert str(own) in listed
+    assert str(killed) not in listed
+
+
 def test_revisions_and_folders_that_are_not_there(project, tmp_path):
     with pytest.raises(UsageError, match=r"--base 'nowhere' is no revision of"):
         resolve(project, "nowhere")
@@ -177,11 +193,13 @@ def test_revisions_and_folders_that_are_not_there(project, tmp_path):
         repository_around(tmp_path)
     (project / "outside").symlink_to(tmp_path)
     for source in ("src", tmp_path, "..", "outside"):
-        with pytest.raises(UsageError, match=rf"--source {source} is no folder within"):
-            python_paths(project, [Path(source)], tmp_path)
+        with pytest.raises(UsageError, match=rf"--source {source} is no folder within base: name"):
+            python_paths("base", project, [Path(source)], tmp_path)
     (project / "outside").unlink()
-    with pytest.raises(UsageError, match=r"is not a checkout of resblock-bench.*--source src"):
-        python_paths(tmp_path, [], tmp_path)
+    with pytest.raises(
+        UsageError, match=r"^base is not a checkout of resblock-bench.*--source src"
+    ):
+        python_paths("base", tmp_path, [], tmp_path)
 
 
 def test_a_revision_that_is_not_there_is_found_before_anything_is_measured(
@@ -195,4 +213,4 @@ def test_a_revision_that_is_not_there_is_found_before_anything_is_measured(
 
 
 def test_another_repository_names_its_sources(project, tmp_path):
-    assert python_paths(project, [Path("kernels")], tmp_path) == [project / "kernels"]
+    assert python_paths("base", project, [Path("kernels")], tmp_path) == [project / "kernels"]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import random
 import re
 import statistics
@@ -21,6 +22,7 @@ from resblock_bench.bench import (
     check_timing,
     compare,
     comparison,
+    rounds,
 )
 from resblock_bench.bench.comparison import Comparison
 from resblock_bench.bench.errors import InvalidError, UsageError
@@ -269,8 +271,8 @@ def test_a_baseline_of_fewer_cells_another_machine_or_contract(stage, bed, tmp_p
             r"cpu was not .* and is .*save a baseline",
         ),
         (lambda b: b.replace(b'"bursts":3', b'"bursts":7'), r"rounds' bursts was 7 and is 3"),
-        (lambda b: b.replace(b'_version":1', b'_version":0'), r"is a baseline of schema 0"),
-        (lambda b: b[:-9], r"is no baseline"),
+        (lambda b: b.replace(b'_version":1', b'_version":0'), r"is of schema 0"),
+        (lambda b: b[:-9], r"is damaged"),
     ],
     ids=["another machine", "another rule", "an older schema", "damaged"],
 )
@@ -392,3 +394,33 @@ def test_a_throttled_machine_is_neither_calibrated_nor_a_baseline(stage, bed, tm
         with pytest.raises(InvalidError, match=r"is no baseline: 10 of 10 rounds were dist"):
             baseline_timing.save(stage, "hot", quiet_console())
     assert not list(tmp_path.rglob("*.json"))
+
+
+class Failing:
+    """A side whose cell is wrong."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def open(self, task, truth):
+        raise SideError(self, "wrong", "is wrong")
+
+    def abandon(self):
+        pass
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wrong_head_is_told_even_where_the_base_is_wrong(seed):
+    sides = Failing("base"), Failing("head")
+    with pytest.raises(RoundError, match="head: is wrong") as error:
+        take_bursts(None, Path(), sides, FAST, random.Random(seed))
+    assert not error.value.at_base
+
+
+def test_a_slower_side_is_not_slower_still_for_its_fewer_samples(monkeypatch):
+    base, head = [1.2, 1.0, 1.0, 1.0], [1.05 * ms for ms in (1.2, 1.0)]
+    taken = Taken([[base] * 3, [head] * 3], [], [])
+    monkeypatch.setattr(rounds, "take_bursts", lambda *arguments: taken)
+    found = measure_pair(None, None, None, None, FAST, None)
+    assert found.log_ratio == pytest.approx(math.log(1.05))
+    assert (found.base_samples, found.head_samples) == (12, 6)
