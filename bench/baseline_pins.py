@@ -18,7 +18,14 @@ from resblock_bench.bench.check import (
 )
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.findings import Finding, exit_code, of_part, worst_first
-from resblock_bench.bench.pins import Found, PinFile, PinnedPart, read_pins, write_pins
+from resblock_bench.bench.pins import (
+    Found,
+    PinFile,
+    PinnedPart,
+    read_pins,
+    require_writable,
+    write_pins,
+)
 from resblock_bench.bench.report import WIDTH, show
 from resblock_bench.bench.storage import repository_root
 from resblock_bench.bench.terminal import say
@@ -36,6 +43,8 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
         if cannot is not None:
             raise UsageError(f"--{part.name} cannot be saved here: {cannot}")
     root = pins or default_pins(Path.cwd())
+    for part in parts:
+        require_writable(root, part.name)
     refused: list[Finding] = []
     for part in parts:
         try:
@@ -67,7 +76,8 @@ def require(names: Sequence[str], timing: bool, reason: str) -> None:
 
 
 def _where(finding: Finding) -> str:
-    return " ".join(filter(None, (finding.part, finding.subject, finding.entry)))
+    parts = (finding.part, finding.subject, finding.entry)
+    return " ".join(dict.fromkeys(part for part in parts if part))
 
 
 def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:

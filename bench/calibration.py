@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from resblock_bench.bench.comparison import STAGES
@@ -30,6 +29,7 @@ from resblock_bench.bench.records import (
 )
 from resblock_bench.bench.rounds import Round, RoundRule
 from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, FLOOR, Tolerance
+from resblock_bench.bench.versioned import read_versioned
 
 CALIBRATION_VERSION = 1
 FACTOR = 1.5
@@ -105,19 +105,12 @@ def read_calibration(path: Path) -> Calibration | None:
     """None where there is no file. Raises InvalidError for one that is damaged, or of another
     schema."""
     try:
-        data = path.read_bytes()
-        head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-        version = bytes(head.get("calibration_version", msgspec.Raw(b"none"))).decode()
-        if version != str(CALIBRATION_VERSION):
-            raise InvalidError(
-                f"{path} is a calibration of schema {version}, and this version reads "
-                f"{CALIBRATION_VERSION}: run calibrate again"
-            )
-        return msgspec.json.decode(data, type=Calibration)
+        again = "run 'resblock-bench calibrate' again"
+        return read_versioned(path, Calibration, "calibration_version", CALIBRATION_VERSION, again)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidError(f"{path} is no calibration ({error}): run calibrate again") from None
+    except OSError as error:
+        raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
 
 
 def stale(

@@ -68,15 +68,14 @@ def default_pins(start: Path) -> Path:
 def carry_out(request: Request, timing: Timing, console: Console, progress: Console) -> int:
     """Check, and report on `console`; what is under way is shown on `progress`."""
     outcomes = check(request.parts, request.pins or default_pins(Path.cwd()), timing, progress)
-    report = report_of(outcomes)
-    write(report, request.to, console)
-    return exit_code(report.findings)
+    return write(report_of(outcomes), request.to, console)
 
 
 def check(names: Sequence[str], root: Path, timing: Timing, console: Console) -> list[Outcome]:
     """The outcome of each part, or of all parts if none is named.
 
-    A part that cannot be done here is a note, unless it was asked for by name.
+    A part that cannot be done here is a note, unless it was asked for by name. Ctrl-C leaves what
+    the parts so far have found.
     """
     parts: dict[str, tuple[str | None, Callable[[], Outcome]]] = {
         name: (part.cannot(), functools.partial(check_pinned, part, root, console))
@@ -87,12 +86,17 @@ def check(names: Sequence[str], root: Path, timing: Timing, console: Console) ->
     for name, (reason, carried_out) in parts.items():
         if names and name not in names:
             continue
-        if reason is None:
-            outcomes.append(_guarded(name, carried_out))
-        else:
+        if reason is not None:
             level: Level = "invalid" if names else "note"
             said = of_part(name, level, f"not done here: {reason}")
             outcomes.append(Outcome(name, [], [said], 0.0))
+            continue
+        try:
+            outcomes.append(_guarded(name, carried_out))
+        except KeyboardInterrupt:
+            said = of_part(name, "invalid", "interrupted: neither it nor a later part was done")
+            outcomes.append(Outcome(name, [], [said], 0.0))
+            break
     if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
         said = of_part("check", "invalid", "nothing was checked")
         outcomes.append(Outcome("check", [], [said], 0.0))

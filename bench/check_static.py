@@ -211,7 +211,14 @@ def measure(console: Console) -> Found:
         cases, wrong = case_items([OWN])
         items = [*norm_items(norms()), *cases]
     else:
-        items, wrong = case_items(kernel_cases.registered())
+        points = kernel_cases.registered()
+        items, wrong = case_items(points)
+        if not points:
+            text = (
+                f"no installed package offers kernels by an entry point of {kernel_cases.GROUP}: "
+                "add one to your pyproject.toml and install it with 'pip install -e .'"
+            )
+            wrong.append(_finding("invalid", NAME, None, text))
     found = measure_items(items, console)
     found.findings[:0] = wrong
     return found

@@ -31,6 +31,7 @@ from resblock_bench.bench.cli_app import (
     result_console,
 )
 from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.terminal import terminable
 
 
 @app.command()
@@ -318,11 +319,13 @@ def env(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: one sentence and exit code 2 for what the user can mend.
 
-    Ctrl-C ends with INCOMPLETE wherever it strikes; 130 is typer's code for it. So does a fault of
-    this program, whose traceback is shown: Python's own code for that, 1, means a regression here.
+    Ctrl-C and SIGTERM end with INCOMPLETE wherever they strike; 130 is typer's code for them. So
+    does a fault of this program, whose traceback is shown: Python's own code for that, 1, means a
+    regression here.
     """
     try:
-        app(args=None if arguments is None else list(arguments))
+        with terminable():
+            app(args=None if arguments is None else list(arguments))
     except UsageError as error:
         print(f"resblock-bench: {error}", file=sys.stderr)
         sys.exit(exitcodes.USAGE)
@@ -330,7 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"resblock-bench: {error}", file=sys.stderr)
         sys.exit(exitcodes.INCOMPLETE)
     except SystemExit as ending:
-        sys.exit(exitcodes.INCOMPLETE if ending.code == 130 else ending.code)
+        if ending.code != 130:
+            raise
+        print(
+            "resblock-bench: interrupted: nothing is stored but what is said above", file=sys.stderr
+        )
+        sys.exit(exitcodes.INCOMPLETE)
     except Exception:
         traceback.print_exc()
         sys.exit(exitcodes.INCOMPLETE)

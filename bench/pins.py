@@ -7,9 +7,11 @@ figure a number or word of an entry. Pins are compared both ways: what is worse 
 better asks to be saved, since a pin with slack would let the next regression pass.
 """
 
+import contextlib
 import datetime
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from rich.console import Console
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import LEVELS, Finding, Level
 from resblock_bench.bench.records import Record
+from resblock_bench.bench.versioned import OtherSchemaError, read_versioned
 
 PINS_VERSION = 1
 PINS = Path("results", "pins")
@@ -115,28 +118,16 @@ def read_pins(root: Path, part: str) -> dict[str, PinFile]:
     return {pin.subject: pin for pin in pins}
 
 
-class _OtherSchemaError(InvalidError):
-    """A pin that another version wrote, which saving replaces."""
-
-
 def _files(root: Path, part: str) -> list[Path]:
     return sorted((root / part).glob("*.json"))
 
 
 def _read(path: Path) -> PinFile:
     try:
-        data = path.read_bytes()
-        version = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("pins_version")
-        if version is not None and bytes(version) != str(PINS_VERSION).encode():
-            raise _OtherSchemaError(
-                f"{path} is of schema {bytes(version).decode()}, and this version reads "
-                f"{PINS_VERSION}: save it again with 'resblock-bench baseline save'"
-            )
-        pin = msgspec.json.decode(data, type=PinFile)
+        again = "save it again with 'resblock-bench baseline save'"
+        pin = read_versioned(path, PinFile, "pins_version", PINS_VERSION, again)
     except OSError as error:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidError(f"{path} is damaged ({error}): restore it from git") from None
     if (pin.part, pin.subject) != (path.parent.name, path.stem):
         raise InvalidError(
             f"{path} says that it is {pin.part}/{pin.subject}: it was renamed, restore it from git"
@@ -222,14 +213,13 @@ def write_pins(
     for path in _files(root, part.name):
         try:
             before[path.stem] = _read(path)
-        except _OtherSchemaError:
+        except OtherSchemaError:
             before[path.stem] = None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     changed: list[Path] = []
-    try:
-        (root / part.name).mkdir(parents=True, exist_ok=True)
+    with _writing(root, part.name) as folder:
         for subject, entries in subjects.items():
-            path = root / part.name / f"{subject}.json"
+            path = folder / f"{subject}.json"
             old = before.get(subject)
             if old and (old.entries, old.made_with) == (entries, part.made_with()):
                 continue
@@ -248,9 +238,27 @@ def write_pins(
             temporary.replace(path)
             changed.append(path)
         for subject in before.keys() - subjects.keys():
-            path = root / part.name / f"{subject}.json"
+            path = folder / f"{subject}.json"
             path.unlink()
             changed.append(path)
-    except OSError as error:
-        raise UsageError(f"{root} cannot be written ({error.strerror}): name another") from None
     return changed
+
+
+def require_writable(root: Path, part: str) -> None:
+    """Raises UsageError where `write_pins` would: what was measured for minutes is not to be
+    lost."""
+    with _writing(root, part) as folder, tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _writing(root: Path, part: str) -> Iterator[Path]:
+    """The folder of a part, made where there is none."""
+    folder = root / part
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise UsageError(
+            f"{root} cannot be written ({error.strerror}): name another folder with --pins"
+        ) from None

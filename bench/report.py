@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resblock_bench.bench import exitcodes
 from resblock_bench.bench.comparison import Compared
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.export import escaped
@@ -92,20 +93,24 @@ def destination(format: str, file: Path | None) -> Destination:
     return Destination(format, file)
 
 
-def write(report: Report, to: Destination, console: Console) -> None:
-    """The table on the console and the format in the file, or the format alone on the console."""
+def write(report: Report, to: Destination, console: Console) -> int:
+    """The table on the console and the format in the file, or the format alone on the console.
+
+    Returns the report's exit code. A pass that could not be written down is INCOMPLETE.
+    """
+    code = exit_code(report.findings)
     if to.file is None and to.format != "table":
         console.file.write(FORMATS[to.format](report))
-        return
+        return code
     show(report, console)
     if to.file is None:
-        return
+        return code
     try:
         to.file.write_text(FORMATS[to.format](report), encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            f"{to.file} cannot be written ({error.strerror}): name another file"
-        ) from None
+        _line(console, f"{to.file} cannot be written ({error.strerror}): name another file")
+        return code or exitcodes.INCOMPLETE
+    return code
 
 
 def show(report: Report, console: Console, limit: int | None = SHOWN) -> None:

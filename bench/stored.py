@@ -14,6 +14,7 @@ from resblock_bench.bench.plan import difference
 from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status
 from resblock_bench.bench.rounds import PositiveMs, RoundRule
 from resblock_bench.bench.storage import read_plan, read_run
+from resblock_bench.bench.versioned import read_versioned
 
 BASELINE_VERSION = 1
 
@@ -69,23 +70,13 @@ def load(path: Path) -> Stored:
 def read_baseline(path: Path) -> Baseline:
     """A baseline's file. UsageError where there is none, InvalidError where it is damaged."""
     try:
-        data = path.read_bytes()
+        again = "save it again with 'resblock-bench baseline save --timing'"
+        return read_versioned(path, Baseline, "baseline_version", BASELINE_VERSION, again)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}): name a run folder or a baseline's file, or "
             "save one with 'resblock-bench baseline save --timing'"
         ) from None
-    try:
-        head = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-        version = bytes(head.get("baseline_version", msgspec.Raw(b"none"))).decode()
-        if version != str(BASELINE_VERSION):
-            raise InvalidError(
-                f"{path} is a baseline of schema {version}, and this version reads "
-                f"{BASELINE_VERSION}: save it again with 'resblock-bench baseline save --timing'"
-            )
-        return msgspec.json.decode(data, type=Baseline)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidError(f"{path} is no baseline ({error}): save it again") from None
 
 
 def contract_fields(contract: Contract, rule: RoundRule | None) -> dict[str, object]:

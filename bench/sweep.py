@@ -29,7 +29,7 @@ from resblock_bench.bench.storage import (
     read_rows,
 )
 from resblock_bench.bench.survey import survey
-from resblock_bench.bench.terminal import say, terminable
+from resblock_bench.bench.terminal import say
 from resblock_bench.bench.visible_gpus import chosen_gpus
 
 TIMEOUT_S = 300.0
@@ -69,14 +69,9 @@ class Request:
 def carry_out(request: Request, console: Console) -> int:
     """Measure the cells of a request; returns the exit code.
 
-    Ctrl-C and SIGTERM end the sweep with what was measured so far; the code is then INCOMPLETE,
+    Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE,
     not the shell's 130, so that a script sees one code for every run that is not whole.
     """
-    with terminable():
-        return _carry_out(request, console)
-
-
-def _carry_out(request: Request, console: Console) -> int:
     with ExitStack() as stack:
         earlier: list[Row] = []
         if request.resume:

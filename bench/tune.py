@@ -23,7 +23,7 @@ from rich.console import Console
 from resblock_bench.bench import environment, exitcodes
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.terminal import say, terminable
+from resblock_bench.bench.terminal import say
 from resblock_bench.bench.tune_choices import buckets
 from resblock_bench.bench.tune_gpu import Bench, DeviceLost, open_gpu
 from resblock_bench.bench.tune_measure import Outcome, measure
@@ -111,7 +111,7 @@ def tune(
     clock   seconds, for the time budget
 
     Buckets that the table does not have come first, so that runs with a short budget add up.
-    Ctrl-C and SIGTERM end the run as in `sweep.carry_out`, with the table as it stands.
+    Ctrl-C ends the run as in `sweep.carry_out`, with the table as it stands.
     """
     bench = open_gpu() if bench is None else bench
     path = request.output or tuned.path_of(bench.arch)
@@ -132,7 +132,7 @@ def tune(
         return request.budget_s is not None and clock() - started >= request.budget_s
 
     try:
-        with terminable(), TuneProgress(console, len(works)) as progress:
+        with TuneProgress(console, len(works)) as progress:
             for work in works:
                 if expired():
                     break

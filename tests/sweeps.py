@@ -22,9 +22,14 @@ def started(
     folder: Path, *more: str, impl: str = "reference", cells: int = 300, **options: object
 ) -> "subprocess.Popen[str]":
     """A sweep of some hundred cells in a process of its own."""
-    command = [sys.executable, "-m", "resblock_bench.bench", "run", *QUICK]
-    command += ["-a", "channels=32", "-a", "resolution=4", "-a", f"batch=[1:{cells}:+1]"]
-    command += ["-a", "mode=inference", "-a", f"impl={impl}", "--output", str(folder), *more]
+    arguments = ["run", *QUICK, "-a", f"batch=[1:{cells}:+1]", "-a", f"impl={impl}"]
+    arguments += ["-a", "channels=32", "-a", "resolution=4", "-a", "mode=inference"]
+    return spawned(*arguments, "--output", str(folder), *more, **options)
+
+
+def spawned(*arguments: str, **options: object) -> "subprocess.Popen[str]":
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "resblock_bench.bench", *arguments]
     # A shell's background jobs ignore Ctrl-C, and so would this process.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(

@@ -176,14 +176,33 @@ def test_bad_requests_measure_nothing(
     assert done.err.count("\n") == 1
 
 
-def test_an_output_that_cannot_be_written_is_2(
-    checked: Callable, run_cli: Callable, tmp_path: Path
+@pytest.mark.parametrize(("found", "code"), [(AS_PINNED, 3), (changed("x", bytes=101), 1)])
+def test_a_report_that_cannot_be_written_hides_no_verdict(
+    checked: Callable, run_cli: Callable, tmp_path: Path, found: dict, code: int
 ) -> None:
-    checked(part_of(AS_PINNED))
+    checked(part_of(found))
     name = tmp_path / ("n" * 300)
     done = run_cli("check", "--pins", tmp_path, "--format", "md", "--output", name)
-    assert done.code == 2
-    assert "cannot be written" in done.err
+    assert done.code == code
+    assert "cannot be written" in done.out
+    assert "│memory │" in done.out
+
+
+def test_an_interrupt_keeps_what_the_parts_before_it_found(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_pins(tmp_path, part_of(AS_PINNED), AS_PINNED, "to begin with", None)
+    parts = {
+        "memory": part_of(changed("x", bytes=101)),
+        "accuracy": part_of({}, crash=KeyboardInterrupt()),
+        "static": part_of({}, crash=AssertionError("begun after the interrupt")),
+    }
+    monkeypatch.setattr(check, "pinned_parts", lambda: parts)
+    done = run_cli("check", "--pins", tmp_path, "--format", "md")
+    assert done.code == 1
+    assert "bytes 100 → 101" in done.out
+    assert "**invalid** accuracy: interrupted" in done.out
+    assert "begun after" not in done.out
 
 
 def test_the_pins_are_those_of_the_repository_around(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sweeps import (
     TINY,
     children_of,
     rows_of,
+    spawned,
     started,
     wait_for_death,
     wait_for_hanging,
@@ -142,6 +143,25 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
     rows = read_run(folder).rows
     assert f"interrupted: {len(rows)} rows are in {folder}, {300 - len(rows)} cells" in out
     assert "--resume" in out
+    wait_for_death(family)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_calibration_says_so_and_stores_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = spawned("calibrate", *TINY, "-a", "impl=reference", cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        assert "calibrating" in process.stdout.readline()
+        family = children_of(process.pid)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 3
+    assert err == "resblock-bench: interrupted: nothing is stored but what is said above\n"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     wait_for_death(family)
 
 
