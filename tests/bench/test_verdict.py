@@ -99,6 +99,12 @@ def test_a_difference_below_the_absolute_floor_is_none():
     assert verdict(1.5, base=0.0030, tolerance=tolerance).word == "SLOW"
 
 
+def test_medians_that_drift_apart_from_their_pairs_hide_no_slowdown():
+    """Of 100 comparisons with 5 % spun in, one was passed for medians that happened to agree."""
+    drifting = Estimate(math.log(1.05), 0.005, 9, 2.0, 2.0)
+    assert judge([drifting], DEFAULT_TOLERANCE)[0].word == "SLOW"
+
+
 def test_one_suspect_among_many_is_chance():
     """p = 0.02 is a discovery alone and none among a hundred cells that are the same."""
     error = 0.01
