@@ -320,8 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: one sentence and exit code 2 for what the user can mend.
 
     Ctrl-C and SIGTERM end with INCOMPLETE wherever they strike; 130 is typer's code for them. So
-    does a fault of this program, whose traceback is shown: Python's own code for that, 1, means a
-    regression here.
+    does a fault of this program, whose traceback is shown, and a reader who has gone: the code that
+    Python and typer have for these, 1, means a regression here.
     """
     try:
         with terminable():
@@ -333,11 +333,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"resblock-bench: {error}", file=sys.stderr)
         sys.exit(exitcodes.INCOMPLETE)
     except SystemExit as ending:
-        if ending.code != 130:
+        if ending.code == 130:
+            text = "interrupted: nothing is stored but what is said above"
+        elif ending.code == 1 and not isinstance(ending.__context__, typer.Exit):
+            text = "ended before it was done: what it was to say could not be read or written"
+        else:
             raise
-        print(
-            "resblock-bench: interrupted: nothing is stored but what is said above", file=sys.stderr
-        )
+        with contextlib.suppress(OSError):
+            print(f"resblock-bench: {text}", file=sys.stderr)
         sys.exit(exitcodes.INCOMPLETE)
     except Exception:
         traceback.print_exc()

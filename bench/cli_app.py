@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +70,7 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Nobody reads any more: what is measured is still written down."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def result_console() -> Console:
@@ -86,4 +85,4 @@ def result_console() -> Console:
 
 def progress_console() -> Console:
     """For what is under way: what a report is read from stays clean."""
-    return Console(stderr=True)
+    return _Console(stderr=True)

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.parent import die_with_parent
 
 Announce = Callable[[str], None]
@@ -80,6 +81,8 @@ class Processes:
         function      importable by name
         limit_s       seconds after which the process and all it started are killed
         environment   variables that are set before the function is called
+
+        Raises InvalidError where this project cannot be imported.
         """
         started = time.monotonic()
         replies, reply_end = _context.Pipe(duplex=False)
@@ -92,7 +95,13 @@ class Processes:
                 args=(function, argument, dict(environment or {}), reply_end, output_end),
                 daemon=True,
             )
-            process.start()
+            try:
+                process.start()
+            except (EOFError, BrokenPipeError):
+                raise InvalidError(
+                    "no process can be started, since the suite cannot be imported: mend what is "
+                    "said above"
+                ) from None
             self._running.add(process)
         reply_end.close()
         output_end.close()

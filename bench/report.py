@@ -20,6 +20,7 @@ from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.export import escaped
 from resblock_bench.bench.findings import LEVELS, Finding, Level, exit_code, worst_first
 from resblock_bench.bench.records import Record
+from resblock_bench.bench.terminal import say
 
 REPORT_VERSION = 1
 WIDTH = 100
@@ -101,6 +102,7 @@ def write(report: Report, to: Destination, console: Console) -> int:
     code = exit_code(report.findings)
     if to.file is None and to.format != "table":
         console.file.write(FORMATS[to.format](report))
+        console.file.flush()  # what cannot be written fails here, not at the end of the process
         return code
     show(report, console)
     if to.file is None:
@@ -108,7 +110,7 @@ def write(report: Report, to: Destination, console: Console) -> int:
     try:
         to.file.write_text(FORMATS[to.format](report), encoding="utf-8")
     except OSError as error:
-        _line(console, f"{to.file} cannot be written ({error.strerror}): name another file")
+        say(console, f"{to.file} cannot be written ({error.strerror}): name another file")
         return code or exitcodes.INCOMPLETE
     return code
 
@@ -125,19 +127,16 @@ def show(report: Report, console: Console, limit: int | None = SHOWN) -> None:
         console.print(table, width=width)
     findings = worst_first(report.findings)
     for finding in findings[:limit]:
-        text = Text.assemble((finding.level, _STYLES[finding.level]), " ", _sentence(finding))
+        text = Text.assemble((finding.level, _STYLES[finding.level]), " ", sentence(finding))
         console.print(text, width=width)
     if limit is not None and len(findings) > limit:
-        _line(console, f"… {len(findings) - limit} more, see --format json")
+        say(console, f"… {len(findings) - limit} more, see --format json")
     for note in report.notes:
-        _line(console, note)
+        say(console, note)
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _sentence(finding: Finding) -> str:
+def sentence(finding: Finding) -> str:
+    """What it is about, and its text."""
     return f"{_name(finding)}: {finding.text}"
 
 
@@ -170,7 +169,7 @@ def _markdown(report: Report) -> str:
     ]
     rows = [f"| {' | '.join(map(escaped, row))} |" for row in report.rows]
     findings = [
-        f"- **{finding.level}** {escaped(_sentence(finding))}"
+        f"- **{finding.level}** {escaped(sentence(finding))}"
         for finding in worst_first(report.findings)
     ]
     notes = [escaped(note) for note in report.notes]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
@@ -196,7 +196,8 @@ def _write_json(path: Path, value: Plan | Environment) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder, every line validated. Raises UsageError naming file and line.
+    """A run folder, every line validated. Raises UsageError where there is none, and InvalidError
+    naming file and line.
 
     A half-written last line is what a killed run leaves: it is left out, with a note. All else that
     is not a row is an error.
@@ -244,7 +245,7 @@ def _read_cells(folder: Path) -> tuple[list[Row], bool]:
         row = _read_row(line, f"{folder / CELLS}, line {number}")
         before = seen.setdefault((row.id, row.attempt), number)
         if before != number:
-            raise UsageError(
+            raise InvalidError(
                 f"{folder / CELLS}, line {number} repeats the cell of line {before}; "
                 "remove one of them"
             )
@@ -267,7 +268,7 @@ def _decoded(path: Path, kind: type[msgspec.Struct]) -> Any:
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is damaged: {error}; restore it") from None
+        raise InvalidError(f"{path} is damaged: {error}; restore it") from None
 
 
 def _split_torn(content: bytes) -> tuple[int, bytes]:
@@ -293,17 +294,17 @@ def _read_row(line: bytes, place: str) -> Row:
     try:
         version = msgspec.json.decode(line, type=_Version).schema_version
         if version != SCHEMA_VERSION:
-            raise UsageError(
+            raise InvalidError(
                 f"{place} has schema version {version}, but this version of resblock-bench reads "
                 f"{SCHEMA_VERSION}; read it with the version that wrote it"
             )
         row = msgspec.json.decode(line, type=Row)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsageError(
+        raise InvalidError(
             f"{place} is damaged: {error}; remove that line to read the rest"
         ) from None
     if row.id != cell_id(row.axes, row.contract, row.code):
-        raise UsageError(
+        raise InvalidError(
             f"{place} was changed: its id {row.id} is not the address of its axes, contract "
             "and code; remove that line to read the rest"
         )

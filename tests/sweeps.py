@@ -32,9 +32,8 @@ def spawned(*arguments: str, **options: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "resblock_bench.bench", *arguments]
     # A shell's background jobs ignore Ctrl-C, and so would this process.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )  # type: ignore[call-overload, no-any-return]
+    options.setdefault("stdout", subprocess.PIPE)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def wait_for_rows(process: "subprocess.Popen[str]", folder: Path, count: int) -> None:

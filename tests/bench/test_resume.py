@@ -149,7 +149,7 @@ def test_garbage_in_the_middle_is_named_and_left_alone(
     cells.write_bytes(first + b"garbage \xff\n" + second)
     before = cells.read_bytes()
     done = run_cli(*verb, finished)
-    assert done.code == 2
+    assert done.code == 3
     assert f"{cells}, line 2 is damaged" in done.err
     assert cells.read_bytes() == before
 
@@ -160,7 +160,7 @@ def test_a_row_of_a_newer_schema_is_named(run_cli: Callable, finished: Path) -> 
     newer = {**json.loads(second), "schema_version": 99, "brand_new": 1}
     cells.write_text(f"{first}\n{json.dumps(newer)}\n")
     done = run_cli("run", "--resume", "--output", finished)
-    assert done.code == 2
+    assert done.code == 3
     assert "line 2 has schema version 99" in done.err
 
 
@@ -280,7 +280,7 @@ def test_bad_requests_are_one_sentence(
 def test_a_run_whose_plan_is_damaged_is_named(run_cli: Callable, finished: Path) -> None:
     (finished / "plan.json").write_text('{"cells": 3')
     done = run_cli("run", "--resume", "--output", finished)
-    assert done.code == 2
+    assert done.code == 3
     assert "plan.json is damaged" in done.err
 
 

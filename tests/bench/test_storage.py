@@ -8,7 +8,7 @@ import msgspec
 import pandas
 import pytest
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.grid import PlannedCell
 from resblock_bench.bench.measure import Task
 from resblock_bench.bench.plan import Plan
@@ -175,7 +175,7 @@ def test_a_damaged_line_is_named(
     folder: Path, change: Callable[[dict[str, object]], object], message: str
 ) -> None:
     damaged(folder, change)
-    with pytest.raises(UsageError, match=message) as refusal:
+    with pytest.raises(InvalidError, match=message) as refusal:
         read_run(folder)
     assert str(folder / "cells.jsonl") in str(refusal.value)
 
@@ -183,20 +183,20 @@ def test_a_damaged_line_is_named(
 def test_a_cell_twice_is_damage(folder: Path) -> None:
     cells = folder / "cells.jsonl"
     cells.write_text(cells.read_text() + cells.read_text().splitlines()[0] + "\n")
-    with pytest.raises(UsageError, match="line 3 repeats the cell of line 1"):
+    with pytest.raises(InvalidError, match="line 3 repeats the cell of line 1"):
         read_run(folder)
 
 
 def test_bytes_that_are_no_text_are_damage(folder: Path) -> None:
     with (folder / "cells.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\n")
-    with pytest.raises(UsageError, match="line 3 is damaged"):
+    with pytest.raises(InvalidError, match="line 3 is damaged"):
         read_run(folder)
 
 
 def test_a_damaged_environment_is_named(folder: Path) -> None:
     (folder / "environment.json").write_text('{"machine": 3}')
-    with pytest.raises(UsageError, match=r"environment\.json is damaged"):
+    with pytest.raises(InvalidError, match=r"environment\.json is damaged"):
         read_run(folder)
 
 
