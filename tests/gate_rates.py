@@ -30,8 +30,9 @@ from resblock_bench.bench.fingerprint import package_folder
 from resblock_bench.bench.grid import plan
 from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.presets import named
-from resblock_bench.bench.records import Record, cell_name
+from resblock_bench.bench.records import Cell, Record, Status, cell_name
 from resblock_bench.bench.source_tree import python_paths
+from resblock_bench.bench.verdict import Verdict
 
 # Forward is the whole step here, so that the share of its time is that of the step's.
 COMMON = ["impl=fused", "mode=inference", "batch=1"]
@@ -62,13 +63,32 @@ ResBlock.forward = _slowed
 
 
 class Line(Record, frozen=True, kw_only=True):
-    """A cell of one run: the share that was spun in, and the outcome."""
+    """A cell of one run: the share that was spun in, and the outcome.
+
+    log_ratios   of the rounds, those of the confirming draw last
+    disturbed    rounds that did not count
+    """
 
     slowdown: float
     run: int
     machine: str
     tolerance: float
-    outcome: Compared
+    cell: Cell
+    verdict: Verdict
+    log_ratios: list[float]
+    disturbed: int
+    failed: tuple[Status, str] | None
+
+    @classmethod
+    def of(cls, item: Compared, **run: object) -> "Line":
+        return cls(
+            cell=item.cell,
+            verdict=item.verdict,
+            log_ratios=[float(f"{taken.log_ratio:.5f}") for taken in item.rounds],
+            disturbed=len(item.disturbed),
+            failed=item.failed,
+            **run,  # type: ignore[arg-type]
+        )
 
 
 def main(
@@ -104,14 +124,16 @@ def main(
                 timeout_s=300.0,
             )
             outcome = in_lockstep(request, sides, Console(quiet=True))
+            if outcome.ended is not None:
+                raise typer.Exit(3)
             for item in outcome.items:
                 words[item.failed[0] if item.failed else item.verdict.word] += 1
-                line = Line(
+                line = Line.of(
+                    item,
                     slowdown=slowdown,
                     run=run,
                     machine=machine_name(),
                     tolerance=outcome.tolerance.relative,
-                    outcome=item,
                 )
                 file.write(msgspec.json.encode(line) + b"\n")
                 if item.verdict.word in ("SLOW", "FAST"):
