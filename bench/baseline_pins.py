@@ -17,7 +17,7 @@ from resblock_bench.bench.check import (
     report_of,
 )
 from resblock_bench.bench.errors import UsageError, unknown
-from resblock_bench.bench.findings import Finding, exit_code, of_part, worst_first
+from resblock_bench.bench.findings import Finding, exit_code, is_of_part, of_part, worst_first
 from resblock_bench.bench.pins import (
     Found,
     PinFile,
@@ -26,7 +26,8 @@ from resblock_bench.bench.pins import (
     require_writable,
     write_pins,
 )
-from resblock_bench.bench.report import WIDTH, show
+from resblock_bench.bench.report import WIDTH, sentence, show
+from resblock_bench.bench.source_tree import require_own_code
 from resblock_bench.bench.storage import repository_root
 from resblock_bench.bench.terminal import say
 
@@ -37,6 +38,7 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
     A part with a wrong or invalid result of its own is not saved. Raises UsageError for a part that
     cannot be measured here, and where the pins cannot be written.
     """
+    require_own_code(Path.cwd())
     parts = [pinned_parts()[name] for name in names]
     for part in parts:
         cannot = part.cannot()
@@ -55,7 +57,7 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
         if obstacles:
             refused += obstacles
             for finding in worst_first(obstacles):
-                say(console, f"{finding.level} {_where(finding)}: {finding.text}")
+                say(console, f"{finding.level} {sentence(finding)}")
             say(console, f"{part.name}: not saved")
             continue
         changed = write_pins(root, part, found.subjects, reason, _commit())
@@ -75,11 +77,6 @@ def require(names: Sequence[str], timing: bool, reason: str) -> None:
         raise UsageError("--reason is empty: say why, for those who review it")
 
 
-def _where(finding: Finding) -> str:
-    parts = (finding.part, finding.subject, finding.entry)
-    return " ".join(dict.fromkeys(part for part in parts if part))
-
-
 def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:
     """Why what was found must not become what is expected."""
     obstacles = [finding for finding in found.findings if finding.level in ("wrong", "invalid")]
@@ -88,11 +85,7 @@ def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:
             bad = [name for name, value in figures.items() if part.rules[name].judge(value, value)]
             if bad:
                 text = f"{', '.join(bad)} is not a number"
-                obstacles.append(
-                    Finding(
-                        part=part.name, level="invalid", subject=subject, entry=entry, text=text
-                    )
-                )
+                obstacles.append(Finding(part.name, "invalid", subject, entry, text))
     if not found.subjects and not obstacles:
         obstacles.append(of_part(part.name, "invalid", "nothing was measured"))
     return obstacles
@@ -146,7 +139,12 @@ def _show_figures(pin: PinFile, console: Console) -> None:
 
 
 def diff(names: Sequence[str], pins: Path | None, timing: Timing, console: Console) -> int:
-    """Measure and show what would be saved: every finding, pinned → found."""
+    """Measure and show what would be saved: every finding, pinned → found.
+
+    Returns INCOMPLETE where a part could not be measured; what was found is not judged.
+    """
     outcomes = check(names, pins or default_pins(Path.cwd()), timing, console)
-    show(report_of(outcomes), console, limit=None)
-    return exitcodes.OK
+    report = report_of(outcomes)
+    show(report, console, limit=None)
+    failed = any(is_of_part(one) and one.level == "invalid" for one in report.findings)
+    return exitcodes.INCOMPLETE if failed else exitcodes.OK

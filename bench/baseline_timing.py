@@ -36,6 +36,7 @@ from resblock_bench.bench.plan import Plan, difference
 from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import Cell, cell_name
 from resblock_bench.bench.rounds import Round, RoundError, RoundRule, take_bursts
+from resblock_bench.bench.source_tree import require_own_code
 from resblock_bench.bench.stored import (
     BASELINE_VERSION,
     Baseline,
@@ -167,6 +168,7 @@ def show(path: Path, console: Console) -> int:
 
 
 def _bed(request: Request) -> AbstractContextManager[Testbed]:
+    require_own_code(request.start)
     return opened(
         request.plan,
         {HEAD: ()},

@@ -26,11 +26,11 @@ from resblock_bench.bench.plan import Plan
 from resblock_bench.bench.progress import round_progress
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.rounds import Round, RoundRule, measure_pair
+from resblock_bench.bench.source_tree import require_own_code
 from resblock_bench.bench.terminal import say
 from resblock_bench.bench.testbed import Testbed, opened
 from resblock_bench.bench.verdict import smallest_detectable
 
-ROUNDS = 15
 _CANNOT = "cannot be calibrated"
 
 
@@ -40,7 +40,7 @@ class Request:
 
     plan: Plan
     start: Path
-    rounds: int = ROUNDS
+    rounds: int
     timeout_s: float = 300.0
     rule: RoundRule = field(default_factory=RoundRule)
 
@@ -51,6 +51,7 @@ def carry_out(request: Request, console: Console) -> int:
     Raises InvalidError where a cell cannot be measured, the machine was disturbed too often, or is
     too noisy for a gate; UsageError where the calibration could not be stored.
     """
+    require_own_code(request.start)
     order = random.Random(request.plan.seed)
     draws: list[Draw] = []
     # Anew for every five rounds: what differs between two starts is part of the noise.

@@ -104,13 +104,21 @@ def tolerance_by(calibration: Calibration | None) -> Tolerance:
 def read_calibration(path: Path) -> Calibration | None:
     """None where there is no file. Raises InvalidError for one that is damaged, or of another
     schema."""
+    again = "run 'resblock-bench calibrate' again"
     try:
-        again = "run 'resblock-bench calibrate' again"
-        return read_versioned(path, Calibration, "calibration_version", CALIBRATION_VERSION, again)
+        calibration = read_versioned(
+            path, Calibration, "calibration_version", CALIBRATION_VERSION, again
+        )
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    if not FLOOR.relative <= calibration.tolerance.relative <= MOST:
+        raise InvalidError(
+            f"{path} has a tolerance of {calibration.tolerance.relative:.1%}, and it is "
+            f"{FLOOR.relative:.0%} to {MOST:.0%}: {again}"
+        )
+    return calibration
 
 
 def stale(
@@ -127,4 +135,6 @@ def stale(
         return "its rounds were taken in another way"
     now = now or datetime.datetime.now(datetime.timezone.utc)
     age = (now - calibration.saved_at).days
+    if age < 0:
+        return f"it is of {calibration.saved_at:%Y-%m-%d}, which is yet to come"
     return f"it is {age} days old" if age > MAX_AGE_DAYS else None

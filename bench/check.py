@@ -15,9 +15,10 @@ from rich.console import Console
 
 from resblock_bench.bench.comparison import Compared
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.findings import Finding, Level, exit_code, of_part
+from resblock_bench.bench.findings import Finding, Level, exit_code, is_of_part, of_part
 from resblock_bench.bench.pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 from resblock_bench.bench.report import Checked, Destination, Report, count_levels, write
+from resblock_bench.bench.source_tree import require_own_code
 from resblock_bench.bench.storage import repository_root
 
 TIMING = "timing"
@@ -122,6 +123,7 @@ def failure(name: str, error: Exception) -> Finding:
 def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
     """Measure a part and compare it with its pins."""
     began = time.monotonic()
+    require_own_code(Path.cwd())
     pins = read_pins(root, part.name)
     found = part.measure(console)
     return Outcome(
@@ -177,22 +179,33 @@ def _row(outcome: Outcome) -> list[str]:
 def advice(findings: Sequence[Finding]) -> list[str]:
     """A sentence for each kind of finding on what to do, or that all is as pinned."""
 
-    def flags(*levels: str, but: str | None = None) -> str:
-        parts = dict.fromkeys(f.part for f in findings if f.level in levels and f.part != but)
-        return " ".join(f"--{part}" for part in parts)
+    def save(*levels: Level) -> str | None:
+        # A part that failed as a whole has nothing to save, a revision stays as slow as it is.
+        parts = dict.fromkeys(
+            finding.part
+            for finding in findings
+            if finding.level in levels
+            and not is_of_part(finding)
+            and (finding.part != TIMING or finding.level == "better")
+        )
+        flags = " ".join(f"--{part}" for part in parts)
+        return f"resblock-bench baseline save {flags} --reason '…'" if flags else None
 
-    save: Callable[[str], str] = "resblock-bench baseline save {} --reason '…'".format
+    def among(*levels: Level) -> bool:
+        return any(finding.level in levels for finding in findings)
+
     said = []
-    if flags("wrong"):
+    if among("wrong"):
         said.append("wrong: a result is too far from float64; mend it, no pin can allow it")
-    if flags("regression"):
-        # A revision stays as slow or fast as it is.
-        parts = flags("regression", but=TIMING)
-        said.append(f"worse: mend it{f', or if it is meant to be, {save(parts)}' if parts else ''}")
-    if parts := flags("invalid"):
-        said.append(f"invalid: mend what is said above; what is new and right: {save(parts)}")
-    if parts := flags("better", "changed"):
-        said.append(f"better or changed on purpose: save with {save(parts)}")
-    if flags("inconclusive"):
+    if among("regression"):
+        how = save("regression")
+        said.append(f"worse: mend it{f', or if it is meant to be, {how}' if how else ''}")
+    if among("invalid"):
+        how = save("invalid")
+        right = f"; what is new and right: {how}" if how else ""
+        said.append(f"invalid: mend what is said above{right}")
+    if how := save("better", "changed"):
+        said.append(f"better or changed on purpose: save with {how}")
+    if among("inconclusive"):
         said.append("inconclusive: as said above, or measure again on a quiet machine")
     return said or ["all as pinned"]

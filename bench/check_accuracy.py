@@ -103,8 +103,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _say(found: Found, level: Level, case: Case, text: str) -> None:
-    finding = Finding(part=NAME, level=level, subject=subject_of(case), entry=case.name, text=text)
-    found.findings.append(finding)
+    found.findings.append(Finding(NAME, level, subject_of(case), case.name, text))
 
 
 def subject_of(case: Case) -> str:

@@ -126,14 +126,8 @@ def entry_of(cell: Cell, backend: Backend) -> str:
 
 
 def _say(found: Found, cell: Cell, backend: Backend, text: str) -> None:
-    finding = Finding(
-        part=NAME,
-        level="invalid",
-        subject=str(cell.model),
-        entry=entry_of(cell, backend),
-        text=text,
-    )
-    found.findings.append(finding)
+    entry = entry_of(cell, backend)
+    found.findings.append(Finding(NAME, "invalid", str(cell.model), entry, text))
 
 
 def _cannot() -> str | None:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from resblock_bench.bench import kernel_cases, workers
 from resblock_bench.bench.cost import answers, calls_of
-from resblock_bench.bench.findings import Finding, Level
+from resblock_bench.bench.findings import Finding
 from resblock_bench.bench.grid import GROUPS
 from resblock_bench.bench.machine_code import (
     ARCHITECTURES,
@@ -161,12 +161,12 @@ def case_items(
         except workers.JobFailed as error:
             why = f"{point.value} cannot be used ({_one_line(error)})"
             text = f"of the package {package}: {why}; mend or uninstall it"
-            wrong.append(_finding("invalid", point.name, None, text))
+            wrong.append(Finding(NAME, "invalid", point.name, None, text))
             continue
         for name, archs in archs_of.items():
             if name in items:
                 text = f"of the package {package}: another case has this name; rename one"
-                wrong.append(_finding("invalid", name, None, text))
+                wrong.append(Finding(NAME, "invalid", name, None, text))
                 continue
             codes = [
                 Item(name, f"sm_{arch}", kernel_cases.code_job(point.value, name, arch))
@@ -188,7 +188,7 @@ def measure_items(items: Iterable[Item], console: Console) -> Found:
         if error is not None:
             doing = "interpreted" if job.interpret else "compiled"
             text = f"could not be {doing}: {_one_line(error)}; mend the kernel or its launch"
-            found.findings.append(_finding("invalid", subject, entry, text))
+            found.findings.append(Finding(NAME, "invalid", subject, entry, text))
             continue
         if job.interpret:
             entries[entry] = _traffic(value)
@@ -201,7 +201,7 @@ def measure_items(items: Iterable[Item], console: Console) -> Found:
                 f"needs {code.shared_bytes:,} bytes of shared memory, and sm_{code.arch} has "
                 f"{most:,} for a block: it cannot be launched, take smaller tiles or fewer stages"
             )
-            found.findings.append(_finding("regression", subject, entry, text))
+            found.findings.append(Finding(NAME, "regression", subject, entry, text))
     return found
 
 
@@ -218,7 +218,7 @@ def measure(console: Console) -> Found:
                 f"no installed package offers kernels by an entry point of {kernel_cases.GROUP}: "
                 "add one to your pyproject.toml and install it with 'pip install -e .'"
             )
-            wrong.append(_finding("invalid", NAME, None, text))
+            wrong.append(Finding(NAME, "invalid", NAME, None, text))
     found = measure_items(items, console)
     found.findings[:0] = wrong
     return found
@@ -280,10 +280,6 @@ def _one_line(error: Exception) -> str:
     """What an error says; a compiler's message has the source in between."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
-
-
-def _finding(level: Level, subject: str, entry: str | None, text: str) -> Finding:
-    return Finding(part=NAME, level=level, subject=subject, entry=entry, text=text)
 
 
 def _cannot() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,9 +58,16 @@ PinsOption = Annotated[
     typer.Option(metavar="DIR", help="Default: results/pins of the repository around here."),
 ]
 
+_OF_TIMING = (
+    *("base", "axis", "preset", "config", "device"),
+    *("source", "timeout", "telemetry", "threads", "seed"),
+)
+"""Options that say what is timed, and how."""
+
 
 @app.command()
 def compare(
+    context: typer.Context,
     measured: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -106,18 +114,7 @@ def compare(
     to = destination(format, output)
     console, here, paths = result_console(), Path.cwd(), measured or []
     if base is None:
-        _refuse_with_stored(
-            {
-                "--axis": axis,
-                "--preset": preset,
-                "--config": config,
-                "--device": device,
-                "--source": source,
-                "--telemetry": telemetry,
-                "--threads": threads,
-                "--seed": seed,
-            }
-        )
+        _refuse(context, _OF_TIMING, "goes with --base: what is stored is compared as it is")
     elif paths or relative:
         raise UsageError(
             "--base measures two revisions: leave out the run folders and --relative, or --base"
@@ -139,10 +136,12 @@ def compare(
     raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
 
 
-def _refuse_with_stored(options: dict[str, object]) -> None:
-    for flag, given in options.items():
-        if given is not None:
-            raise UsageError(f"{flag} goes with --base: what is stored is compared as it is")
+def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Raises UsageError for an option that was given and would be ignored."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option} {why}")
 
 
 def _gate_plan(
@@ -216,6 +215,7 @@ def calibrate(
     rounds: Annotated[
         int, typer.Option(min=5, metavar="15", help="Rounds of every cell against itself.")
     ] = 15,
+    timeout: TimeoutOption = "5m",
     threads: GateThreadsOption = None,
     seed: SeedOption = None,
 ) -> None:
@@ -226,14 +226,16 @@ def calibrate(
     stale.
     """
     from resblock_bench.bench import calibrate as calibrating
+    from resblock_bench.bench.units import parse_duration_s
 
     plan = _gate_plan(axis, preset, config, device, threads, seed)
-    request = calibrating.Request(plan, Path.cwd(), rounds)
+    request = calibrating.Request(plan, Path.cwd(), rounds, parse_duration_s(timeout))
     raise typer.Exit(calibrating.carry_out(request, result_console()))
 
 
 @app.command()
 def check(
+    context: typer.Context,
     static: StaticOption = False,
     memory: MemoryOption = False,
     accuracy: AccuracyOption = False,
@@ -267,8 +269,8 @@ def check(
     from resblock_bench.bench.report import destination
 
     names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
-    if base is not None and names and not timing:
-        raise UsageError("--base goes with --timing: name it too, or no part at all")
+    if names and not timing:
+        _refuse(context, _OF_TIMING, "goes with --timing: name it too, or no part at all")
     if pins is not None and not pins.is_dir():
         raise UsageError(f"--pins {pins} is no folder: name the one that holds static/ and memory/")
     request = checking.Request(names, pins, destination(format, output))
@@ -322,6 +324,7 @@ app.add_typer(baseline, name="baseline")
 
 @baseline.command()
 def save(
+    context: typer.Context,
     reason: Annotated[
         str, typer.Option(metavar="TEXT", help="Why, for those who review it; required.")
     ] = "",
@@ -346,6 +349,10 @@ def save(
 
     names = _named(static=static, memory=memory, accuracy=accuracy)
     baseline_pins.require(names, timing, reason)
+    if not timing:
+        _refuse(context, _OF_TIMING, "goes with --timing: name it, too")
+    if not names:
+        _refuse(context, ["pins"], "is where pins go: name a part that has some")
     # What is wrong with the axes is found before anything is measured.
     plan = _gate_plan(axis, preset, config, device, threads, seed)
     console, code = result_console(), 0

@@ -18,6 +18,7 @@ from resblock_bench.bench.calibration import (
 from resblock_bench.bench.compare_report import COLUMNS, explanation, findings, row, summary
 from resblock_bench.bench.comparison import Compared, Comparison
 from resblock_bench.bench.devices import Kind, device_kind
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.findings import Finding, of_part
 from resblock_bench.bench.machine_store import calibration_file
 from resblock_bench.bench.measure import Task
@@ -63,7 +64,7 @@ class Outcome:
 
     uncalibrated   sentences on the machines whose noise is not known
     ended          what ended it before its time, or None
-    stored         the base is a stored baseline
+    stored         head was measured against this machine's baseline
     sudden         head is a later base, so that a great difference needs an explanation
     """
 
@@ -195,6 +196,8 @@ def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome
 
     Raises UsageError for paths that hold none, InvalidError where they cannot be compared.
     """
+    if base.resolve() == head.resolve():
+        raise UsageError(f"{base} and {head} are one and the same: name two")
     before, after = load(base), load(head)
     refuse_different(before, after, other_machine=relative)
     calibrations, notes = _calibrations([before, after], start)

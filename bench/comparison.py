@@ -111,7 +111,7 @@ class Comparison:
                 other = seconds.get(cell)
                 confirmed = other is not None and other.word == verdict.word
                 verdict = self._joined(cell, verdict, other)
-            elif first.disturbed and len(first.valid) < STAGES[0]:
+            elif len(first.valid) < STAGES[0] and first.disturbed and not first.lacks(STAGES[0]):
                 why = first.disturbed[-1].disturbances[0]
                 text = f"{len(first.disturbed)} of the rounds were disturbed, at last since {why}"
                 verdict = replace(verdict, reasons=[text])
@@ -157,7 +157,7 @@ class Comparison:
         if second is None:
             return _because(first, "not confirmed by a second draw", word="AMBIGUOUS")
         if second.ratio is None:
-            why = "too few rounds of the second draw were undisturbed"
+            why = "its second draw has too few valid rounds"
             return _because(first, f"not confirmed: {why}", word="AMBIGUOUS")
         both = self._estimate(cell, self._first[cell].valid + self._second[cell].valid)
         (joined,) = judge([both], self._tolerance)

@@ -31,7 +31,7 @@ _CODES: dict[Level, int] = {
 }
 
 
-class Finding(Record, frozen=True, kw_only=True):
+class Finding(Record, frozen=True):
     """One thing that is not as expected.
 
     `part` is the check that found it, `subject` and `entry` what it is about, `text` a sentence
@@ -47,7 +47,12 @@ class Finding(Record, frozen=True, kw_only=True):
 
 def of_part(part: str, level: Level, text: str) -> Finding:
     """A finding about a part as a whole."""
-    return Finding(part=part, level=level, subject=part, entry=None, text=text)
+    return Finding(part, level, part, None, text)
+
+
+def is_of_part(finding: Finding) -> bool:
+    """Whether it is about a part as a whole."""
+    return finding.subject == finding.part
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:

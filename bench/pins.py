@@ -141,8 +141,7 @@ def judge(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[F
     crashed = {(finding.subject, finding.entry) for finding in findings}
 
     def say(level: Level, subject: str, entry: str | None, text: str) -> None:
-        finding = Finding(part=part.name, level=level, subject=subject, entry=entry, text=text)
-        findings.append(finding)
+        findings.append(Finding(part.name, level, subject, entry, text))
 
     made_with = part.made_with()
     for subject, entries in found.subjects.items():
@@ -209,12 +208,7 @@ def write_pins(
     Returns the files that changed. One whose figures are as pinned is left as it is. Raises
     InvalidError for a damaged pin; one of another schema is replaced.
     """
-    before: dict[str, PinFile | None] = {}
-    for path in _files(root, part.name):
-        try:
-            before[path.stem] = _read(path)
-        except OtherSchemaError:
-            before[path.stem] = None
+    before = _saved(root, part.name)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     changed: list[Path] = []
     with _writing(root, part.name) as folder:
@@ -234,8 +228,12 @@ def write_pins(
             )
             data = msgspec.json.format(msgspec.json.encode(pin), indent=1) + b"\n"
             temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             changed.append(path)
         for subject in before.keys() - subjects.keys():
             path = folder / f"{subject}.json"
@@ -244,9 +242,21 @@ def write_pins(
     return changed
 
 
+def _saved(root: Path, part: str) -> dict[str, PinFile | None]:
+    """The pins of a part by subject, None for one of another schema. Raises InvalidError for a
+    damaged one."""
+    saved: dict[str, PinFile | None] = {}
+    for path in _files(root, part):
+        try:
+            saved[path.stem] = _read(path)
+        except OtherSchemaError:
+            saved[path.stem] = None
+    return saved
+
+
 def require_writable(root: Path, part: str) -> None:
-    """Raises UsageError where `write_pins` would: what was measured for minutes is not to be
-    lost."""
+    """Raises what `write_pins` would: what was measured for minutes is not to be lost."""
+    _saved(root, part)
     with _writing(root, part) as folder, tempfile.TemporaryFile(dir=folder):
         pass
 

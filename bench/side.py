@@ -159,9 +159,9 @@ def _refuse_strays(
     """An installed package stands in for what the folders lack, and both sides would import it."""
     for name, file in _files():
         measured = any(name == package or name.startswith(f"{package}.") for package in packages)
-        own = name not in before and root and _within(file, [root])
-        if own and "site-packages" in Path(file).parts:  # of an environment within the repository
-            own = False
+        # What an environment within the repository holds is not the repository's.
+        installed = "site-packages" in Path(file).parts
+        own = name not in before and _within(file, [root]) and not installed
         if (measured or own) and not _within(file, folders):
             raise RuntimeError(
                 f"{name} was imported from {file}, not from {' or '.join(folders)}: this side "
@@ -183,7 +183,7 @@ def _files() -> list[tuple[str, str]]:
 
 
 def _within(file: str, folders: Sequence[str]) -> bool:
-    return any(file.startswith(f"{folder}{os.sep}") for folder in folders)
+    return any(folder and file.startswith(f"{folder}{os.sep}") for folder in folders)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.fingerprint import package_folder
 from resblock_bench.bench.scratch import SUFFIX, scratch_folder
-from resblock_bench.bench.storage import is_checkout
+from resblock_bench.bench.storage import is_checkout, repository_root
 
 _MEASURED = ("reference", "kernels")
 _TREE = "tree"
@@ -40,18 +40,29 @@ def resolve(repository: Path, revision: str) -> str:
     return commit
 
 
+def require_own_code(start: Path) -> None:
+    """Raises InvalidError in a checkout of this project that is not the one whose code runs."""
+    root, running = repository_root(start), package_folder("kernels").resolve().parent
+    if is_checkout(root) and root.resolve() != running:
+        raise InvalidError(
+            f"{root} is a checkout of resblock-bench, and this command would measure the code of "
+            f"{running}: run the one of the checkout's own environment"
+        )
+
+
 @contextlib.contextmanager
 def checked_out(repository: Path, commit: str) -> Iterator[Path]:
     """A worktree of the commit, removed afterwards."""
     with scratch_folder() as folder:
         tree = folder / _TREE
-        done = _run_git(repository, "worktree", "add", "--detach", "--quiet", str(tree), commit)
-        if done.returncode:
-            raise UsageError(f"git cannot check {commit} out: {done.stderr.strip()}")
         try:
+            done = _run_git(repository, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+            if done.returncode:
+                raise UsageError(f"git cannot check {commit} out: {done.stderr.strip()}")
             yield tree
         finally:
-            _git(repository, "worktree", "remove", "--force", str(tree))
+            # Twice: one that git was interrupted in making is locked.
+            _git(repository, "worktree", "remove", "--force", "--force", str(tree))
             _forget_killed(repository)
 
 

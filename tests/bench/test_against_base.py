@@ -1,15 +1,19 @@
 """A revision of a repository against its working tree, each with its own packages."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from comparing import FAST, checked, plan_of
 from rich.console import Console
+from sweeps import TINY, spawned
 
-from resblock_bench.bench import check, compare
+from resblock_bench.bench import check, compare, side
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.findings import exit_code
 from resblock_bench.bench.scratch import SUFFIX
@@ -214,3 +218,49 @@ def test_a_revision_that_is_not_there_is_found_before_anything_is_measured(
 
 def test_another_repository_names_its_sources(project, tmp_path):
     assert python_paths("base", project, [Path("kernels")], tmp_path) == [project / "kernels"]
+
+
+def test_modules_of_the_repository_come_from_the_folders_that_were_named(tmp_path, monkeypatch):
+    def imported(name, file):
+        module = types.ModuleType(name)
+        module.__file__ = str(tmp_path / file)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    before = set(sys.modules)
+    root, folders = str(tmp_path), [str(tmp_path / "src")]
+    imported("my_gate", "src/my_gate.py")
+    imported("dependency", "venv/site-packages/dependency.py")
+    side._refuse_strays(["my_gate"], before, root, folders)
+    imported("my_kernels", "lib/my_kernels.py")
+    with pytest.raises(RuntimeError, match=r"my_kernels was imported from .*lib"):
+        side._refuse_strays(["my_gate"], before, root, folders)
+    with pytest.raises(RuntimeError, match=r"my_gate was imported from .*, not from other"):
+        side._refuse_strays(["my_gate"], sys.modules, root, ["other"])
+
+
+def test_what_every_round_imports_must_not_change(tmp_path, monkeypatch):
+    (tmp_path / "my_gate.py").touch()
+    module = types.ModuleType("my_gate")
+    module.__file__ = str(tmp_path / "my_gate.py")
+    before = set(sys.modules)
+    monkeypatch.setitem(sys.modules, "my_gate", module)
+    changed = (tmp_path / "my_gate.py").stat().st_mtime
+    side._refuse_changed(before, [str(tmp_path)], changed)
+    with pytest.raises(RuntimeError, match=r"my_gate\.py changed meanwhile"):
+        side._refuse_changed(before, [str(tmp_path)], changed - 1)
+
+
+def test_a_working_tree_that_cannot_be_imported_is_no_regression(tmp_path):
+    packages = tmp_path / "path" / "resblock_bench"
+    packages.mkdir(parents=True)
+    for name in ("reference", "bench"):
+        (packages / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "kernels", packages / "kernels")
+    with (packages / "kernels" / "blocks.py").open("a") as file:
+        file.write("\n)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    process = spawned("calibrate", *TINY, "-a", "impl=fused", cwd=tmp_path, env=environment)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 3
+    assert "SyntaxError" in err
+    assert "cannot be imported" in err

@@ -92,7 +92,7 @@ def test_a_pin_of_another_schema_is_replaced_and_a_damaged_one_is_not(
     assert save(part_of(FOUND)).code == 0
     assert run_cli("check", "--pins", tmp_path / "pins").code == 0
     path.write_text(whole[:-20])
-    done = save(part_of(FOUND))
+    done = save(part_of(FOUND, crash=AssertionError("measured")))
     assert done.code == 3
     assert "restore or remove it" in done.err
 
@@ -103,6 +103,8 @@ def test_a_pin_of_another_schema_is_replaced_and_a_damaged_one_is_not(
         (["--memory"], "--reason is empty"),
         (["--memory", "--reason", "  "], "--reason is empty"),
         (["--reason", "why"], "nothing is named to be saved: add --memory"),
+        (["--memory", "--reason", "why", "-a", "batch=1"], "--axis goes with --timing"),
+        (["--timing", "--reason", "why", "--pins", "pins"], "--pins is where pins go"),
     ],
 )
 def test_incomplete_requests_measure_nothing(
@@ -150,3 +152,12 @@ def test_diff_shows_what_changed_and_judges_nothing(
     assert done.code == 0
     assert "bytes 1,000 → 2,000" in done.out
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("crash", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_diff_of_a_part_that_could_not_be_measured_is_3(
+    save: Callable, run_cli: Callable, with_part: Callable, tmp_path: Path, crash: BaseException
+) -> None:
+    save(part_of(FOUND))
+    with_part(part_of({}, crash=crash))
+    assert run_cli("baseline", "diff", "--memory", "--pins", tmp_path / "pins").code == 3

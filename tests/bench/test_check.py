@@ -157,6 +157,7 @@ def test_a_report_alone_on_the_standard_output(
         (["--output", "absent/report.md"], "absent is not a folder"),
         (["--output", "."], "is a folder: name a file in it"),
         (["--memory", "--base", "HEAD"], "--base goes with --timing"),
+        (["--memory", "--threads", "1"], "--threads goes with --timing"),
         (["--pins", "absent"], "--pins absent is no folder"),
     ],
 )
@@ -203,6 +204,16 @@ def test_an_interrupt_keeps_what_the_parts_before_it_found(
     assert "bytes 100 → 101" in done.out
     assert "**invalid** accuracy: interrupted" in done.out
     assert "begun after" not in done.out
+
+
+def test_another_checkout_is_not_checked_by_the_code_of_this_one(
+    checked: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pyproject.toml").write_text('name = "resblock-bench"')
+    monkeypatch.chdir(tmp_path)
+    code, findings, _ = checked(part_of(AS_PINNED))
+    assert code == 3
+    assert f"{tmp_path} is a checkout of resblock-bench" in findings[0]["text"]
 
 
 def test_the_pins_are_those_of_the_repository_around(tmp_path: Path) -> None:

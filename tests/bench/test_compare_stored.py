@@ -2,12 +2,15 @@
 
 import datetime
 import math
+import os
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 from cells import TINY
 from msgspec.structs import replace
+from sweeps import spawned
 
 from resblock_bench.bench import compare, compare_report, compare_stored
 from resblock_bench.bench.calibration import (
@@ -243,14 +246,15 @@ def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
     options = ["--samples", 6, "--threads", 1, "--telemetry", trace, "--no-plots"]
     done = run_cli("run", *arguments, *options, "--output", folder)
     assert done.code == 0, done.err
-    outcome = compare.of_stored(folder, folder, tmp_path, relative=False)
+    same = shutil.copytree(folder, tmp_path / "same")
+    outcome = compare.of_stored(folder, same, tmp_path, relative=False)
     assert {item.verdict.word for item in outcome.items} == {"AMBIGUOUS"}
     assert any("was never calibrated" in note for note in outcome.uncalibrated)
     here = compare.load(folder).environment
     path = calibration_file(here, "cpu", tmp_path)
     now = datetime.datetime.now(datetime.timezone.utc)
     write(path, replace(calibration, environment=here, saved_at=now))
-    outcome = compare.of_stored(folder, folder, tmp_path, relative=False)
+    outcome = compare.of_stored(folder, same, tmp_path, relative=False)
     assert {item.verdict.word for item in outcome.items} == {"SAME"}
     assert {item.cell.mode for item in outcome.items} == {"train", "inference"}
     assert exit_code(compare.report_of(outcome).findings) == 0
@@ -298,6 +302,8 @@ def test_a_calibration_goes_stale(calibration, environment):
     assert stale(calibration, environment, rule, SAVED) is None
     later = SAVED + datetime.timedelta(days=MAX_AGE_DAYS + 1)
     assert stale(calibration, environment, rule, later) == "it is 31 days old"
+    earlier = SAVED - datetime.timedelta(days=1)
+    assert "yet to come" in stale(calibration, environment, rule, earlier)
     torch = replace(environment, versions={**environment.versions, "torch": "9.9"})
     assert "torch was" in stale(calibration, torch, rule, SAVED)
     assert "another way" in stale(calibration, environment, RoundRule(bursts=7), SAVED)
@@ -322,6 +328,7 @@ def test_a_stale_calibration_is_said_and_not_used(
         (good.replace(b'version": 1', b'version": 0'), "is of schema 0"),
         (good[:-20], "is damaged"),
         (good.replace(b"2020-01-31T", b"last year "), "is damaged"),
+        (good.replace(b'"relative": 0.03', b'"relative": 0.4'), "tolerance of 40.0%, and it is 1%"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(InvalidError, match=message):
@@ -338,6 +345,23 @@ def test_what_is_replaced_is_kept(tmp_path):
     assert msgspec.json.decode(path.read_bytes())["relative"] == 0.03
     with pytest.raises(UsageError, match="cannot be written"):
         write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
+
+
+def test_a_run_is_not_compared_with_itself(baseline, compared):
+    path = baseline("a", {TINY: 10.0})
+    with pytest.raises(UsageError, match="are one and the same"):
+        compared(path, path.parent / "." / path.name)
+
+
+def test_a_reader_who_has_gone_is_no_regression(baseline):
+    reader, writer = os.pipe()
+    os.close(reader)
+    paths = [str(baseline(name, {TINY: 10.0})) for name in ("a", "b")]
+    process = spawned("compare", *paths, "--format", "json", stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 3
+    assert "could not be read or written" in err
 
 
 def test_the_report_names_every_cell(baseline, compared):

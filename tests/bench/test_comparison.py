@@ -103,7 +103,7 @@ def test_a_second_draw_on_a_disturbed_machine_confirms_nothing(compare):
     )
     (item,) = items
     assert (item.verdict.word, item.confirmed) == ("AMBIGUOUS", False)
-    assert "too few rounds of the second draw" in item.verdict.reasons[-1]
+    assert "its second draw has too few valid rounds" in item.verdict.reasons[-1]
 
 
 def test_disturbed_rounds_do_not_count_and_are_taken_again(compare):
