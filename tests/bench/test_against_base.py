@@ -178,7 +178,7 @@ def test_the_worktree_is_gone_afterwards(project):
 def test_of_worktrees_that_are_gone_only_those_of_killed_comparisons_are_forgotten(
     project, tmp_path
 ):
-    killed, own = tmp_path / f"tmp1{SUFFIX}" / "tree", tmp_path / "own"
+    killed, own = tmp_path / f"tmp1{SUFFIX}" / "tree", tmp_path / "own" / "tree"
     for tree in (killed, own):
         git(project, "worktree", "add", "--detach", tree, "base")
         shutil.rmtree(tree)
