@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if ending.code == 130:
             text = "interrupted: nothing is stored but what is said above"
         elif ending.code == 1 and not isinstance(ending.__context__, typer.Exit):
-            text = "ended before it was done: what it was to say could not be read or written"
+            text = "ended before it was done, since its output was closed: have it read to the end"
         else:
             raise
         with contextlib.suppress(OSError):

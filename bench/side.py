@@ -46,10 +46,11 @@ from resblock_bench.bench.telemetry import open_probe
 from resblock_bench.bench.timing import ClockError, warm_up
 from resblock_bench.bench.truth_file import read_truth
 
+_BEGAN = time.time()
+
 
 def main() -> None:
     """Serve rounds until the other end of the socket is closed."""
-    began = time.time()
     socket: Connection = Connection(int(sys.argv[1]))
     die_with_parent()
     if sys.argv[2]:
@@ -65,7 +66,7 @@ def main() -> None:
             continue  # for a round that has ended meanwhile, which was said
         pid = os.fork()
         if pid == 0:
-            _round(socket, order, began)
+            _round(socket, order)
         _, status = os.waitpid(pid, 0)
         _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
 
@@ -81,12 +82,12 @@ def _answer(socket: Connection, answer: Answer) -> None:
     socket.send_bytes(msgspec.json.encode(answer))
 
 
-def _round(socket: Connection, order: Open, began: float) -> NoReturn:
+def _round(socket: Connection, order: Open) -> NoReturn:
     """The life of a round's process."""
     code = 1
     try:
         die_with_parent()
-        _serve(socket, order, began)
+        _serve(socket, order)
         code = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         code = 0  # the comparison was ended
@@ -98,11 +99,11 @@ def _round(socket: Connection, order: Open, began: float) -> NoReturn:
         os._exit(code)
 
 
-def _serve(socket: Connection, order: Open, began: float) -> None:
+def _serve(socket: Connection, order: Open) -> None:
     task = order.task
     device = open_device(task.device, task.environment.threads)
     try:
-        checked = _prepared(task, Path(order.truth), device, began)
+        checked = _prepared(task, Path(order.truth), device)
     except Exception as error:
         _answer(socket, Opened(status_of(error), reason_of(error)))
         return
@@ -138,7 +139,7 @@ def _serve(socket: Connection, order: Open, began: float) -> None:
                 return
 
 
-def _prepared(task: Task, truth: Path, device: Device, began: float) -> Checked:
+def _prepared(task: Task, truth: Path, device: Device) -> Checked:
     before = set(sys.modules)
     reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
     if reason is not None:
@@ -149,7 +150,7 @@ def _prepared(task: Task, truth: Path, device: Device, began: float) -> Checked:
     root, *folders = sys.argv[3:]
     if folders:
         _refuse_strays(packages_of(task.cell.impl), before, root, folders)
-        _refuse_changed(before, folders, began)
+        _refuse_changed(before, folders, _BEGAN)
     return checked
 
 

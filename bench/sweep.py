@@ -69,8 +69,8 @@ class Request:
 def carry_out(request: Request, console: Console) -> int:
     """Measure the cells of a request; returns the exit code.
 
-    Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE,
-    not the shell's 130, so that a script sees one code for every run that is not whole.
+    Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE, not the
+    shell's 130, so that a script sees one code for every run that is not whole.
     """
     with ExitStack() as stack:
         earlier: list[Row] = []

@@ -24,7 +24,6 @@ from rich.progress import track
 
 from resblock_bench.bench.axes import parse_arguments
 from resblock_bench.bench.compare import BaseRequest, in_lockstep
-from resblock_bench.bench.comparison import Compared
 from resblock_bench.bench.environment import machine_name
 from resblock_bench.bench.fingerprint import package_folder
 from resblock_bench.bench.grid import plan
@@ -79,17 +78,6 @@ class Line(Record, frozen=True, kw_only=True):
     disturbed: int
     failed: tuple[Status, str] | None
 
-    @classmethod
-    def of(cls, item: Compared, **run: object) -> "Line":
-        return cls(
-            cell=item.cell,
-            verdict=item.verdict,
-            log_ratios=[float(f"{taken.log_ratio:.5f}") for taken in item.rounds],
-            disturbed=len(item.disturbed),
-            failed=item.failed,
-            **run,  # type: ignore[arg-type]
-        )
-
 
 def main(
     slowdown: Annotated[float, typer.Option(min=0, help="Share of a step that is spun in.")] = 0.0,
@@ -128,12 +116,16 @@ def main(
                 raise typer.Exit(3)
             for item in outcome.items:
                 words[item.failed[0] if item.failed else item.verdict.word] += 1
-                line = Line.of(
-                    item,
+                line = Line(
                     slowdown=slowdown,
                     run=run,
                     machine=machine_name(),
                     tolerance=outcome.tolerance.relative,
+                    cell=item.cell,
+                    verdict=item.verdict,
+                    log_ratios=[round(taken.log_ratio, 5) for taken in item.rounds],
+                    disturbed=len(item.disturbed),
+                    failed=item.failed,
                 )
                 file.write(msgspec.json.encode(line) + b"\n")
                 if item.verdict.word in ("SLOW", "FAST"):

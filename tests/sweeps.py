@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from resblock_bench.bench.records import Row
 from resblock_bench.bench.storage import read_run
@@ -19,7 +20,7 @@ def rows_of(folder: Path) -> dict[str, Row]:
 
 
 def started(
-    folder: Path, *more: str, impl: str = "reference", cells: int = 300, **options: object
+    folder: Path, *more: str, impl: str = "reference", cells: int = 300, **options: Any
 ) -> "subprocess.Popen[str]":
     """A sweep of some hundred cells in a process of its own."""
     arguments = ["run", *QUICK, "-a", f"batch=[1:{cells}:+1]", "-a", f"impl={impl}"]
@@ -27,13 +28,13 @@ def started(
     return spawned(*arguments, "--output", str(folder), *more, **options)
 
 
-def spawned(*arguments: str, **options: object) -> "subprocess.Popen[str]":
+def spawned(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "resblock_bench.bench", *arguments]
     # A shell's background jobs ignore Ctrl-C, and so would this process.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     options.setdefault("stdout", subprocess.PIPE)
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for_rows(process: "subprocess.Popen[str]", folder: Path, count: int) -> None:

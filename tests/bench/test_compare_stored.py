@@ -1,6 +1,7 @@
 """Stored measurements against each other, calibrations, and baselines: made-up numbers in files."""
 
 import datetime
+import errno
 import math
 import os
 import shutil
@@ -24,7 +25,7 @@ from resblock_bench.bench.calibration import (
 )
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import exit_code
-from resblock_bench.bench.machine_store import calibration_file, history, write
+from resblock_bench.bench.machine_store import calibration_file, history, writable, write
 from resblock_bench.bench.measure import contract_of
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.rounds import Round, RoundRule
@@ -347,6 +348,18 @@ def test_what_is_replaced_is_kept(tmp_path):
         write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
 
 
+def test_room_is_looked_for_before_anything_is_measured(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "here" / "timing.json"
+    writable(path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UsageError, match="No space left"):
+        writable(path)
+    assert not list(path.parent.iterdir())
+
+
 def test_a_run_is_not_compared_with_itself(baseline, compared):
     path = baseline("a", {TINY: 10.0})
     with pytest.raises(UsageError, match="are one and the same"):
@@ -361,7 +374,7 @@ def test_a_reader_who_has_gone_is_no_regression(baseline):
     os.close(writer)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 3
-    assert "could not be read or written" in err
+    assert "its output was closed" in err
 
 
 def test_the_report_names_every_cell(baseline, compared):

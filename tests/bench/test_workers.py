@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 
 import pytest
+from sweeps import children_of, wait_for_death
 
 from resblock_bench.bench.workers import Job, JobFailed, WorkerDied, run
 
@@ -45,6 +48,24 @@ def test_whoever_stops_asking_ends_the_processes() -> None:
     assert multiprocessing.active_children()
     found.close()
     assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_the_one_that_asked() -> None:
+    script = (
+        "import time; from resblock_bench.bench.workers import Job, run;"
+        "found = run([Job(False, abs, (-1,)), Job(False, time.sleep, (3600,))], 2);"
+        "next(found); print('busy', flush=True); next(found)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"busy\n"
+        family = children_of(process.pid)
+    finally:
+        process.kill()
+        process.communicate(timeout=300)
+    assert family
+    wait_for_death(family)
 
 
 def test_whoever_takes_too_long_is_ended_alone() -> None:
