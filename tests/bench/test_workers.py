@@ -68,6 +68,18 @@ def test_processes_end_with_the_one_that_asked() -> None:
     wait_for_death(family)
 
 
+def test_a_process_whose_asker_is_killed_before_it_is_up_begins_nothing() -> None:
+    """It would find the job in its pipe, and no death to be told of."""
+    script = (
+        "import os, time; from resblock_bench.bench.workers import Job, Worker;"
+        "worker = Worker(interpret=False); worker.begin(Job(False, time.sleep, (3600,)));"
+        "os.kill(os.getpid(), 9)"
+    )
+    # The output ends when all that hold it have ended.
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=300)
+    assert done.returncode == -9
+
+
 def test_whoever_takes_too_long_is_ended_alone() -> None:
     """A kernel whose programs wait for each other never ends where they run one after another."""
     waiting, good = Job(True, time.sleep, (3600,)), Job(True, abs, (-1,))
