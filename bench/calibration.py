@@ -118,6 +118,11 @@ def read_calibration(path: Path) -> Calibration | None:
             f"{path} has a tolerance of {calibration.tolerance.relative:.1%}, and it is "
             f"{FLOOR.relative:.0%} to {MOST:.0%}: {again}"
         )
+    if calibration.tolerance.absolute_ms != FLOOR.absolute_ms:
+        raise InvalidError(
+            f"{path} has an absolute tolerance of {calibration.tolerance.absolute_ms:g} ms, and it "
+            f"is {FLOOR.absolute_ms:g} ms: {again}"
+        )
     return calibration
 
 

@@ -18,7 +18,7 @@ from resblock_bench.bench.calibration import (
 from resblock_bench.bench.compare_report import COLUMNS, explanation, findings, row, summary
 from resblock_bench.bench.comparison import Compared, Comparison
 from resblock_bench.bench.devices import Kind, device_kind
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings import Finding, of_part
 from resblock_bench.bench.machine_store import calibration_file
 from resblock_bench.bench.measure import Task
@@ -176,7 +176,8 @@ def usable_calibration(
     environment: Environment, device: Kind, rule: RoundRule, start: Path
 ) -> tuple[Calibration | None, str | None]:
     """The calibration of a machine, or None and a sentence that says why there is none."""
-    calibration = read_calibration(calibration_file(environment, device, start))
+    path = calibration_file(environment, device, start)
+    calibration = read_calibration(path)
     default = (
         f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run 'resblock-bench "
         f"calibrate --device {device} --threads {environment.threads}'"
@@ -185,6 +186,11 @@ def usable_calibration(
         threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"
         machine = f"{environment.machine}, {threads} on {device},"
         return None, f"{machine} was never calibrated: {default}"
+    if calibration.device != device:
+        raise InvalidError(
+            f"{path} is a calibration of {calibration.device}, not of {device}: run "
+            f"'resblock-bench calibrate --device {device}' again"
+        )
     reason = stale(calibration, environment, rule)
     if reason is not None:
         return None, f"the calibration of {environment.machine} is stale ({reason}): {default}"
@@ -200,14 +206,13 @@ def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome
         raise UsageError(f"{base} and {head} are one and the same: name two")
     before, after = load(base), load(head)
     refuse_different(before, after, other_machine=relative)
-    calibrations, notes = _calibrations([before, after], start)
-    calibration = calibrations[after.environment.machine]
-    tolerance = tolerance_by(calibration)
+    (of_base, of_head), notes = _calibrations([before, after], start)
+    tolerance = tolerance_by(of_head)
     if relative:
-        items = compare_stored.relative(before, after, tolerance, calibrations)
+        items = compare_stored.relative(before, after, tolerance, of_base, of_head)
         title = f"fused / reference of {head} against that of {base}"
     else:
-        items = compare_stored.plain(before, after, tolerance, calibration)
+        items = compare_stored.plain(before, after, tolerance, of_head)
         title = f"{head} against {base}"
     return Outcome(title, items, tolerance, [], notes)
 
@@ -215,8 +220,7 @@ def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome
 def of_variants(folder: Path, start: Path) -> Outcome:
     """Compare fused with reference within one run or baseline."""
     stored = load(folder)
-    calibrations, notes = _calibrations([stored], start)
-    calibration = calibrations[stored.environment.machine]
+    (calibration,), notes = _calibrations([stored], start)
     tolerance = tolerance_by(calibration)
     items = compare_stored.within(stored, tolerance, calibration)
     title = f"fused against reference in {folder}"
@@ -225,14 +229,14 @@ def of_variants(folder: Path, start: Path) -> Outcome:
 
 def _calibrations(
     stored: Sequence[Stored], start: Path
-) -> tuple[dict[str, Calibration | None], list[str]]:
-    """The calibrations of all machines by name, and notes on those that have none."""
-    found: dict[str, Calibration | None] = {}
+) -> tuple[list[Calibration | None], list[str]]:
+    """The calibration of each, and notes on machines that have none."""
+    found: list[Calibration | None] = []
     notes: dict[str, None] = {}
     for item in stored:
         device = device_kind(str(item.contract["device"]))
         calibration, note = usable_calibration(item.environment, device, RoundRule(), start)
-        found[item.environment.machine] = calibration
+        found.append(calibration)
         if note is not None:
             notes[note] = None
     return found, list(notes)

@@ -10,7 +10,7 @@ stands in where the rounds show less; see verdict.unpaired.
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from msgspec.structs import replace
@@ -62,18 +62,16 @@ def relative(
     base: Stored,
     head: Stored,
     tolerance: Tolerance,
-    calibrations: Mapping[str, Calibration | None],
+    of_base: Calibration | None,
+    of_head: Calibration | None,
 ) -> list[Compared]:
-    """How fused / reference changed from base to head.
-
-    calibrations   by the name of the machine
-    """
+    """How fused / reference changed from base to head, each with the calibration of its machine."""
     pairs: list[_Pair] = []
     variants = dict.fromkeys([*_variants(base), *_variants(head)])
     for reference, fused in variants:
         parts = [
-            _pair(fused, run, reference, run, fused, calibrations.get(run.environment.machine))
-            for run in (base, head)
+            _pair(fused, run, reference, run, fused, calibration)
+            for run, calibration in ((base, of_base), (head, of_head))
         ]
         first, second = (part.estimate for part in parts)
         together = None

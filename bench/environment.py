@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from resblock_bench.bench import nvml
+from resblock_bench.bench import git, nvml
 from resblock_bench.bench.records import Environment
 
 _PACKAGES = ("torch", "triton", "numpy", "resblock-bench")
@@ -124,9 +124,7 @@ def source_state(folder: Path) -> tuple[str | None, bool | None]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
-        )
+        done = git.run(folder, *arguments, timeout_s=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

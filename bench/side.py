@@ -1,13 +1,14 @@
 """The process of one side of a comparison: forks a fresh process a round, which takes orders.
 
-    python -m resblock_bench.bench.side FD CPUS ROOT [FOLDER…]
+    python -m resblock_bench.bench.side FD CPUS BEGAN ROOT [FOLDER…]
 
 Which code is measured is decided by what this interpreter imports. It imports all of this suite
 once and touches no device, so that a round begins in milliseconds and yet clean; what other
 packages offer, which may do so, each round imports for itself. Orders come and answers go as JSON
 over the socket FD; what the two print goes where their output goes. Rounds compute on the CPUs
 whose numbers are given with commas, on any if none are. Where folders are named, the code that is
-measured has to come from them: the package that offers it, and all of the repository ROOT.
+measured has to come from them: the package that offers it, and all of the repository ROOT. None of
+it may be newer than the moment BEGAN, in seconds since 1970.
 """
 
 import os
@@ -45,8 +46,6 @@ from resblock_bench.bench.parent import die_with_parent
 from resblock_bench.bench.telemetry import open_probe
 from resblock_bench.bench.timing import ClockError, warm_up
 from resblock_bench.bench.truth_file import read_truth
-
-_BEGAN = time.time()
 
 
 def main() -> None:
@@ -147,10 +146,10 @@ def _prepared(task: Task, truth: Path, device: Device) -> Checked:
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
     checked = checked_workload(task, read_truth(truth), device)
-    root, *folders = sys.argv[3:]
+    began, root, *folders = sys.argv[3:]
     if folders:
         _refuse_strays(packages_of(task.cell.impl), before, root, folders)
-        _refuse_changed(before, folders, _BEGAN)
+        _refuse_changed(before, folders, float(began))
     return checked
 
 

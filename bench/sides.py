@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -96,6 +97,7 @@ class Side:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: Connection | None = None
         self._measuring = False
+        self._began = time.time()
         self.code = ""
         self.fixed_addresses = False
         self._start()
@@ -115,7 +117,7 @@ class Side:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", _SERVER, str(other.fileno())),
-                    *(cpus, self._root, *self._paths),
+                    *(cpus, repr(self._began), self._root, *self._paths),
                 ],
                 env={**os.environ, **_ALIKE, **self._variables, "PYTHONPATH": path},
                 pass_fds=[other.fileno()],

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from resblock_bench.bench import git
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.fingerprint import package_folder
 from resblock_bench.bench.scratch import SUFFIX, scratch_folder
@@ -120,8 +121,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=False
-        )
+        return git.run(folder, *arguments)
     except OSError:
         raise UsageError("--base needs git, which is not installed") from None

@@ -175,6 +175,26 @@ def test_the_worktree_is_gone_afterwards(project):
     assert len(git(project, "worktree", "list").splitlines()) == 1
 
 
+def test_the_commit_under_way_in_a_hook_is_left_alone(tmp_path, monkeypatch):
+    """git names its index to a hook, and would make the worktree's in its place."""
+    root = tmp_path / "repository"
+    (root / "src").mkdir(parents=True)
+    git(root, "init", "--quiet")
+    for text in ("one", "two", "three"):
+        (root / "src" / "file").write_text(text)
+        git(root, "add", "-A")
+        if text != "three":
+            git(root, "commit", "--quiet", "-m", text)
+    staged = git(root, "ls-files", "--stage")
+    monkeypatch.setenv("GIT_DIR", str(root / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(root / ".git" / "index"))
+    assert repository_around(root / "src") == root
+    with checked_out(root, resolve(root, "HEAD~1")) as tree:
+        assert (tree / "src" / "file").read_text() == "one"
+    monkeypatch.undo()
+    assert git(root, "ls-files", "--stage") == staged
+
+
 def test_of_worktrees_that_are_gone_only_those_of_killed_comparisons_are_forgotten(
     project, tmp_path
 ):

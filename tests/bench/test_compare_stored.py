@@ -191,8 +191,8 @@ def test_the_heavier_of_two_problems_counts(environment, calibration, compared, 
     sides = [
         stored(environment, **(lacking | changes if changes else {})) for changes in (base, head)
     ]
-    known = {"here": calibration} if compared is compare_stored.relative else calibration
-    items = compared(*sides, calibration.tolerance, known)
+    known = [calibration] * (2 if compared is compare_stored.relative else 1)
+    items = compared(*sides, calibration.tolerance, *known)
     (item,) = [item for item in items if item.cell == FUSED]
     assert exit_code(compare_report.findings([item], "compare")) == code
 
@@ -210,6 +210,18 @@ def test_relative_sees_the_ratio_and_not_the_machine(baseline, compared):
     assert (words, code) == (["SLOW"], 1)
     words, code, _ = compared(base, baseline("b", {REFERENCE: 5.0, FUSED: 4.5}), relative=True)
     assert (words, code) == (["SAME"], 0)
+
+
+def test_each_run_is_judged_by_its_own_calibration(environment, calibration):
+    """One machine before and after a new driver: what was calibrated holds for one of them."""
+    wide = replace(calibration, cells=[replace(calibration.cells[0], spread=0.2)])
+    runs = [stored(environment, rounds_ms={REFERENCE: [10.0], FUSED: [8.0]}) for _ in range(2)]
+    tolerance = calibration.tolerance
+    errors = []
+    for pair in ((wide, calibration), (calibration, wide), (calibration, calibration)):
+        (item,) = compare_stored.relative(*runs, tolerance, *pair)
+        errors.append(item.verdict.detectable)
+    assert errors[0] == errors[1] > errors[2]
 
 
 def test_fused_against_reference_within_one(baseline, tmp_path):
@@ -330,6 +342,8 @@ def test_a_stale_calibration_is_said_and_not_used(
         (good[:-20], "is damaged"),
         (good.replace(b"2020-01-31T", b"last year "), "is damaged"),
         (good.replace(b'"relative": 0.03', b'"relative": 0.4'), "tolerance of 40.0%, and it is 1%"),
+        (good.replace(b'"absolute_ms": 0.001', b'"absolute_ms": 1000'), "tolerance of 1000 ms"),
+        (good.replace(b'"device": "cpu"', b'"device": "cuda"'), "of cuda, not of cpu"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(InvalidError, match=message):

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 from comparing import FAST, checked, plan_of
 from gate_rates import spinning
+from msgspec.structs import replace
 from rich.console import Console
 
 from resblock_bench.bench import (
@@ -36,7 +38,7 @@ from resblock_bench.bench.rounds import (
     measure_pair,
     take_bursts,
 )
-from resblock_bench.bench.sides import SideError
+from resblock_bench.bench.sides import Side, SideError
 from resblock_bench.bench.stored import read_baseline
 from resblock_bench.bench.testbed import opened
 from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, Verdict
@@ -109,6 +111,25 @@ def test_a_side_that_starts_anew_is_the_same_code(bed, monkeypatch):
     with pytest.raises(RoundError, match="B: its files changed meanwhile") as caught:
         measure_pair(task, bed.truth(task), base, head, FAST, random.Random(0))
     assert (caught.value.status, caught.value.at_base) == ("crashed", False)
+
+
+def test_nor_may_the_code_of_another_repository_change_before_a_new_start(bed, tmp_path):
+    packages = tmp_path / "packages"
+    shutil.copytree(Path(__file__).parents[1] / "faults", packages)
+    task = tasks_of(bed, "fused")[0]
+    task = replace(task, cell=replace(task.cell, impl="printing"))
+    (tmp_path / "side").mkdir()
+    side = Side("head", [packages], tmp_path / "side", limit_s=60.0, root=tmp_path)
+    try:
+        side.wait()
+        side.open(task, bed.truth(task))
+        side.end()
+        (packages / "faulty_blocks.py").touch()
+        side.kill()
+        with pytest.raises(SideError, match=r"faulty_blocks\.py changed meanwhile"):
+            side.open(task, bed.truth(task))
+    finally:
+        side.kill()
 
 
 @pytest.mark.parametrize("number", [0, 1])
