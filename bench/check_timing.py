@@ -20,8 +20,8 @@ def cannot(base: str | None, start: Path) -> str | None:
     if base is not None or baseline_file(start).exists():
         return None
     return (
-        f"no base revision was named and {environment.machine_name()} has no baseline: add "
-        "--base REV, or save one with 'resblock-bench baseline save --timing'"
+        f"no base revision was named and {environment.machine_name()} has no baseline: name one "
+        "with 'check --base REV', or save one with 'resblock-bench baseline save --timing'"
     )
 
 

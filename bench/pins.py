@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from rich.console import Console
 
 from resblock_bench.bench.errors import InvalidError, UsageError
@@ -48,7 +49,7 @@ class PinFile(Record, frozen=True, kw_only=True):
     part: str
     subject: str
     made_with: dict[str, str | None]
-    saves: list[Save]
+    saves: Annotated[list[Save], Meta(min_length=1)]
     entries: dict[str, dict[str, Value]]
 
 
@@ -71,7 +72,9 @@ class Rule:
             return "invalid"
         if pinned == found:
             return None
-        if isinstance(pinned, str) or isinstance(found, str) or pinned is None or not self.better:
+        if pinned is not None and isinstance(pinned, str) != isinstance(found, str):
+            return "invalid"
+        if pinned is None or isinstance(pinned, str) or isinstance(found, str) or not self.better:
             return "changed"
         if max(abs(pinned), abs(found)) <= (1 + self.tolerance) * min(abs(pinned), abs(found)):
             return None

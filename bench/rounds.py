@@ -124,7 +124,10 @@ def take_bursts(
         for side in sides:
             side.abandon()
         at_base = len(sides) > 1 and error.side is sides[0]
-        raise RoundError(error.status, f"{error.side.name}: {error}", at_base=at_base) from None
+        text = f"{error.side.name}: {error}"
+        if at_base and error.status == "wrong":
+            text += " (by the float64 result of the installed reference, the truth for both sides)"
+        raise RoundError(error.status, text, at_base=at_base) from None
     except BaseException:
         for side in sides:
             side.kill()

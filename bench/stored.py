@@ -142,7 +142,10 @@ def _of_run(folder: Path) -> Stored:
         else:
             rounds_ms[row.axes] = [row.median_ms]
     if not contracts:
-        raise InvalidError(f"{folder} holds no row: there is nothing to compare")
+        raise InvalidError(
+            f"{folder} holds no whole row: go on with 'resblock-bench run --resume --output "
+            f"{folder}'"
+        )
     if any(contract != contracts[0] for contract in contracts):
         raise InvalidError(f"{folder} holds rows of several timing contracts: measure it again")
     for cell in expected:

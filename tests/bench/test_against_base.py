@@ -131,6 +131,7 @@ def test_a_wrong_working_tree_is_wrong(outcome, items):
 
 def test_a_wrong_base_leaves_nothing_to_compare(outcome, items):
     assert items[BASE_WRONG].at_base
+    assert "by the float64 result of the installed reference" in items[BASE_WRONG].failed[1]
     assert level_of(outcome, BASE_WRONG)[:2] == ("invalid", 3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def test_seeded_changes(checked: Callable, part: object, level: str, code: int, 
             lambda path: path.write_text(path.read_text().replace('version": 1', 'version": 0')),
             "is of schema 0",
         ),
+        (
+            lambda path: path.write_text(path.read_text().replace('bytes": 100', 'bytes": "100"')),
+            "bytes 100 → 100",
+        ),
+        (lambda path: path.write_text(re.sub(r"\[[^]]*\]", "[]", path.read_text())), "is damaged"),
     ],
 )
 def test_pins_that_cannot_be_relied_on(checked: Callable, spoil: Callable, text: str) -> None:
@@ -92,7 +98,8 @@ def test_pins_that_cannot_be_relied_on(checked: Callable, spoil: Callable, text:
     assert code == 3
     assert [one["level"] for one in findings] == ["invalid"]
     assert text in findings[0]["text"]
-    assert "│memory │        0 │         0 │" in out
+    same = 1 if "→" in text else 0
+    assert f"│memory │        {2 * same} │         {same} │" in out
 
 
 @pytest.mark.parametrize(

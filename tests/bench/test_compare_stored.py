@@ -273,6 +273,9 @@ def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
     assert exit_code(compare.report_of(outcome).findings) == 0
     assert outcome.uncalibrated == []
     assert outcome.tolerance.relative == 0.03
+    (same / "cells.jsonl").write_text((same / "cells.jsonl").read_text()[:500])
+    with pytest.raises(InvalidError, match="holds no whole row: go on with"):
+        compare.load(same)
 
 
 # Calibration
