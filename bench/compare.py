@@ -175,7 +175,10 @@ def of_others(calibration: Calibration | None, tasks: Sequence[Task]) -> list[st
 def usable_calibration(
     environment: Environment, device: Kind, rule: RoundRule, start: Path
 ) -> tuple[Calibration | None, str | None]:
-    """The calibration of a machine, or None and a sentence that says why there is none."""
+    """The calibration of a machine, or None and a sentence that says why there is none.
+
+    Raises InvalidError for a damaged file, and for one of another device.
+    """
     path = calibration_file(environment, device, start)
     calibration = read_calibration(path)
     default = (

@@ -72,8 +72,6 @@ class Rule:
             return "invalid"
         if pinned == found:
             return None
-        if pinned is not None and isinstance(pinned, str) != isinstance(found, str):
-            return "invalid"
         if pinned is None or isinstance(pinned, str) or isinstance(found, str) or not self.better:
             return "changed"
         if max(abs(pinned), abs(found)) <= (1 + self.tolerance) * min(abs(pinned), abs(found)):
@@ -186,13 +184,23 @@ def _changes(
     for name in dict.fromkeys([*found, *pinned]):
         if name not in found:
             changes.append(("invalid", f"{name} is pinned and was not measured"))
-        elif name not in pinned:
+            continue
+        value = found[name]
+        if name not in pinned:
             changes.append(("invalid", f"{name} has no pin"))
+        elif None not in (pinned[name], value) and _is_word(pinned[name]) != _is_word(value):
+            what = "a number" if _is_word(pinned[name]) else "a word"
+            text = f"{name} is pinned as {pinned[name]!r}, which is not {what}: restore it from git"
+            changes.append(("invalid", text))
         else:
-            level = rules[name].judge(pinned[name], found[name])
+            level = rules[name].judge(pinned[name], value)
             if level is not None:
-                changes.append((level, f"{name} {_text(pinned[name])} → {_text(found[name])}"))
+                changes.append((level, f"{name} {_text(pinned[name])} → {_text(value)}"))
     return changes
+
+
+def _is_word(value: Value) -> bool:
+    return isinstance(value, str)
 
 
 def _text(value: Value) -> str:
