@@ -41,6 +41,7 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Plain globals, not ContextVars: torch.compile cannot trace reading the latter.
 _preferred: Backend | None = None
 _preferred_tier: Tier | None = None
+_cpu_is_gpu = False
 
 
 @contextmanager
@@ -64,6 +65,22 @@ def prefer(backend: Backend, tier: Tier | None = None) -> Iterator[None]:
         _preferred, _preferred_tier = before
 
 
+@contextmanager
+def standing_for_gpu() -> Iterator[None]:
+    """Within the block tensors on the CPU count as a GPU's, and kernels are launched on them.
+
+    For a Triton driver that launches nothing, which measures the host's part of a call.
+    """
+    if interpreting():
+        raise RuntimeError("kernels are interpreted here: set TRITON_INTERPRET=0 beforehand.")
+    global _cpu_is_gpu
+    before, _cpu_is_gpu = _cpu_is_gpu, True
+    try:
+        yield
+    finally:
+        _cpu_is_gpu = before
+
+
 def choose_backend(x: Tensor) -> tuple[Backend, str]:
     """Triton or ATen, and why."""
     obstacle = triton_obstacle(x)
@@ -75,7 +92,7 @@ def choose_backend(x: Tensor) -> tuple[Backend, str]:
         if obstacle is not None:
             raise RuntimeError(f"prefer('triton') was asked for, but {obstacle}.")
         return "triton", "asked for with prefer('triton')"
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not _cpu_is_gpu:
         return "aten", "x is on the CPU, where Triton only interprets"
     if obstacle is not None:
         return "aten", obstacle
@@ -88,7 +105,7 @@ def triton_obstacle(x: Tensor) -> str | None:
         return "Triton is not installed"
     if x.dtype not in TRITON_DTYPES:
         return f"the Triton kernels compute in fp32, and x is {str(x.dtype).removeprefix('torch.')}"
-    if x.device.type == "cpu" and not interpreting():
+    if x.device.type == "cpu" and not interpreting() and not _cpu_is_gpu:
         return "x is on the CPU and TRITON_INTERPRET=1 is not set"
     if x.device.type not in ("cpu", "cuda"):
         return f"the Triton kernels run on CUDA devices, and x is on {x.device.type}"

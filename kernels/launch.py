@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resblock_bench.kernels.backward import backward_kernel, parameter_gradients_kernel
 from resblock_bench.kernels.forward import forward_kernel
+from resblock_bench.kernels.launcher import Recorded as Recorded
+from resblock_bench.kernels.launcher import launch_once
+from resblock_bench.kernels.launcher import recording as recording
 from resblock_bench.kernels.residual import residual_kernel
 from resblock_bench.kernels.spec import Gradients, Modulation, Spec, memory_format
 from resblock_bench.kernels.tiers import (
@@ -25,38 +26,6 @@ from resblock_bench.kernels.tiers import (
 GRADIENT_BLOCK = (8, 64)  # samples, channels
 # Of the backward's split phases. Left alone, ptxas spills a few bytes to fit one more block.
 MAX_REGISTERS = 128
-
-
-class Recorded(NamedTuple):
-    """A launch that was not made: kernel[grid](**arguments)."""
-
-    kernel: Any
-    grid: tuple[int]
-    arguments: dict[str, Any]
-
-
-_recorded: list[Recorded] | None = None
-
-
-@contextmanager
-def recording() -> Iterator[list[Recorded]]:
-    """Within the block no kernel runs: the list gets what would have been launched.
-
-    With tensors on the meta device this says how a problem of any size would run.
-    """
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
-
-
-def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
-    if _recorded is None:
-        kernel[(programs,)](**arguments)
-    else:
-        _recorded.append(Recorded(kernel, (programs,), arguments))
 
 
 def forward(
@@ -95,7 +64,7 @@ def rewrite(
     y = torch.empty_like(x, dtype=spec.out_dtype)
     units = N * ceil_div(C, launch.slab)
     common = _common(x, modulation, spec)
-    _launch(
+    launch_once(
         forward_kernel,
         units * launch.parts,
         p_x=x,
@@ -157,7 +126,7 @@ def residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tens
     rows = h.numel() // columns
     block_hw = min(power_of_2(columns), STREAM_ELEMENTS)
     block_r = min(power_of_2(rows), STREAM_ELEMENTS // block_hw)
-    _launch(
+    launch_once(
         residual_kernel,
         ceil_div(rows, block_r) * ceil_div(columns, block_hw),
         p_skip=skip,
@@ -189,13 +158,13 @@ def _run(
     units = N * ceil_div(C, launch.slab)
     absent = _absent(*partial_names, "p_barrier")
     if launch.tier in ("A", "B"):
-        _launch(kernel, units, **common, **absent, **_shape("whole", launch, common, 0, units))
+        launch_once(kernel, units, **common, **absent, **_shape("whole", launch, common, 0, units))
         return
     for name in partial_names:
         absent[name] = torch.empty((N, launch.splits, C), dtype=torch.float32, device=x.device)
     if launch.cooperative:
         absent["p_barrier"] = torch.zeros(launch.units, dtype=torch.int32, device=x.device)
-        _launch(
+        launch_once(
             kernel,
             launch.units * launch.parts,
             **common,
@@ -207,7 +176,7 @@ def _run(
     for first in range(0, units, launch.units):
         end = min(units, first + launch.units)
         for phase in (first_phase, "apply"):
-            _launch(
+            launch_once(
                 kernel,
                 (end - first) * launch.parts,
                 **common,
@@ -225,7 +194,7 @@ def _parameter_gradients(
         for t in modulation
     )
     if any(t is not None for t in gradients):
-        _launch(
+        launch_once(
             parameter_gradients_kernel,
             ceil_div(C, GRADIENT_BLOCK[1]),
             p_s1=s1,

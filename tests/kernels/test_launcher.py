@@ -1,0 +1,39 @@
+"""Repeated launches: the driver gets from them what it gets from kernel[grid](**arguments).
+
+Kernels are compiled for this, and here they are interpreted: a worker process runs the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from resblock_bench.bench.workers import Job, Worker
+from resblock_bench.kernels.dispatch import standing_for_gpu
+
+pytest.importorskip("triton")
+launched = pytest.importorskip("launched")
+
+CHECKS = (
+    "repeated", "values", "alignment", "device_and_stream", "hooks", "debugging", "patched",
+    "changed_source", "autotuned", "threads", "recorded",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    worker = Worker(interpret=False)
+    yield worker
+    worker.kill()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_repeated_launch_is_that_of_kernel_grid(worker: Worker, name: str) -> None:
+    worker.begin(Job(False, getattr(launched, name), ()))
+    worker.answer().get()
+
+
+def test_interpreted_kernels_are_not_launched_on_an_idle_driver() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=0"), standing_for_gpu():
+        pass
