@@ -27,6 +27,7 @@ from resblock_bench.bench.workers import Answer, Job
 
 if TYPE_CHECKING:
     from resblock_bench.bench.axes import Selection
+    from resblock_bench.bench.host_time import HostTime
     from resblock_bench.bench.norm_cost import Direction, KernelCode, Norm, Traffic
     from resblock_bench.bench.predictions import Predicted
     from resblock_bench.bench.records import Cell
@@ -68,28 +69,41 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     predicted: Predicted
 
 
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What `cost` found: of every direction, and the host's time of a call in each dtype."""
+
+    costs: list[Cost]
+    host: list[HostTime]
+
+
 def carry_out(request: Request, console: Console) -> int:
     """Cost everything asked for, show it, and write it as JSON if a path is given.
 
     Raises UsageError without Triton, for an unknown architecture and where the tier cannot hold any
     of the norms.
     """
-    from resblock_bench.bench import cost_table, prediction_table
+    from resblock_bench.bench import cost_table, host_table, prediction_table
 
     _check(request)
     choose = published_weights if request.published else weights_of
     weights = choose(request.selection)
     costs, refused = gather(list(weights), request.archs, request.tier, console)
+    host = host_times(weights)
     if request.json is not None:
-        _write(request.json, costs)
+        _write(request.json, Report(costs=costs, host=host))
     predicted = prediction_table.table(costs)
     if request.published:
         predicted = prediction_table.worst(costs, weights)
     width = min(console.width, cost_table.WIDTH)
-    lines = [*cost_table.notes(costs, refused), *prediction_table.notes(costs, weights)]
+    lines = [
+        *cost_table.notes(costs, refused),
+        *prediction_table.notes(costs, weights),
+        host_table.NOTE,
+    ]
     if not request.published:
         console.print(cost_table.table(costs), width=width)
     console.print(predicted, width=width)
+    console.print(host_table.table(host), width=width)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if request.json is not None:
@@ -309,8 +323,17 @@ def _cost(call: Call, traffic: Traffic, kernels: list[KernelCode]) -> Cost:
     )
 
 
-def _write(path: Path, costs: list[Cost]) -> None:
-    data = msgspec.json.format(msgspec.json.encode(costs), indent=1)
+def host_times(norms: Iterable[Norm]) -> list[HostTime]:
+    """Of a call in each of the norms' dtypes; nothing else of ours runs meanwhile."""
+    from resblock_bench.bench.host_time import measure_host_time
+
+    jobs = [Job(False, measure_host_time, (norm.dtype,)) for norm in norms]
+    with closing(workers.run(jobs, 1)) as found:
+        return [answer.get() for _, answer in found]
+
+
+def _write(path: Path, report: Report) -> None:
+    data = msgspec.json.format(msgspec.json.encode(report), indent=1)
     try:
         path.write_bytes(data + b"\n")
     except OSError as error:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,3 +96,11 @@ def measure_naively(case: Case) -> Errors:
     import naive_kernels
 
     return naive_kernels.measure(case)
+
+
+def host_time() -> Any:
+    """A HostTime of few rounds."""
+    from resblock_bench.bench import host_time
+
+    host_time.ROUNDS = host_time.WARMUP = 5
+    return host_time.measure_host_time("bf16")

@@ -41,7 +41,8 @@ def test_table_and_json(run_cli: Callable, tmp_path: Path) -> None:
     assert "backward, tier A" in done.out
     assert "0 kernels spill registers" in done.out
     assert max(map(len, done.out[: done.out.index("passes: over")].splitlines())) <= 100
-    costs = json.loads(path.read_text())
+    report = json.loads(path.read_text())
+    costs = report["costs"]
     # Two norms, forward, rewritten and backward, on two architectures.
     assert len(costs) == 2 * 3 * 2
     for cost in costs:
@@ -57,6 +58,14 @@ def test_table_and_json(run_cli: Callable, tmp_path: Path) -> None:
         assert all(kernel["code"]["registers"] > 0 for kernel in cost["kernels"])
     hashes = {(c["arch"], c["direction"], c["kernels"][0]["code"]["sass_hash"]) for c in costs}
     assert len(hashes) == len(costs), "another architecture or modulation is other code"
+    # The host's time, once: both norms are bf16.
+    (host,) = report["host"]
+    assert "8×256×8×8 bf16, fused" in done.out and "8×256×8×8 bf16, eager" in done.out
+    for who in ("ours", "eager"):
+        span = host[who]
+        assert 0 < max(span["forward_us"], span["backward_us"]) < span["both_us"]
+    assert (host["eager"]["forward_kernels"], host["eager"]["backward_kernels"]) == (9, 12)
+    assert host["ours"]["forward_kernels"] == 1
 
 
 def test_a_tier_is_costed_where_it_holds(run_cli: Callable) -> None:
