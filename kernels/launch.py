@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels.backward import backward_kernel, parameter_gradients_kernel
+from resblock_bench.kernels.backward import backward_kernel
 from resblock_bench.kernels.forward import forward_kernel
 from resblock_bench.kernels.residual import residual_kernel
 from resblock_bench.kernels.spec import Gradients, Modulation, Spec, memory_format
@@ -21,10 +21,10 @@ from resblock_bench.kernels.tiers import (
     power_of_2,
     warps_for,
 )
+from resblock_bench.kernels.words import words
 
-GRADIENT_BLOCK = (8, 64)  # samples, channels
-# Of the backward's split phases. Left alone, ptxas spills a few bytes to fit one more block.
-MAX_REGISTERS = 128
+# Of partial sums, what a warp folds at once: four to a thread.
+FOLD_ELEMENTS = 128
 
 
 class Recorded(NamedTuple):
@@ -60,24 +60,42 @@ def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
 
 
 def forward(
-    x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec, launch: Launch
+    x: Tensor,
+    modulation: Modulation,
+    seed: Tensor | None,
+    spec: Spec,
+    launch: Launch,
+    *,
+    own_words: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = dropout(act(norm(x + pre_shift)·γ' + β')), and every group's mean and rstd (N, G)."""
-    N = x.shape[0]
+    """y = dropout(act(norm(x + pre_shift)·γ' + β')), and every group's mean and rstd (N, G).
+
+    own_words: as in `words`.
+    """
+    N, C = x.shape[:2]
     y = torch.empty_like(x, dtype=spec.out_dtype)
     mean = torch.empty((N, spec.num_groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    common = {
-        "p_x": x,
-        "p_y": y,
-        "p_mean": mean,
-        "p_rstd": rstd,
-        "p_seed": seed,
-        "eps": spec.eps,
-        **_common(x, modulation, spec),
-    }
-    names = ("p_partial_mean", "p_partial_m2")
-    _run(forward_kernel, "statistics", common, names, x, launch)
+    units = N * ceil_div(C, launch.slab)
+    partial_mean = partial_m2 = counters = None
+    if launch.split:
+        partial_mean, partial_m2 = _group_parts(x, units, launch, spec)
+        counters = words(x.device, 1 + units, own=own_words)
+    _launch(
+        forward_kernel,
+        launch.programs(units),
+        p_x=x,
+        p_y=y,
+        p_mean=mean,
+        p_rstd=rstd,
+        p_seed=seed,
+        p_partial_mean=partial_mean,
+        p_partial_m2=partial_m2,
+        p_words=counters,
+        eps=spec.eps,
+        **_modulation(modulation),
+        **_shape(launch.phase, launch, x, spec),
+    )
     return y, mean, rstd
 
 
@@ -93,20 +111,20 @@ def rewrite(
     """The forward's output once more, from the saved statistics: one read, one write."""
     N, C = x.shape[:2]
     y = torch.empty_like(x, dtype=spec.out_dtype)
-    units = N * ceil_div(C, launch.slab)
-    common = _common(x, modulation, spec)
     _launch(
         forward_kernel,
-        units * launch.parts,
+        N * ceil_div(C, launch.slab) * launch.parts,
         p_x=x,
         p_y=y,
         p_mean=mean,
         p_rstd=rstd,
         p_seed=seed,
+        p_partial_mean=None,
+        p_partial_m2=None,
+        p_words=None,
         eps=spec.eps,
-        **common,
-        **_absent("p_partial_mean", "p_partial_m2", "p_barrier"),
-        **_shape("rewrite", launch, common, 0, units),
+        **_modulation(modulation),
+        **_shape("rewrite", launch, x, spec),
     )
     return y
 
@@ -120,32 +138,69 @@ def backward(
     seed: Tensor | None,
     spec: Spec,
     launch: Launch,
+    *,
+    own_words: bool = False,
 ) -> tuple[Tensor, Gradients]:
-    """dx and the gradients of the five modulation tensors. dy has the layout of x."""
+    """dx and the gradients of the five modulation tensors. dy has the layout of x.
+
+    own_words: as in `words`.
+    """
     N, C = x.shape[:2]
     dx = torch.empty_like(x)
-    s1 = torch.empty((N, C), dtype=torch.float32, device=x.device)
-    s2 = torch.empty_like(s1)
-    db = torch.empty_like(s1) if modulation.pre_shift is not None else None
-    common = {
-        "p_dy": dy,
-        "p_x": x,
-        "p_dx": dx,
-        "p_mean": mean,
-        "p_rstd": rstd,
-        "p_s1": s1,
-        "p_s2": s2,
-        "p_db": db,
-        "p_seed": seed,
-        **_common(x, modulation, spec),
-    }
-    if launch.tier in ("C", "D"):
-        common["maxnreg"] = MAX_REGISTERS
-    names = ["p_partial_s1", "p_partial_s2", "p_partial_s3"]
-    if db is None:
-        common[names.pop()] = None
-    _run(backward_kernel, "sums", common, names, x, launch)
-    return dx, _parameter_gradients(s1, s2, db, modulation)
+    gradients = tuple(
+        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in modulation
+    )
+    slabs = ceil_div(C, launch.slab)
+    units = N * slabs
+
+    def sums(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    s1 = s2 = c1 = c2 = counters = partial_s1 = partial_s2 = partial_s3 = group_s1 = group_s2 = None
+    summed = modulation.weight is not None or modulation.bias is not None
+    if summed:
+        s1, s2 = sums(N, C), sums(N, C)
+    if launch.split:
+        c1, c2 = sums(N, spec.num_groups), sums(N, spec.num_groups)
+        partial_s1, partial_s2 = sums(N, launch.splits, C), sums(N, launch.splits, C)
+        if modulation.pre_shift is not None:
+            partial_s3 = sums(N, launch.splits, C)
+        group_s1, group_s2 = _group_parts(x, units, launch, spec)
+    if launch.split or summed:
+        counters = words(x.device, 1 + slabs + units, own=own_words)
+    dweight, dbias, dscale, dshift, dpre_shift = gradients
+    _launch(
+        backward_kernel,
+        launch.programs(units),
+        p_dy=dy,
+        p_x=x,
+        p_dx=dx,
+        p_mean=mean,
+        p_rstd=rstd,
+        p_c1=c1,
+        p_c2=c2,
+        p_s1=s1,
+        p_s2=s2,
+        p_seed=seed,
+        p_dweight=dweight,
+        p_dbias=dbias,
+        p_dscale=dscale,
+        p_dshift=dshift,
+        p_dpre=dpre_shift,
+        p_partial_s1=partial_s1,
+        p_partial_s2=partial_s2,
+        p_partial_s3=partial_s3,
+        p_group_s1=group_s1,
+        p_group_s2=group_s2,
+        p_words=counters,
+        N=N,
+        BLOCK_SLAB=power_of_2(launch.slab),
+        BLOCK_N=max(1, FOLD_ELEMENTS * launch.num_warps // power_of_2(launch.slab)),
+        **_modulation(modulation),
+        **_shape(launch.phase, launch, x, spec),
+    )
+    return dx, gradients
 
 
 def residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -176,80 +231,14 @@ def residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tens
     return y
 
 
-def _run(
-    kernel: Any,
-    first_phase: str,
-    common: dict[str, Any],
-    partial_names: list[str] | tuple[str, ...],
-    x: Tensor,
-    launch: Launch,
-) -> None:
-    """All launches of one direction, with their partial sums [N, splits, C]."""
-    N, C = x.shape[:2]
-    units = N * ceil_div(C, launch.slab)
-    absent = _absent(*partial_names, "p_barrier")
-    if launch.tier in ("A", "B"):
-        _launch(kernel, units, **common, **absent, **_shape("whole", launch, common, 0, units))
-        return
-    for name in partial_names:
-        absent[name] = torch.empty((N, launch.splits, C), dtype=torch.float32, device=x.device)
-    if launch.cooperative:
-        absent["p_barrier"] = torch.zeros(launch.units, dtype=torch.int32, device=x.device)
-        _launch(
-            kernel,
-            launch.units * launch.parts,
-            **common,
-            **absent,
-            **_shape("cooperative", launch, common, 0, units),
-            launch_cooperative_grid=True,
-        )
-        return
-    for first in range(0, units, launch.units):
-        end = min(units, first + launch.units)
-        for phase in (first_phase, "apply"):
-            _launch(
-                kernel,
-                (end - first) * launch.parts,
-                **common,
-                **absent,
-                **_shape(phase, launch, common, first, end),
-            )
+def _group_parts(x: Tensor, units: int, launch: Launch, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Two places for what every part comes to, for each group of its unit."""
+    groups = launch.slab // (x.shape[1] // spec.num_groups)
+    both = torch.empty((2, units, groups, launch.parts), dtype=torch.float32, device=x.device)
+    return both[0], both[1]
 
 
-def _parameter_gradients(
-    s1: Tensor, s2: Tensor, db: Tensor | None, modulation: Modulation
-) -> Gradients:
-    N, C = s1.shape
-    weight, bias, scale, shift, pre_shift = gradients = tuple(
-        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in modulation
-    )
-    if any(t is not None for t in gradients):
-        _launch(
-            parameter_gradients_kernel,
-            ceil_div(C, GRADIENT_BLOCK[1]),
-            p_s1=s1,
-            p_s2=s2,
-            p_db=db,
-            p_weight=modulation.weight,
-            p_bias=modulation.bias,
-            p_scale=modulation.scale,
-            p_dweight=weight,
-            p_dbias=bias,
-            p_dscale=scale,
-            p_dshift=shift,
-            p_dpre=pre_shift,
-            N=N,
-            C=C,
-            scale_n=_row_stride(modulation.scale),
-            BLOCK_N=GRADIENT_BLOCK[0],
-            BLOCK_C=GRADIENT_BLOCK[1],
-            num_warps=4,
-        )
-    return gradients
-
-
-def _common(x: Tensor, modulation: Modulation, spec: Spec) -> dict[str, Any]:
+def _modulation(modulation: Modulation) -> dict[str, Any]:
     return {
         "p_weight": modulation.weight,
         "p_bias": modulation.bias,
@@ -259,38 +248,33 @@ def _common(x: Tensor, modulation: Modulation, spec: Spec) -> dict[str, Any]:
         "scale_n": _row_stride(modulation.scale),
         "shift_n": _row_stride(modulation.shift),
         "pre_n": _row_stride(modulation.pre_shift),
-        "C": x.shape[1],
-        "HW": x[0, 0].numel(),
-        "CG": x.shape[1] // spec.num_groups,
-        "CHANNELS_LAST": memory_format(x) != torch.contiguous_format,
-        "ACTIVATION": spec.activation,
-        "dropout_p": spec.dropout_p,
     }
 
 
-def _shape(
-    phase: str, launch: Launch, common: dict[str, Any], first: int, end: int
-) -> dict[str, Any]:
+def _shape(phase: str, launch: Launch, x: Tensor, spec: Spec) -> dict[str, Any]:
+    C, HW = x.shape[1], x[0, 0].numel()
+    CG = C // spec.num_groups
+    block_g = power_of_2(launch.slab // CG)
     return {
         "PHASE": phase,
-        "first": first,
-        "end": end,
+        "C": C,
+        "HW": HW,
+        "CG": CG,
         "splits": launch.splits,
-        "chunk": launch.chunk,
+        "tiles": launch.tiles,
+        "lag": launch.lag,
         "SLAB": launch.slab,
-        "BLOCK_SLAB": power_of_2(launch.slab),
         "BLOCK_C": launch.block_c,
         "BLOCK_HW": launch.block_hw,
-        "BLOCK_S": power_of_2(launch.splits),
-        "BLOCK_G": power_of_2(launch.slab // common["CG"]),
-        "RESIDENT": launch.tier == "A",
-        "EVEN": common["HW"] % launch.block_hw == 0,
+        "BLOCK_S": max(1, FOLD_ELEMENTS * launch.num_warps // block_g),
+        "BLOCK_G": block_g,
+        "CHANNELS_LAST": memory_format(x) != torch.contiguous_format,
+        "EVEN": HW % launch.block_hw == 0,
+        "FULL": launch.slab % launch.block_c == 0 and C % launch.slab == 0,
+        "ACTIVATION": spec.activation,
+        "dropout_p": spec.dropout_p,
         "num_warps": launch.num_warps,
     }
-
-
-def _absent(*names: str) -> dict[str, Any]:
-    return dict.fromkeys(names)
 
 
 def _row_stride(rows: Tensor | None) -> int:
