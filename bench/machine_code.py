@@ -91,7 +91,7 @@ _LABEL = re.compile(r"(\S+):\s*")
 _REFERENCE = re.compile(r"`\(([^)]+)\)")
 _OPCODE = re.compile(r"(?:@!?\w+\s+)?([A-Z][\w.]*)")
 _PTX_BRANCH = re.compile(r"(@\S+\s+)?bra(?:\.uni)?\s+(\S+);")
-_PTX_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+_PTX_LOAD = re.compile(r"\bld\.global(?!\.cg)\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 _WIDTH = re.compile(r"[US]?(8|16|64|128|256)")
 # Control never goes on to what follows these.
 _ENDS = re.compile(r"(EXIT|RET)\b.*|BRA\S* `\([^)]+\)")
@@ -573,8 +573,12 @@ def tiles_per_turn(main: list[list[str]], written: list[list[str]]) -> list[int]
 
 
 def loaded_bits(instructions: Iterable[str]) -> int:
-    """What a thread loads from global memory when it executes each once."""
-    return sum(bits * count for bits, count in loads(instructions).items())
+    """What a thread loads from global memory when it executes each once.
+
+    Without loads that go past L1 (ld.global.cg): they fetch what other programs have left.
+    """
+    own = (line for line in instructions if ".STRONG" not in line)
+    return sum(bits * count for bits, count in loads(own).items())
 
 
 def loops(sass: Sass) -> list[range]:

@@ -76,8 +76,8 @@ class Traffic(Record, frozen=True, kw_only=True):
 
     requested: what the programs ask for, second reads included. dram: what of it is expected from
     memory rather than L2, by the tier's rule; small: likewise, of everything that is not an
-    activation (modulation, statistics, partial sums). sector_efficiency: bytes asked for over those
-    of the 32-byte sectors they lie in, of the activations.
+    activation (modulation, statistics, partial sums, counters). sector_efficiency: bytes asked for
+    over those of the 32-byte sectors they lie in, of the activations.
     """
 
     requested: float
@@ -100,7 +100,7 @@ class KernelCode(Record, frozen=True, kw_only=True):
 RULES: dict[Tier, str] = {
     "A": "nothing is read twice",
     "B": "the second read of a unit comes from L2",
-    "C": "the second read of a launch's units comes from L2",
+    "C": "the second read of a part comes from L2",
     "D": "the second read comes from memory",
 }
 
@@ -123,7 +123,7 @@ def count_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
     C = min(norm.channels, _COUNTED_UNITS * launch.slab)
     units = ceil_div(C, launch.slab)
     short, HW = _shortened(launch, norm.positions)
-    short = short._replace(units=min(units, short.units))
+    short = short._replace(lag=min(short.lag, units * short.parts))
     small_norm = msgspec.structs.replace(norm, batch=1, channels=C, positions=HW, groups=C // CG)
     with traffic.counting() as counter:
         _run(small_norm, direction, short, "cpu")
@@ -136,21 +136,15 @@ def count_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
     requested = sum(a.requested_bytes for a in activations)
     sectors = sum(a.sectors for a in activations)
     if launch.tier == "D" and direction != "rewrite":
-        dram = sum(a.distinct_bytes for a in activations)
-        small = sum(
-            _share(a, norm) * a.distinct_bytes for a in reads + writes if a not in activations
-        )
+        dram = requested
     else:
-        dram = sum(
-            counter.distinct_bytes(direction=d, tensors={name})
-            for d, name in {(a.direction, a.tensor) for a in activations}
-        )
-        # What a launch wrote, the next one finds in L2.
-        small = sum(
-            _share(a, norm) * counter.distinct_bytes(direction=a.direction, tensors={a.tensor})
-            for a in {(a.direction, a.tensor): a for a in reads + writes}.values()
-            if a.tensor not in _ACTIVATIONS and not (a.direction == "read" and a.tensor in written)
-        )
+        dram = sum(a.distinct_bytes for a in activations)
+    # What the launch wrote itself, it finds in L2.
+    small = sum(
+        _share(a, norm) * a.distinct_bytes
+        for a in reads + writes
+        if a.tensor not in _ACTIVATIONS and not (a.direction == "read" and a.tensor in written)
+    )
     activation_bytes = element_size * elements
     return Traffic(
         requested=requested / activation_bytes,
@@ -165,7 +159,7 @@ def count_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
 
 def counted_launch(launch: Launch) -> Launch:
     """The launch as far as traffic goes: equal ones are counted alike."""
-    return launch._replace(reason="", units=min(launch.units, _COUNTED_UNITS))
+    return launch._replace(reason="", lag=min(launch.lag, _COUNTED_UNITS * launch.parts))
 
 
 def kernels_of(
@@ -205,14 +199,13 @@ def _share(access: traffic.Access, norm: Norm) -> float:
 
 def _shortened(launch: Launch, HW: int) -> tuple[Launch, int]:
     """A launch over fewer positions: as many programs, of a tile or two each."""
-    tiles = launch.chunk // launch.block_hw
-    if launch.slab * HW <= _COUNTED_ELEMENTS or tiles <= 2:
+    if launch.slab * HW <= _COUNTED_ELEMENTS or launch.tiles <= 2:
         return launch, HW
     # One tile where many programs share a unit: the interpreter takes 20 ms for each.
-    chunk = launch.block_hw * (2 if launch.splits <= 8 else 1)
+    tiles = 2 if launch.splits <= 8 else 1
     last = HW % launch.block_hw or launch.block_hw  # of the last tile, where tiles do not fit
-    positions = launch.splits * chunk - launch.block_hw + last
-    return launch._replace(chunk=chunk), positions
+    positions = (launch.splits * tiles - 1) * launch.block_hw + last
+    return launch._replace(tiles=tiles), positions
 
 
 def _run(norm: Norm, direction: Direction, launch: Launch, device: str) -> None:

@@ -112,6 +112,11 @@ def triton_obstacle(x: Tensor) -> str | None:
     return None
 
 
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels run there asynchronously, in the order of a stream."""
+    return device.type == "cuda" or _cpu_is_gpu
+
+
 def triton_installed() -> bool:
     return _TRITON_INSTALLED
 

@@ -14,7 +14,7 @@ from resblock_bench.kernels.dispatch import choose_backend, launch_for
 from resblock_bench.kernels.op import Convolution, GroupNormSiLUFunction, NormActConvFunction
 from resblock_bench.kernels.resample import Resample
 from resblock_bench.kernels.spec import Modulation, Spec, memory_format
-from resblock_bench.kernels.tiers import Direction
+from resblock_bench.kernels.tiers import Direction, ceil_div
 
 Activation = Literal["silu"] | None
 
@@ -149,10 +149,10 @@ def explain(
     directions: tuple[Direction, ...] = ("forward", "backward")
     for direction in directions if backend == "triton" else ():
         launch = launch_for(direction, x, num_groups)
-        programs = launch.units * launch.parts
+        programs = launch.programs(len(x) * ceil_div(x.shape[1], launch.slab))
         lines.append(
-            f"  {direction + ':':<9} tier {launch.tier}: {launch.reason}; {programs} programs a "
-            f"launch, tile {launch.block_c}×{launch.block_hw}, {launch.num_warps} warps"
+            f"  {direction + ':':<9} tier {launch.tier}: {launch.reason}; {programs} programs, "
+            f"tile {launch.block_c}×{launch.block_hw}, {launch.num_warps} warps"
         )
     return "\n".join(lines)
 

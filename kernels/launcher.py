@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
@@ -30,10 +31,24 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 TRIED = (3, 2) <= TRITON <= (3, 9)
 # Whether a compiled kernel is also given its constexprs, to be ignored.
 TAKES_CONSTEXPRS = TRITON >= (3, 3)
+# A hook is a function or None, from then on a chain of functions.
+CHAINED_HOOKS = TRITON >= (3, 5)
 ALIGNMENT = 16
+PIECE = 4  # fp32 elements to an alignment
 
 if TRITON >= (3, 4):
     from triton import knobs
+
+    # What else the public way asks for in every launch, in the versions that know it.
+    SWITCHES = [
+        (knob, name)
+        for knob, name in (
+            (knobs.runtime, "add_stages_inspection_hook"),
+            (knobs.compilation, "instrumentation_mode"),
+            (knobs.compilation, "fpsan_homomorphic_casts"),
+        )
+        if hasattr(knob, name)
+    ]
 else:
     from triton.compiler import CompiledKernel
 
@@ -94,21 +109,35 @@ class _Compiled(NamedTuple):
 
 
 class Launcher:
-    """kernel[(programs,)](**tensors, **constants), for tensors that come with each call.
+    """kernel[(programs,)](**tensors, **scratch, **constants), for tensors that come with each call.
 
     names       the arguments that are tensors, in the order in which calls pass them
-    constants   all other arguments and options of the launch, absent tensors (None) among them
+    constants   all other arguments and options of the launch
+    scratch     arguments that are fp32 tensors for the time of the launch, with their elements;
+                absent (None) where there are none
 
-    All calls of one launcher pass tensors of the same dtypes, on the current device.
+    All calls of one launcher pass tensors of the same dtypes, on the current device; the first is
+    always there, and each of the others is absent (None) in every call or in none.
     """
 
     def __init__(
-        self, kernel: Any, programs: int, names: Sequence[str], constants: Mapping[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        names: Sequence[str],
+        constants: Mapping[str, Any],
+        scratch: Mapping[str, int] | None = None,
     ) -> None:
         self.kernel = kernel
         self.programs = programs
-        self.names = tuple(names)
-        self.constants = dict(constants)
+        pieces = {name: count for name, count in (scratch or {}).items() if count}
+        absent = [name for name in scratch or {} if name not in pieces]
+        self.names = (*names, *pieces)
+        self.constants = {**constants, **dict.fromkeys(absent)}
+        # Pieces of one allocation, each aligned.
+        self._sizes = [PIECE * -(-count // PIECE) for count in pieces.values()]
+        self._scratch = sum(self._sizes)
+        self._offsets = [4 * sum(self._sizes[:i]) for i in range(len(self._sizes))]
         self._compiled: dict[Any, _Compiled] = {}
         # Another kind, such as an autotuner, chooses anew in every call.
         self._repeats = TRIED and type(kernel) is JITFunction
@@ -119,20 +148,27 @@ class Launcher:
             sources = [*self.names, *(p.name for p in fixed)]
             self._ordered = operator.itemgetter(*(sources.index(p.name) for p in params))
 
-    def __call__(self, *tensors: Tensor) -> None:
-        if _recorded is not None or not (self._repeats and _undisturbed(self.kernel)):
-            launch_once(self.kernel, self.programs, **self._arguments(tensors))
+    def __call__(self, first: Tensor, *others: Tensor | None) -> None:
+        tensors = (first, *others)
+        scratch = None
+        if self._scratch:
+            scratch = torch.empty(self._scratch, dtype=torch.float32, device=first.device)
+        if _recorded is not None or not self._repeats or not _undisturbed(self.kernel):
+            launch_once(self.kernel, self.programs, **self._arguments(tensors, scratch))
             return
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if scratch is not None:
+            start = scratch.data_ptr()
+            addresses += [start + offset for offset in self._offsets]
         aligned: Any = None
-        if functools.reduce(operator.or_, addresses) % ALIGNMENT:
-            aligned = tuple(address % ALIGNMENT == 0 for address in addresses)
+        if functools.reduce(operator.or_, filter(None, addresses), 0) % ALIGNMENT:
+            aligned = tuple([not address or address % ALIGNMENT == 0 for address in addresses])
         active = driver.active
         device = active.get_current_device()
-        key = (device, aligned)
+        key = device, aligned
         compiled = self._compiled.get(key)
         if compiled is None or not compiled.is_of(self.kernel):
-            self._first(tensors, key)
+            self._first(self._arguments(tensors, scratch), key)
             return
         compiled.run(
             self.programs, 1, 1, active.get_current_stream(device),
@@ -141,13 +177,14 @@ class Launcher:
             *self._ordered((*addresses, *self._values)),
         )  # fmt: skip
 
-    def _first(self, tensors: tuple[Tensor, ...], key: Any) -> None:
+    def _first(self, arguments: dict[str, Any], key: Any) -> None:
         """A launch the public way, remembered."""
         kernel = self.kernel
-        compiled = kernel[(self.programs,)](**self._arguments(tensors))
+        compiled = kernel[(self.programs,)](**arguments)
         # A hook of Triton's cache may have refused to compile; AMD's specialisation asks for more.
         if compiled is None or driver.active.get_current_target().backend != "cuda":
             return
+        # Triton has just compared these with what it compiled.
         used = tuple(
             (found, name, found.get(name))
             for (name, _), (_, found) in kernel.used_global_vals.items()
@@ -156,8 +193,21 @@ class Launcher:
             compiled.run, compiled.function, compiled.packed_metadata, kernel.hash, used
         )
 
-    def _arguments(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-        return {**dict(zip(self.names, tensors, strict=True)), **self.constants}
+    def _arguments(
+        self, tensors: tuple[Tensor | None, ...], scratch: Tensor | None
+    ) -> dict[str, Any]:
+        pieces = () if scratch is None else scratch.split_with_sizes(self._sizes)
+        return {**dict(zip(self.names, (*tensors, *pieces), strict=True)), **self.constants}
+
+
+def current_device() -> int:
+    return driver.active.get_current_device()  # type: ignore[no-any-return]
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream on which a launch on the device would run."""
+    index = -1 if device.index is None else device.index
+    return driver.active.get_current_stream(index)  # type: ignore[no-any-return]
 
 
 _RUN = JITFunction.run
@@ -170,17 +220,12 @@ def _undisturbed(kernel: Any) -> bool:
     if TRITON < (3, 4):
         hooked = CompiledKernel.launch_enter_hook or CompiledKernel.launch_exit_hook
         return hooked is None and os.environ.get("TRITON_DEBUG", "0") != "1"
-    runtime, compilation = knobs.runtime, knobs.compilation
-    return not (
-        _hooks(runtime.launch_enter_hook)
-        or _hooks(runtime.launch_exit_hook)
-        or runtime.debug
-        or getattr(runtime, "add_stages_inspection_hook", None)
-        or getattr(compilation, "instrumentation_mode", None)
-        or getattr(compilation, "fpsan_homomorphic_casts", None)
-    )
-
-
-def _hooks(hook: Any) -> Any:
-    """What a hook calls: from 3.5 on it is a chain of functions, before a function or None."""
-    return getattr(hook, "calls", hook)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if CHAINED_HOOKS:
+        enter, leave = enter.calls, leave.calls
+    if enter or leave or knobs.runtime.debug:
+        return False
+    for knob, name in SWITCHES:  # noqa: SIM110 (a generator takes twice as long)
+        if getattr(knob, name):
+            return False
+    return True

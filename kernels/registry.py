@@ -12,6 +12,7 @@ registry, with its autograd, costs several times as much host time as the launch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,13 +91,13 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
 # The implementations. Triton launches on the current device, whatever x's is.
 
 
-def _forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, *call: Any, own_words: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
     x = _dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = launch_for("forward", x, spec.num_groups)
-        return launch.forward(x, modulation, seed, spec, how)
+        return launch.forward(x, modulation, seed, spec, how, own_words=own_words)
 
 
 def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
@@ -108,13 +109,17 @@ def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
         return launch.rewrite(x, mean, rstd, modulation, seed, spec, how)
 
 
-def _backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> tuple[Tensor, ...]:
+def _backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *call: Any, own_words: bool = False
+) -> tuple[Tensor, ...]:
     _check(x)
     x = _dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = launch_for("backward", x, spec.num_groups)
-        dx, gradients = launch.backward(_like(dy, x), x, mean, rstd, modulation, seed, spec, how)
+        dx, gradients = launch.backward(
+            _like(dy, x), x, mean, rstd, modulation, seed, spec, how, own_words=own_words
+        )
     return dx, *(_empty(x) if g is None else g for g in gradients)
 
 
@@ -216,8 +221,12 @@ def _define(name: str, schema: str, implementation: Any, fake: Any) -> None:
     torch.library.register_fake(f"resblock_bench::{name}", fake, lib=_LIBRARY)
 
 
+# Whoever calls the registry may be a compiler that records the launches (`words`).
 _define(
-    "group_norm_silu", f"(Tensor x, {_CALL}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward
+    "group_norm_silu",
+    f"(Tensor x, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    partial(_forward, own_words=True),
+    _fake_forward,
 )
 _define(
     "group_norm_silu_rewrite",
@@ -229,7 +238,7 @@ _define(
     "group_norm_silu_backward",
     f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_CALL}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    partial(_backward, own_words=True),
     _fake_backward,
 )
 _define(

@@ -5,7 +5,7 @@ A tier says how many programs share a group and where the second pass over it is
 
     A   one program holds whole groups in registers: nothing is read twice
     B   one program reads its groups twice, the second time from L2
-    C   several programs share a group; launches take as many groups as stay in L2 together
+    C   several programs share a group; they apply so soon after they sum that L2 still has it
     D   as C, but a group alone is too large for that: the second pass comes from memory
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 Tier = Literal["A", "B", "C", "D"]
@@ -22,18 +23,39 @@ TIERS: dict[str, Tier] = {"A": "A", "B": "B", "C": "C", "D": "D"}
 # Elements of one register-resident tile, padding included: 64 KiB in fp32, 32 registers a thread
 # at 512 threads. The backward keeps two such tiles, so it gets half.
 RESIDENT_ELEMENTS = {"forward": 16384, "backward": 8192}
+# Above this, a unit that is one of few is divided even if one program could hold it.
+RESIDENT_ELEMENTS_OF_FEW = 8192
 # Elements of a tile that is streamed, and those of a thread: one to four 128-bit accesses. The
 # backward's lanes keep two or three sums and two tensors, so a thread gets half as many.
 STREAM_ELEMENTS = 4096
 THREAD_ELEMENTS = {"forward": 16, "backward": 8}
+# In channels-last a thread has eight channels' γ', β' and sums beside them, so fewer warps are
+# resident; of small programs more. (Tile, warps and resident programs a multiprocessor of tiers C
+# and D follow from the registers that the kernels take: `cost` shows them.)
+SPLIT_TILES = {
+    ("forward", False): (4096, 8, 4),
+    ("forward", True): (2048, 4, 6),
+    ("backward", False): (2048, 8, 4),
+    ("backward", True): (1024, 4, 5),
+}
+# Tiles of a divided unit are made smaller, down to this, before multiprocessors idle.
+LEAST_STREAM_ELEMENTS = 1024
 # Those of a thread where the tile is resident: more of them share the thread's prologue.
 RESIDENT_THREAD_ELEMENTS = 32
 # Above this, the groups that are in flight at once no longer share L2.
 TWO_READ_BYTES = 128 * 1024
-# Below this, one multiprocessor reads a unit twice sooner than a second launch begins.
-LAUNCH_BYTES = 32 * 1024
-# A row of a channels-last slab; shorter rows would waste sectors and bursts.
-SLAB_BYTES = 128
+# Up to this, one multiprocessor reads a unit twice sooner than others could help it.
+ALONE_BYTES = 16 * 1024
+ALONE_POSITIONS = 64
+# Programs a multiprocessor that a launch should have, of whole units and at least.
+WHOLE_WAVES = 4
+LEAST_WAVES = 2
+# What a program of a divided unit reads at most: more would share its prologue, but what is to be
+# read twice would have to stay in L2 for longer.
+PART_BYTES = 32 * 1024
+# A row of a channels-last slab, longest first; shorter rows waste sectors and bursts, but L2 holds
+# a unit of them sooner.
+SLAB_BYTES = (128, 64, 32)
 SECTOR_BYTES = 32
 # Channels of a program where a channels-last slab is one large group and is divided.
 ROW_CHANNELS = 128
@@ -41,11 +63,11 @@ ROW_CHANNELS = 128
 L2_SHARE = 0.6
 # Positions that dropout draws at once: no tile has fewer.
 QUAD = 4
-# Partial sums that a program folds at once: [slab, splits], padded.
-PARTIAL_ELEMENTS = 4096
-MAX_SPLITS = 64
-# Positions for which a program stores one partial sum (8 to 12 bytes a channel).
+# Positions for which a program stores one partial sum (8 to 12 bytes a channel) in channels-last:
+# as a rule, where L2 would not hold a unit otherwise, and where multiprocessors would idle.
 MIN_CHUNK = 128
+HELD_CHUNK = 64
+LEAST_CHUNK = 32
 
 
 class Machine(NamedTuple):
@@ -74,24 +96,23 @@ class Choice(NamedTuple):
     """What can be chosen freely, and what `tune` measures.
 
     tile: elements of a streamed tile (B, C, D). warps: of a program. waves: programs a
-    multiprocessor among which a launch divides its units (C, D). cooperative: statistics and apply
-    in one launch (C).
+    multiprocessor that are taken to run at once, and tiles: of a program, at most (C, D).
     """
 
     tier: Tier
     tile: int
     warps: int
-    waves: int = 2
-    cooperative: bool = False
+    waves: int = 4
+    tiles: int = 4
 
 
 class Launch(NamedTuple):
-    """One direction's launches.
+    """One direction's launch.
 
     A unit is a slab of whole groups of one sample. A program works on tiles of `block_c` channels
-    by `block_hw` positions; in tiers A and B it owns a unit, in C and D a part of one: one of
-    `splits` ranges of `chunk` positions, of one of slab/block_c channel blocks. `units` are taken
-    by one launch. cooperative: one launch for all, its programs waiting for each other.
+    by `block_hw` positions. In tiers A and B it owns a unit. In C and D a unit has `parts`, each
+    one of `splits` ranges of `tiles` tiles, of one of slab/block_c channel blocks; a program draws
+    the sums of a part or its output, the output `lag` parts behind.
     """
 
     tier: Tier
@@ -99,16 +120,33 @@ class Launch(NamedTuple):
     block_c: int
     block_hw: int
     splits: int
-    chunk: int
-    units: int
+    tiles: int
+    lag: int
     num_warps: int
-    cooperative: bool
     reason: str
 
     @property
+    def split(self) -> bool:
+        """Whether several programs share a unit."""
+        return self.tier in ("C", "D")
+
+    @property
+    def phase(self) -> str:
+        return "split" if self.split else "resident" if self.tier == "A" else "whole"
+
+    @property
     def parts(self) -> int:
-        """Programs that share a unit."""
+        """Programs that share a unit, in each of both passes over it."""
         return ceil_div(self.slab, self.block_c) * self.splits
+
+    @property
+    def chunk(self) -> int:
+        """Positions of a part, of the last one at most."""
+        return self.tiles * self.block_hw
+
+    def programs(self, units: int) -> int:
+        """Of the launch: one a unit, or one for the sums and one for the output of every part."""
+        return 2 * units * self.parts if self.split else units
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,72 +157,72 @@ def plan_launch(
 
     Raises ValueError where the tier asked for cannot hold the problem.
     """
-    sizes = _Sizes.of(direction, problem, machine)
-    if tier is None:
-        if sizes.padded <= RESIDENT_ELEMENTS[direction]:
-            tier = "A"
-        elif sizes.group_bytes <= TWO_READ_BYTES and (
-            sizes.units >= machine.sms or sizes.unit_bytes <= LAUNCH_BYTES
-        ):
-            tier = "B"
-        else:
-            tier = "C" if sizes.fitting else "D"
-        if tier == "C" and _rule(direction, problem, machine, "C").parts == 1:
-            tier = "B"  # the same program in one launch
-    return _rule(direction, problem, machine, tier)
-
-
-def _rule(direction: Direction, problem: Problem, machine: Machine, tier: Tier) -> Launch:
-    return shape(direction, problem, machine, rule_choice(direction, problem, machine, tier))
+    if tier is not None:
+        return shape(direction, problem, machine, rule_choice(direction, problem, machine, tier))
+    unit = _Unit.of(direction, problem, slab_channels(problem))
+    few = unit.number < LEAST_WAVES * machine.sms
+    limit = RESIDENT_ELEMENTS_OF_FEW if few else RESIDENT_ELEMENTS[direction]
+    if unit.padded <= min(limit, RESIDENT_ELEMENTS[direction]):
+        tier = "A"
+    elif unit.group_bytes <= TWO_READ_BYTES and (
+        unit.number >= WHOLE_WAVES * machine.sms
+        or unit.bytes <= ALONE_BYTES
+        or problem.HW <= ALONE_POSITIONS
+    ):
+        tier = "B"
+    else:
+        choice = rule_choice(direction, problem, machine, "C")
+        tier = "C" if _fitting_slab(direction, problem, machine, choice) else "D"
+    launch = shape(direction, problem, machine, rule_choice(direction, problem, machine, tier))
+    if launch.split and launch.parts == 1:  # nothing is divided
+        return shape(direction, problem, machine, rule_choice(direction, problem, machine, "B"))
+    return launch
 
 
 def rule_choice(direction: Direction, problem: Problem, machine: Machine, tier: Tier) -> Choice:
     """How the rules run a tier."""
     if tier == "A":
-        padded = _Sizes.of(direction, problem, machine).padded
+        padded = _Unit.of(direction, problem, slab_channels(problem)).padded
         return Choice(tier, padded, warps_for(padded, RESIDENT_THREAD_ELEMENTS))
-    per_thread = THREAD_ELEMENTS[direction]
-    tile = STREAM_ELEMENTS * per_thread // 16
-    return Choice(tier, tile, warps_for(tile, per_thread))
+    if tier == "B":
+        tile = STREAM_ELEMENTS * THREAD_ELEMENTS[direction] // 16
+        return Choice(tier, tile, warps_for(tile, THREAD_ELEMENTS[direction]))
+    tile, warps, waves = SPLIT_TILES[direction, problem.channels_last]
+    tile_bytes = tile * problem.element_size * _tensors(direction)
+    return Choice(tier, tile, warps, waves, max(1, PART_BYTES // tile_bytes))
 
 
 def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choice) -> Launch:
     """The launch that a choice comes to. Raises ValueError where it cannot hold the problem."""
-    sizes = _Sizes.of(direction, problem, machine)
-    kib = f"{sizes.group_bytes / 1024:g} KiB a group"
+    slab = slab_channels(problem)
+    unit = _Unit.of(direction, problem, slab)
+    kib = f"{unit.group_bytes / 1024:g} KiB a group"
     if choice.tier == "A":
         limit = RESIDENT_ELEMENTS[direction]
-        if sizes.padded > limit:
+        if unit.padded > limit:
             raise ValueError(
-                f"tier A holds {limit} elements a program, and a unit of {sizes.slab} channels by "
-                f"{problem.HW} positions is padded to {sizes.padded}; take tier B, C or D."
+                f"tier A holds {limit} elements a program, and a unit of {slab} channels by "
+                f"{problem.HW} positions is padded to {unit.padded}; take tier B, C or D."
             )
-        why = f"{kib}, in registers: {sizes.padded} ≤ {limit} elements"
-        return _whole(problem, choice, sizes, why)
+        why = f"{kib}, in registers: {unit.padded} ≤ {limit} elements"
+        return _whole(problem, choice, slab, why)
     if choice.tier == "B":
-        return _whole(problem, choice, sizes, f"{kib}, {sizes.units} programs, second read from L2")
-    if choice.tier == "D":
-        why = f"{kib}, statistics and apply each read from memory"
-        return _split(problem, choice, sizes.units, machine.sms * choice.waves, why)
-    if not sizes.fitting:
-        raise ValueError(
-            f"tier C reads {sizes.unit_bytes} bytes a second time from L2, and {L2_SHARE:.0%} of "
-            f"this GPU's are {int(L2_SHARE * machine.l2_bytes)}; take tier D."
-        )
-    programs = machine.sms * choice.waves
-    if choice.cooperative:
-        blocks = ceil_div(sizes.slab, _split_tile(problem, choice)[0])
-        if blocks > programs:
+        if problem.C * problem.HW >= 2**31:
             raise ValueError(
-                f"a cooperative launch holds {programs} programs at once, and a unit has {blocks}."
+                f"tier B addresses a sample in 32 bits, and {problem.C}·{problem.HW} elements are "
+                "too many; take tier C or D."
             )
-        at_once = min(sizes.units, sizes.fitting, programs // blocks)
-        why = f"{kib}, second read from L2: one cooperative launch, {at_once} units at a time"
-    else:
-        # Launches of equal size, as few as L2 allows.
-        at_once = ceil_div(sizes.units, ceil_div(sizes.units, sizes.fitting))
-        why = f"{kib}, second read from L2: {ceil_div(sizes.units, at_once)} × 2 launches"
-    return _split(problem, choice, at_once, programs, why)
+        return _whole(problem, choice, slab, f"{kib}, {unit.number} programs, second read from L2")
+    if choice.tier == "D":
+        why = f"{kib}, sums and output each read from memory"
+        return _split(direction, problem, machine, choice, slab, why)
+    fitting = _fitting_slab(direction, problem, machine, choice)
+    if fitting is None:
+        raise ValueError(
+            f"tier C reads a unit of at least {unit.group_bytes} bytes a second time from L2, and "
+            f"{L2_SHARE:.0%} of this GPU's are {int(L2_SHARE * machine.l2_bytes)}; take tier D."
+        )
+    return _split(direction, problem, machine, choice, fitting, f"{kib}, second read from L2")
 
 
 def rewrite_launch(problem: Problem, machine: Machine) -> Launch:
@@ -192,104 +230,158 @@ def rewrite_launch(problem: Problem, machine: Machine) -> Launch:
     return plan_launch("forward", problem, machine, "D")
 
 
-class _Sizes(NamedTuple):
-    """Of one direction: channels and number of units, bytes read of each, and how many fit L2.
+class _Unit(NamedTuple):
+    """A slab of one sample: how many there are, elements with both sides rounded up to powers of
+    two, and bytes that one pass reads of it and of a group."""
 
-    padded: elements of a unit with both sides rounded up to powers of two.
-    """
-
-    slab: int
-    units: int
+    number: int
     padded: int
+    bytes: int
     group_bytes: int
-    unit_bytes: int
-    fitting: int
 
     @classmethod
-    def of(cls, direction: Direction, problem: Problem, machine: Machine) -> _Sizes:
-        slab = slab_channels(problem)
-        read = problem.HW * problem.element_size * (1 if direction == "forward" else 2)
+    def of(cls, direction: Direction, problem: Problem, slab: int) -> _Unit:
+        read = problem.HW * problem.element_size * _tensors(direction)
         return cls(
-            slab=slab,
-            units=problem.N * ceil_div(problem.C, slab),
+            number=problem.N * ceil_div(problem.C, slab),
             padded=power_of_2(slab) * padded_positions(problem.HW),
+            bytes=slab * read,
             group_bytes=problem.channels_per_group * read,
-            unit_bytes=slab * read,
-            fitting=int(L2_SHARE * machine.l2_bytes) // (slab * read),
         )
 
 
 def slab_channels(problem: Problem) -> int:
-    """Channels of a unit: one group, or in channels-last as many whole groups as fill a row.
+    """Channels of a unit: one group, or in channels-last as many whole groups as fill a row."""
+    return next(_slabs(problem))
+
+
+def _slabs(problem: Problem) -> Iterator[int]:
+    """Channels that a unit may have, the best first.
 
     A channels-last row is at least 128 bytes and a whole number of 32-byte sectors, so that two
     slabs never share a sector; where C itself is no multiple of a sector that is not to be had.
+    Units that L2 cannot hold get shorter rows: of 64 and 32 bytes, and then of fewer groups, which
+    share sectors with their neighbours.
     """
     CG = problem.channels_per_group
     if not problem.channels_last:
-        return CG
+        yield CG
+        return
     sector = SECTOR_BYTES // problem.element_size
     step = math.lcm(CG, sector) if problem.C % sector == 0 else CG
-    row = SLAB_BYTES // problem.element_size
-    return min(problem.C, step * ceil_div(row, step))
+    for row in SLAB_BYTES:
+        yield min(problem.C, step * ceil_div(row // problem.element_size, step))
+    for groups in range(step // CG, 0, -1):
+        if problem.G % groups == 0:
+            yield groups * CG
 
 
-def _whole(problem: Problem, choice: Choice, sizes: _Sizes, reason: str) -> Launch:
+def _fitting_slab(
+    direction: Direction, problem: Problem, machine: Machine, choice: Choice
+) -> int | None:
+    """The best slab of which L2 holds what is read twice, in small parts, or None."""
+    for slab in _slabs(problem):
+        unit = _Unit.of(direction, problem, slab)
+        elements = slab * HELD_CHUNK if problem.channels_last else choice.tile
+        part_bytes = elements * problem.element_size * _tensors(direction)
+        if _held(unit, machine, choice, min(part_bytes, unit.bytes)):
+            return slab
+    return None
+
+
+def _held(unit: _Unit, machine: Machine, choice: Choice, part_bytes: int) -> bool:
+    """Whether L2 holds all that is read before a part is read again.
+
+    That is a unit, and the parts of those programs that run meanwhile.
+    """
+    read = unit.bytes + choice.waves * machine.sms * part_bytes
+    return min(read, unit.number * unit.bytes) <= L2_SHARE * machine.l2_bytes
+
+
+def _tensors(direction: Direction) -> int:
+    """What a pass reads: x, and in the backward dy."""
+    return 1 if direction == "forward" else 2
+
+
+def _whole(problem: Problem, choice: Choice, slab: int, reason: str) -> Launch:
     """Tiers A and B: one program a unit."""
-    block_c, block_hw = power_of_2(sizes.slab), padded_positions(problem.HW)
+    block_c, block_hw = power_of_2(slab), padded_positions(problem.HW)
     if choice.tier == "B":
         block_hw = min(block_hw, max(QUAD, choice.tile // block_c))
-    return Launch(
-        tier=choice.tier,
-        slab=sizes.slab,
-        block_c=block_c,
-        block_hw=block_hw,
-        splits=1,
-        chunk=problem.HW,
-        units=sizes.units,
-        num_warps=min(choice.warps, warps_for(block_c * block_hw, 8)),
-        cooperative=False,
-        reason=reason,
-    )
-
-
-def _split(problem: Problem, choice: Choice, units: int, programs: int, reason: str) -> Launch:
-    """Tiers C and D: the units of a launch divided among about so many programs, as HW allows."""
-    slab, HW = slab_channels(problem), problem.HW
-    block_c, block_hw = _split_tile(problem, choice)
-    tiles = ceil_div(HW, block_hw)
-    share = programs / (units * ceil_div(slab, block_c))
-    wanted = math.floor(share) if choice.cooperative else math.ceil(share)
-    most = min(MAX_SPLITS, tiles, PARTIAL_ELEMENTS // power_of_2(slab), HW // MIN_CHUNK)
-    chunk = ceil_div(tiles, max(1, min(wanted, most))) * block_hw
     return Launch(
         tier=choice.tier,
         slab=slab,
         block_c=block_c,
         block_hw=block_hw,
-        splits=ceil_div(HW, chunk),
-        chunk=chunk,
-        units=units,
+        splits=1,
+        tiles=ceil_div(problem.HW, block_hw),
+        lag=0,
         num_warps=min(choice.warps, warps_for(block_c * block_hw, 8)),
-        cooperative=choice.cooperative,
         reason=reason,
     )
 
 
-def _split_tile(problem: Problem, choice: Choice) -> tuple[int, int]:
+def _split(
+    direction: Direction,
+    problem: Problem,
+    machine: Machine,
+    choice: Choice,
+    slab: int,
+    reason: str,
+) -> Launch:
+    """Tiers C and D: units in parts of as many tiles as leave enough programs, and fit L2."""
+    unit = _Unit.of(direction, problem, slab)
+    resident = choice.waves * machine.sms
+    enough = LEAST_WAVES * machine.sms
+    tile = choice.tile
+    block_c, block_hw = _split_tile(problem, tile, slab)
+
+    def parts(tiles: int) -> int:
+        return ceil_div(slab, block_c) * ceil_div(problem.HW, block_hw * tiles)
+
+    while unit.number * parts(1) < enough and tile > LEAST_STREAM_ELEMENTS:
+        tile //= 2
+        block_c, block_hw = _split_tile(problem, tile, slab)
+    if problem.channels_last and unit.number * parts(1) < enough:
+        block_hw = min(block_hw, LEAST_CHUNK)
+    # Twice as many parts as run at once, so that programs that end later hold nobody up.
+    tiles = max(1, min(choice.tiles, unit.number * parts(1) // (2 * resident)))
+    if problem.channels_last:
+        least = ceil_div(min(MIN_CHUNK, problem.HW), block_hw)
+        if unit.number * parts(least) >= enough:
+            tiles = max(tiles, least)
+    tile_bytes = min(block_c, slab) * block_hw * problem.element_size * _tensors(direction)
+    while choice.tier == "C" and tiles > 1 and not _held(unit, machine, choice, tiles * tile_bytes):
+        tiles -= 1
+    splits = ceil_div(problem.HW, block_hw * tiles)
+    of_unit = ceil_div(slab, block_c) * splits
+    return Launch(
+        tier=choice.tier,
+        slab=slab,
+        block_c=block_c,
+        block_hw=block_hw,
+        splits=splits,
+        tiles=tiles,
+        # Half of those that run at once sum while the other half applies.
+        lag=min(unit.number * of_unit, of_unit + resident // 2),
+        num_warps=min(choice.warps, warps_for(block_c * block_hw, THREAD_ELEMENTS[direction])),
+        reason=reason,
+    )
+
+
+def _split_tile(problem: Problem, tile: int, slab: int) -> tuple[int, int]:
     """Channels and positions of a tile.
 
     A program of a slab of several groups has all its channels, so that they fold within it. A slab
     of one group is divided further: in NCHW down to one channel a program where a channel fills a
     tile, whose γ' and β' are then scalars.
     """
-    slab = slab_channels(problem)
     if problem.channels_last:
         one_group = slab == problem.channels_per_group
         block_c = min(power_of_2(slab), ROW_CHANNELS) if one_group else power_of_2(slab)
-        return block_c, min(padded_positions(problem.HW), max(QUAD, choice.tile // block_c))
-    block_hw = min(padded_positions(problem.HW), choice.tile)
-    return min(power_of_2(slab), choice.tile // block_hw), block_hw
+        return block_c, min(padded_positions(problem.HW), max(QUAD, tile // block_c))
+    block_hw = min(padded_positions(problem.HW), tile)
+    return min(power_of_2(slab), tile // block_hw), block_hw
 
 
 def padded_positions(HW: int) -> int:

@@ -1,4 +1,4 @@
-"""Pieces that the kernels share: addresses, modulation, activation, dropout, folds, a barrier.
+"""Pieces that the kernels share: addresses, modulation, activation, dropout, folds, tickets.
 
 Tiles are [channels, positions] in fp32. Which of the two directions is contiguous in memory is in
 the strides alone, so one kernel serves both layouts: the stride of 1 is a compile-time constant,
@@ -7,8 +7,13 @@ and Triton lays out the tile's threads along it.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+# The interpreter knows no inline assembly.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
@@ -24,15 +29,54 @@ def strides(C, HW, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(o_i, o_hw, stride_c, stride_hw):
+def tile_offsets(C, HW, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Offsets of a tile from its corner. The corner is an int64 scalar; these fit in int32."""
-    return o_i[:, None] * stride_c + o_hw[None, :] * stride_hw
+    stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
+    return tl.arange(0, BLOCK_C)[:, None] * stride_c + tl.arange(0, BLOCK_HW)[None, :] * stride_hw
 
 
 @triton.jit
-def within(m_c, o_hw, end, EVEN: tl.constexpr):
-    """The mask of a tile; EVEN where no tile reaches past `end`."""
-    return m_c[:, None] if EVEN else m_c[:, None] & (o_hw < end)[None, :]
+def corner_of(i_n, i_c, hw, C, HW, CHANNELS_LAST: tl.constexpr):
+    """Offset of position `hw` of channel i_c of sample i_n, in int64: what a program starts from.
+
+    From there on int32 suffices: a part is small, and a tier of whole units takes only samples
+    that int32 can address.
+    """
+    stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
+    return i_n.to(tl.int64) * C * HW + i_c.to(tl.int64) * stride_c + hw.to(tl.int64) * stride_hw
+
+
+@triton.jit
+def within(m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """The mask of a tile. EVEN: no tile reaches past `end`. FULL: none has channels too many."""
+    if FULL:
+        mask = (o_hw < end)[None, :]
+    elif EVEN:
+        mask = m_c[:, None]
+    else:
+        mask = m_c[:, None] & (o_hw < end)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(
+    p_tile, m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr, EVICTION: tl.constexpr
+):
+    """A tile in fp32, 0 outside. Without a mask where none is needed: it would keep loads apart."""
+    if EVEN and FULL:
+        b_tile = tl.load(p_tile, eviction_policy=EVICTION)
+    else:
+        mask = within(m_c, o_hw, end, EVEN, FULL)
+        b_tile = tl.load(p_tile, mask=mask, other=0.0, eviction_policy=EVICTION)
+    return b_tile.to(tl.float32)
+
+
+@triton.jit
+def store_tile(p_tile, b_tile, m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr):
+    if EVEN and FULL:
+        tl.store(p_tile, b_tile)
+    else:
+        tl.store(p_tile, b_tile, mask=within(m_c, o_hw, end, EVEN, FULL))
 
 
 @triton.jit
@@ -58,12 +102,6 @@ def load_modulation(p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, 
 
 
 @triton.jit
-def load_seed(p_seed):
-    """The seed, or None without dropout. Loaded here, since compilers leave it in the loops."""
-    return p_seed if p_seed is None else tl.load(p_seed)
-
-
-@triton.jit
 def dropout_gain(seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW: tl.constexpr):
     """0 or 1/(1 − p) for every element of the tile whose positions begin at `hw`.
 
@@ -81,9 +119,21 @@ def dropout_gain(seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x):
+    """1/x to one unit in the last place, in one instruction; a division takes five."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
 def sigmoid(z):
     """1/(1 + e⁻ᶻ). By exp2: tl.exp compiles to the same and four instructions for subnormals."""
-    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+    return reciprocal(1.0 + tl.exp2(z * -1.4426950408889634))
 
 
 @triton.jit
@@ -94,7 +144,7 @@ def activate(z):
 
 @triton.jit
 def activation_gradient(z):
-    """dSiLU/dz = σ + zσ(1 − σ)."""
+    """dSiLU/dz = σ(1 + z(1 − σ))."""
     sigma = sigmoid(z)
     return sigma + z * sigma * (1.0 - sigma)
 
@@ -117,51 +167,103 @@ def fold_groups(per_channel, o_i, m_c, CG: tl.constexpr, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def down_channels(per_group, BLOCK_G: tl.constexpr):
-    """What `fold_groups` returns, shaped to broadcast over a tile."""
-    return per_group if BLOCK_G == 1 else per_group[:, None]
+def unit_groups(i_n, i_slab, C, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Where a unit's groups lie in an (N, G) tensor, [BLOCK_G], and which of them there are."""
+    o_k = tl.arange(0, BLOCK_G)
+    o_g = i_slab * (SLAB // CG) + o_k
+    return i_n.to(tl.int64) * (C // CG) + o_g, (o_k < SLAB // CG) & (o_g < C // CG)
 
 
 @triton.jit
-def load_statistics(
-    p_mean, p_rstd, i_n, i_slab, o_c, m_c, C, CG: tl.constexpr, BLOCK_G: tl.constexpr
-):
-    """Mean and rstd of a slab's group, scalars, or of every channel's group."""
-    o_first = i_n.to(tl.int64) * (C // CG)
+def load_groups(p_groups, i_n, i_slab, o_c, m_c, C, CG: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Of an fp32 (N, G) tensor the value of a slab's group, a scalar, or of every channel's group.
+
+    From L2 and never from a multiprocessor's own cache, which other programs do not write to.
+    """
+    p_sample = p_groups + i_n.to(tl.int64) * (C // CG)
     if BLOCK_G == 1:
-        mean = tl.load(p_mean + o_first + i_slab)
-        rstd = tl.load(p_rstd + o_first + i_slab)
+        per_group = tl.load(p_sample + i_slab, cache_modifier=".cg")
     else:
-        mean = tl.load(p_mean + o_first + o_c // CG, mask=m_c, other=0.0)
-        rstd = tl.load(p_rstd + o_first + o_c // CG, mask=m_c, other=0.0)
-    return mean, rstd
+        per_group = tl.load(p_sample + o_c // CG, mask=m_c, other=0.0, cache_modifier=".cg")
+    return per_group
 
 
 @triton.jit
-def load_partials(p_partial, i_n, o_c, m_c, C, splits, BLOCK_S: tl.constexpr):
-    """What the programs of all splits stored for these channels: [channels, splits], fp32."""
-    o_s = tl.arange(0, BLOCK_S)
-    p_first = p_partial + i_n.to(tl.int64) * splits * C
-    m_part = m_c[:, None] & (o_s < splits)[None, :]
-    # From L2 and never from a multiprocessor's own cache, which other programs do not write to.
+def store_group_parts(
+    p_partial, per_group, i_unit, i_part, parts, o_i, m_c, CG: tl.constexpr, SLAB: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """What a part comes to for each group of its unit, into [units, groups of a slab, parts]."""
+    p_part = p_partial + i_unit.to(tl.int64) * (SLAB // CG) * parts + i_part
+    if BLOCK_G == 1:
+        tl.store(p_part, per_group)
+    else:
+        tl.store(p_part + o_i // CG * parts, per_group, mask=m_c & (o_i % CG == 0))
+
+
+@triton.jit
+def load_group_parts(
+    p_partial, i_unit, o_s, parts, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """What `store_group_parts` stored for parts o_s: [BLOCK_G, parts], 0 where there is none."""
+    GROUPS: tl.constexpr = SLAB // CG
+    o_g = tl.arange(0, BLOCK_G)
+    p_unit = p_partial + i_unit.to(tl.int64) * GROUPS * parts
+    mask = (o_g < GROUPS)[:, None] & (o_s < parts)[None, :]
+    # From L2, as in `load_groups`.
     return tl.load(
-        p_first + o_s[None, :] * C + o_c[:, None], mask=m_part, other=0.0, cache_modifier=".cg"
+        p_unit + o_g[:, None] * parts + o_s[None, :], mask=mask, other=0.0, cache_modifier=".cg"
     )
 
 
-@triton.jit
-def wait_for(p_barrier, is_first, programs):
-    """Return once `programs` programs have come here; what they stored before is then visible.
+# One launch with tickets (docs/kernels.md, "Tickets"). `p_words` are int32 and 0 before and after a
+# launch: the ticket counter, a counter for each slab of the backward, a counter for each unit.
 
-    A generation-bit barrier: one program adds 2³¹ − (programs − 1) and the others 1, so that the
-    top bit flips when the last one comes, and the word is ready for the next round as it stands.
-    All the programs must be resident, which is what a cooperative launch makes sure of. (The
-    scheme is that of grid synchronisation in CUDA's cooperative groups.)
+
+@triton.jit
+def draw_ticket(p_words):
+    """The number of this program in the order in which programs start to run."""
+    ticket = tl.atomic_add(p_words, 1, sem="relaxed")
+    if ticket == tl.num_programs(0) - 1:
+        tl.store(p_words, 0)  # Everybody has drawn.
+    return ticket
+
+
+@triton.jit
+def work_of(ticket, lag):
+    """What a ticket is for: whether sums or apply, and the number of the part.
+
+    The first `lag` are sums; then sums and apply, `lag` parts behind, take turns.
     """
+    total = tl.num_programs(0) // 2
+    later = ticket - lag
+    alternating = later < 2 * (total - lag)
+    is_sums = (later < 0) | (alternating & (later % 2 == 0))
+    i_sums = tl.where(later < 0, ticket, lag + later // 2)
+    i_apply = tl.where(alternating, later // 2, later - (total - lag))
+    return is_sums, tl.where(is_sums, i_sums, i_apply)
+
+
+@triton.jit
+def arrive(p_word):
+    """How many programs came here before. The last finds all that the others stored before."""
+    tl.debug_barrier()  # What all threads stored comes before what the first one adds.
+    before = tl.atomic_add(p_word, 1, sem="acq_rel")
     tl.debug_barrier()
-    step = tl.where(is_first, 2147483647 - programs + 2, 1)
-    before = tl.atomic_add(p_barrier, step, sem="acq_rel")
-    now = tl.atomic_add(p_barrier, 0, sem="acq_rel")
-    while (before ^ now) >= 0:
-        now = tl.atomic_add(p_barrier, 0, sem="acq_rel")
+    return before
+
+
+@triton.jit
+def wait_until(p_word, count):
+    """Return once `count` programs came here; what they stored before is then visible."""
+    now = tl.atomic_add(p_word, 0, sem="acquire")
+    while now < count:
+        now = tl.atomic_add(p_word, 0, sem="acquire")
     tl.debug_barrier()
+
+
+@triton.jit
+def leave(p_word, last):
+    """Count on; who counts to `last` resets the word, since nobody looks at it any more."""
+    if tl.atomic_add(p_word, 1, sem="relaxed") == last:
+        tl.store(p_word, 0)

@@ -47,19 +47,17 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tile: Annotated[int, msgspec.Meta(ge=QUAD, le=2**17)]
     warps: Annotated[int, msgspec.Meta(ge=1, le=32)]
     waves: Annotated[int, msgspec.Meta(ge=1, le=32)]
-    cooperative: bool
+    tiles: Annotated[int, msgspec.Meta(ge=1, le=64)]
     time_us: float
     rules_us: float
 
     def __post_init__(self) -> None:
         if power_of_2(self.tile) != self.tile or power_of_2(self.warps) != self.warps:
             raise ValueError("tile and warps must be powers of two")
-        if self.cooperative and self.tier != "C":
-            raise ValueError("only tier C can be cooperative")
 
     @property
     def choice(self) -> Choice:
-        return Choice(self.tier, self.tile, self.warps, self.waves, self.cooperative)
+        return Choice(self.tier, self.tile, self.warps, self.waves, self.tiles)
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

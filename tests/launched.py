@@ -25,11 +25,14 @@ N = 1024
 
 
 @triton.jit(do_not_specialize=["free"])
-def kernel(p_x, p_w, p_y, n, free, factor, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def kernel(p_s, p_x, p_w, p_t, p_y, p_u, n, free, factor, BLOCK: tl.constexpr, ADD: tl.constexpr):
     o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(p_x + o_i, o_i < n, 0.0).to(tl.float32) * factor * GAIN
     if p_w is not None:
         x *= tl.load(p_w + o_i, o_i < n, 0.0)
+    if p_s is not None:
+        tl.store(p_s + o_i, x, o_i < 1)
+        tl.store(p_t + o_i, x, o_i < 1)
     tl.store(p_y + o_i, (x + free if ADD else x).to(p_y.dtype.element_ty), o_i < n)
 
 
@@ -43,12 +46,12 @@ def tensors(offset: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]
     return [torch.zeros(N + offset, dtype=dtype)[offset:], torch.zeros(N), torch.zeros(N)]
 
 
-def prepared(**changes: Any) -> Launcher:
-    names = ("p_x", "p_w", "p_y") if "p_w" not in changes else ("p_x", "p_y")
-    return Launcher(kernel, 4, names, {**CONSTANTS, **changes})
+def prepared(scratch: dict[str, int] | None = None, **changes: Any) -> Launcher:
+    scratch = scratch or dict.fromkeys(("p_s", "p_t", "p_u"), 0)
+    return Launcher(kernel, 4, ("p_x", "p_w", "p_y"), {**CONSTANTS, **changes}, scratch)
 
 
-def publicly(idle: IdleDriver, launch: Launcher, *given: Tensor) -> Received:
+def publicly(idle: IdleDriver, launch: Launcher, *given: Tensor | None) -> Received:
     """What the driver gets from kernel[grid](…)."""
     launch.kernel[(launch.programs,)](
         **dict(zip(launch.names, given, strict=True)), **launch.constants
@@ -56,7 +59,7 @@ def publicly(idle: IdleDriver, launch: Launcher, *given: Tensor) -> Received:
     return idle.received.pop()
 
 
-def calls(idle: IdleDriver, launch: Launcher, *given: Tensor) -> tuple[bool, Received]:
+def calls(idle: IdleDriver, launch: Launcher, *given: Tensor | None) -> tuple[bool, Received]:
     """Whether a call of the launcher was repeated, and what the driver got from it."""
     launch(*given)
     (got,) = idle.received
@@ -70,7 +73,7 @@ def plain(got: Received) -> Received:
     return got._replace(arguments=tuple(values))
 
 
-def check(idle: IdleDriver, launch: Launcher, *given: Tensor) -> bool:
+def check(idle: IdleDriver, launch: Launcher, *given: Tensor | None) -> bool:
     """Whether a call was repeated; the driver must get what it gets from kernel[grid](…)."""
     repeated, got = calls(idle, launch, *given)
     expected = plain(publicly(idle, launch, *given))
@@ -81,7 +84,7 @@ def check(idle: IdleDriver, launch: Launcher, *given: Tensor) -> bool:
 
 
 @contextmanager
-def idle_with(launch: Launcher, *given: Tensor) -> Iterator[IdleDriver]:
+def idle_with(launch: Launcher, *given: Tensor | None) -> Iterator[IdleDriver]:
     """The driver after a first call, with a second one repeated."""
     with idle_driver(keep=True) as idle:
         assert not check(idle, launch, *given)
@@ -100,7 +103,6 @@ def repeated() -> None:
 def values() -> None:
     """Whatever the values of the other arguments: each is compiled in, or passed."""
     for changes in (
-        {"p_w": None},
         {"n": 1},
         {"n": N - 1},
         {"n": 2**40},
@@ -111,9 +113,11 @@ def values() -> None:
         {"num_warps": 4},
     ):
         launch = prepared(**changes)
-        given = tensors()
-        with idle_with(launch, *(given[::2] if "p_w" in changes else given)):
+        with idle_with(launch, *tensors()):
             pass
+    x, _, y = tensors()
+    with idle_with(prepared(), x, None, y):
+        pass
 
 
 def alignment() -> None:
@@ -130,6 +134,34 @@ def alignment() -> None:
         shifted_y = [*aligned[:2], shifted[0]]
         assert not check(idle, launch, *shifted_y)
         assert check(idle, launch, *shifted_y)
+
+
+def scratch() -> None:
+    """Pieces of one allocation, each aligned, none where there is nothing to keep."""
+    launch, given = prepared({"p_s": 5, "p_t": 6, "p_u": 0}), tensors()
+    names = kernel.arg_names
+    with idle_driver(keep=True) as idle:
+        seen = []
+        for _ in range(3):
+            repeated, got = calls(idle, launch, *given)
+            seen.append(repeated)
+            values = dict(zip(names, plain(got).arguments, strict=False))
+            assert values["p_s"] % 16 == 0 and values["p_t"] == values["p_s"] + 4 * 8
+            assert values["p_u"] is None
+            assert [values[name] for name in launch.names[:3]] == [t.data_ptr() for t in given]
+        assert seen == [False, True, True]
+        expected = publicly(idle, launch, *given, torch.zeros(8), torch.zeros(8))
+        assert got.function == expected.function
+        others = [i for i, name in enumerate(names) if name not in ("p_s", "p_t")]
+        if launcher.TAKES_CONSTEXPRS:
+            assert [plain(got).arguments[i] for i in others] == [
+                plain(expected).arguments[i] for i in others
+            ]
+    with launcher.recording() as launches:
+        launch(*given)
+        (arguments,) = (recorded.arguments for recorded in launches)
+        assert [arguments[name].numel() for name in ("p_s", "p_t")] == [8, 8]
+        assert arguments["p_t"].dtype == torch.float32 and arguments["p_u"] is None
 
 
 def device_and_stream() -> None:
@@ -262,7 +294,8 @@ def changed_source() -> None:
 def autotuned() -> None:
     """A wrapper that chooses anew is asked anew."""
     chooses = triton.heuristics({"ADD": lambda arguments: arguments["p_x"].data_ptr() > 0})(kernel)
-    constants = {name: value for name, value in CONSTANTS.items() if name != "ADD"}
+    constants = {**CONSTANTS, **dict.fromkeys(("p_s", "p_t", "p_u"))}
+    del constants["ADD"]
     launch, given = Launcher(chooses, 4, ("p_x", "p_w", "p_y"), constants), tensors()
     with idle_driver(keep=True) as idle:
         for _ in range(3):
@@ -293,4 +326,6 @@ def recorded() -> None:
         assert not idle.received
         ((of, grid, arguments),) = launches
         assert of is kernel and grid == (4,)
-        assert arguments == {"p_x": given[0], "p_w": given[1], "p_y": given[2], **CONSTANTS}
+        absent = dict.fromkeys(("p_s", "p_t", "p_u"))
+        tensors_by_name = {"p_x": given[0], "p_w": given[1], "p_y": given[2]}
+        assert arguments == {**tensors_by_name, **absent, **CONSTANTS}

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 launched = pytest.importorskip("launched")
 
 CHECKS = (
-    "repeated", "values", "alignment", "device_and_stream", "hooks", "debugging", "patched",
-    "changed_source", "autotuned", "threads", "recorded",
+    "repeated", "values", "alignment", "scratch", "device_and_stream", "hooks", "debugging",
+    "patched", "changed_source", "autotuned", "threads", "recorded",
 )  # fmt: skip
 
 

@@ -65,9 +65,9 @@ def test_many_samples_in_aten(samples: int) -> None:
 def test_many_samples_in_triton() -> None:
     """More than one block of the sum over samples, the last one partial."""
     pytest.importorskip("triton")
-    from resblock_bench.kernels.launch import GRADIENT_BLOCK
+    from resblock_bench.kernels.launch import FOLD_ELEMENTS
 
-    samples = 2 * GRADIENT_BLOCK[0] + 3
+    samples = FOLD_ELEMENTS // 2 * 2 + 3  # a unit has 2 channels, and a program a warp
     with dispatch.prefer("triton"):
         check(run_operator, problem(samples, 2, 3, groups=1))
 
@@ -247,13 +247,14 @@ def test_scale_is_added_to_one_in_full_precision(run: Runner) -> None:
 
 @pytest.fixture
 def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles so small that every program loops, and a GPU so small that C takes units one by one."""
+    """Tiles so small that every program loops, and a GPU so small that sums soon alternate with
+    output."""
     pytest.importorskip("triton")
     monkeypatch.setattr(tiers, "STREAM_ELEMENTS", 64)
-    monkeypatch.setattr(tiers, "MIN_CHUNK", 32)
-    # Room for x and dy of four channels.
-    machine = tiers.Machine(sms=8, l2_bytes=int(1.05 * 2 * 4 * 9 * 17 * 4 / tiers.L2_SHARE))
-    monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", machine)
+    monkeypatch.setattr(tiers, "SPLIT_TILES", dict.fromkeys(tiers.SPLIT_TILES, (32, 1, 2)))
+    monkeypatch.setattr(tiers, "PART_BYTES", 512)
+    monkeypatch.setattr(tiers, "MIN_CHUNK", 16)
+    monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", tiers.Machine(sms=1, l2_bytes=2**20))
     for cached in (dispatch._machine, tiers.plan_launch):
         cached.cache_clear()
     yield
@@ -268,12 +269,12 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_several_tiles_to_a_program(crowded: None, tier: tiers.Tier, channels_last: bool) -> None:
     p = problem(3, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last, mean=1e4)
     with dispatch.prefer("triton", tier):
-        launch = dispatch.launch_for("forward", p.x, 2)
-        assert launch.block_hw < 9 * 17
-        if tier != "B":
-            assert launch.splits > 1
-        if tier == "C":
-            assert launch.units < 3 * 4 // launch.slab
+        for direction in ("forward", "backward"):
+            launch = dispatch.launch_for(direction, p.x, 2)
+            assert launch.block_hw < 9 * 17
+            if tier != "B":
+                assert launch.splits > 1 and launch.tiles > 1
+                assert launch.parts < launch.lag < 3 * 4 // launch.slab * launch.parts
         check(run_operator, p)
         torch.manual_seed(0)
         dropped = run_operator(p, dropout_p=0.5) != 0

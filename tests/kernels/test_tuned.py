@@ -22,8 +22,8 @@ ENTRY = {
     "tier": "D",
     "tile": 64,
     "warps": 1,
-    "waves": 8,
-    "cooperative": False,
+    "waves": 1,
+    "tiles": 2,
     "time_us": 4.0,
     "rules_us": 5.0,
 }
@@ -58,7 +58,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 def test_a_measured_bucket_takes_its_choice(write: Write) -> None:
     write()
     launch = tuned.launch_for("forward", CALL, MACHINE, "sm_00")
-    wanted = shape("forward", CALL, MACHINE, Choice("D", 64, 1, 8))
+    wanted = shape("forward", CALL, MACHINE, Choice("D", 64, 1, 1, 2))
     assert launch is not None and launch.tier == "D" and launch.splits == 2
     assert launch == wanted._replace(reason=f"measured on sm_00: {wanted.reason}")
 
@@ -123,7 +123,8 @@ def test_a_table_is_read_once_until_it_is_forgotten(write: Write) -> None:
         ({"warps": 64}, "`int` <= 32"),
         ({"waves": 0}, "`int` >= 1"),
         ({"tier": "E"}, "Invalid enum value 'E'"),
-        ({"cooperative": True}, "only tier C"),  # nothing would bound the programs that wait
+        ({"tiles": 0}, "`int` >= 1"),
+        ({"cooperative": True}, "unknown field `cooperative`"),
         ({"note": "fast"}, "unknown field `note`"),
         ({"bucket": ["forward", "nchw", 4, 2, 256]}, "length 6"),
         ({"time_us": None}, "Expected `float`"),
