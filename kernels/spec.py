@@ -14,6 +14,11 @@ SECOND_DERIVATIVE = (
     "asked for. Use resblock_bench.reference for that part of the model."
 )
 
+FORWARD_MODE = (
+    "group_norm_silu and the fused blocks have no forward-mode derivative (jvp, jacfwd, hessian). "
+    "Use torch.func.vjp or jacrev, or resblock_bench.reference for that part of the model."
+)
+
 
 class Spec(NamedTuple):
     """The constants of one call.
