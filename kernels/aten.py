@@ -112,20 +112,21 @@ def _modulated(x_hat: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tens
     if memory_format(x_hat) != torch.contiguous_format:
         # Over contiguous channels PyTorch vectorizes the broadcast product; over positions not.
         return torch.addcmul(spread(offset, x_hat), x_hat, spread(gain, x_hat), out=out)
-    # Batch norm's inference form at mean 0, variance 1 and eps 0.
-    zeros, ones, unused = torch.zeros_like(gain), torch.ones_like(gain), gain.new_empty(0)
+    # Batch norm's inference form, x̂·γ' + β' at mean 0, variance 0 and eps 1.
+    per_channel, zeros = (1, gain.numel(), -1), gain.new_zeros(gain.numel())
+    unused = zeros[:0]
     aten.native_batch_norm.out(
-        x_hat.view(1, gain.numel(), -1),
+        x_hat.view(per_channel),
         gain.view(-1),
         offset.view(-1),
-        zeros.view(-1),
-        ones.view(-1),
+        zeros,
+        zeros,
         False,
         0.0,
-        0.0,
-        out=out.view(1, gain.numel(), -1),
+        1.0,
+        out=out.view(per_channel),
         save_mean=unused,
-        save_invstd=torch.empty_like(unused),
+        save_invstd=unused,
     )
     return out
 
