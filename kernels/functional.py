@@ -10,11 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from resblock_bench.kernels import transforms
 from resblock_bench.kernels.dispatch import choose_backend, launch_for
-from resblock_bench.kernels.op import Convolution, GroupNormSiLUFunction, NormActConvFunction
+from resblock_bench.kernels.op import (
+    Convolution,
+    GroupNormSiLUFunction,
+    NormActConvFunction,
+    convolve,
+)
 from resblock_bench.kernels.resample import Resample
-from resblock_bench.kernels.spec import Modulation, Spec, memory_format
+from resblock_bench.kernels.spec import Modulation, Spec, dense, memory_format
 from resblock_bench.kernels.tiers import Direction, ceil_div
+from resblock_bench.reference.checkpoint import under_transforms
 
 Activation = Literal["silu"] | None
 
@@ -65,11 +72,8 @@ def group_norm_silu(
     Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
     """
     modulation = Modulation(weight, bias, scale, shift, pre_shift)
-    x, modulation, seed, spec = _prepare(
-        x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype
-    )
-    y: Tensor = GroupNormSiLUFunction.apply(x, *modulation, seed, spec)
-    return y
+    seed, spec = _prepare(x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype)
+    return _normalise(x, modulation, seed, spec)
 
 
 def norm_act_conv(
@@ -113,13 +117,15 @@ def norm_act_conv(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     modulation = Modulation(weight, bias, scale, shift, pre_shift)
-    x, modulation, seed, spec = _prepare(
-        x, num_groups, modulation, eps, activation, dropout_p, training, dtype
-    )
+    seed, spec = _prepare(x, num_groups, modulation, eps, activation, dropout_p, training, dtype)
     constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
+    kernel = conv.weight.to(dtype)
     kernel_bias = conv.bias.to(dtype) if conv_bias and conv.bias is not None else None
+    if under_transforms():
+        y = transforms.group_norm_silu(x, modulation, seed, spec)
+        return convolve(Resample(resample).forward(y), kernel, kernel_bias, constants)
     out: Tensor = NormActConvFunction.apply(
-        x, *modulation, conv.weight.to(dtype), kernel_bias, seed, spec, constants,
+        dense(x), *modulation.dense(), kernel, kernel_bias, seed, spec, constants,
         Resample(resample),
     )  # fmt: skip
     return out
@@ -157,6 +163,13 @@ def explain(
     return "\n".join(lines)
 
 
+def _normalise(x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec) -> Tensor:
+    if under_transforms():
+        return transforms.group_norm_silu(x, modulation, seed, spec)
+    y: Tensor = GroupNormSiLUFunction.apply(dense(x), *modulation.dense(), seed, spec)
+    return y
+
+
 def _prepare(
     x: Tensor,
     num_groups: int,
@@ -166,7 +179,7 @@ def _prepare(
     dropout_p: float,
     training: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Modulation, Tensor | None, Spec]:
+) -> tuple[Tensor | None, Spec]:
     _check(x, num_groups, modulation, dropout_p, activation)
     dropout_p = dropout_p if training else 0.0
     seed = None
@@ -174,8 +187,7 @@ def _prepare(
         # On x's device, so that drawing it neither waits for the device nor breaks graph capture,
         # and checkpoints that restore the generator draw the same one again.
         seed = torch.randint(2**63 - 1, (), device=x.device)
-    spec = Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
-    return x.contiguous(memory_format=memory_format(x)), modulation.dense(), seed, spec
+    return seed, Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
 
 
 def _check(
