@@ -50,7 +50,7 @@ RULES = {
     "sass_hash": Rule(None),
     "warps": Rule(None),
     "programs": Rule(None),
-    "launches": Rule(None),
+    "launches": Rule("lower"),
     "requested": Rule("lower", _ROUNDING),
     "dram": Rule("lower", _ROUNDING),
     "small": Rule("lower", _ROUNDING),
@@ -66,7 +66,8 @@ load_bits, store_bits   the mean width of a thread's accesses to global memory i
 instructions            of a thread in the main loops, an element
 sass_hash               the same where the instructions are
 warps, programs         of a program, and of a launch
-launches                of the kernel in one call
+launches                of the kernel in one call; of every kernel together they are what the
+                        host has to start, and one kernel more is an entry without a pin
 requested, dram, small  passes over the activation, as in norm_cost.Traffic; of another package's
                         case bytes an element (kernel_cases.CaseTraffic)
 sector_efficiency       bytes asked for over those of the sectors they lie in

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resblock_bench.kernels import transforms
-from resblock_bench.kernels.dispatch import choose_backend, launch_for
+from resblock_bench.kernels.dispatch import choose_backend, launch_for, triton_installed
 from resblock_bench.kernels.op import (
     Convolution,
     GroupNormSiLUFunction,
@@ -22,6 +22,10 @@ from resblock_bench.kernels.resample import Resample
 from resblock_bench.kernels.spec import Modulation, Spec, dense, memory_format
 from resblock_bench.kernels.tiers import Direction, ceil_div
 from resblock_bench.reference.checkpoint import under_transforms
+
+_HAS_TRITON = triton_installed()
+if _HAS_TRITON:
+    from resblock_bench.kernels import direct
 
 Activation = Literal["silu"] | None
 
@@ -71,8 +75,17 @@ def group_norm_silu(
     Source: Wu and He, Group Normalization (arXiv:1803.08494); Nichol and Dhariwal, Improved
     Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
     """
-    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    rows = (weight, bias, scale, shift, pre_shift)
+    if _HAS_TRITON and isinstance(x, Tensor) and type(training) is bool:
+        p = dropout_p if training else 0.0
+        constants = (num_groups, eps, activation, p, x.dtype)
+        call = direct.find(x, rows, constants)
+        if call is not None:
+            return direct.run(call, x, rows, _seed(x, p) if p else None)
+    modulation = Modulation(*rows)
     seed, spec = _prepare(x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype)
+    if _HAS_TRITON:
+        direct.remember(x, modulation, spec, activation)
     return _normalise(x, modulation, seed, spec)
 
 
@@ -182,12 +195,17 @@ def _prepare(
 ) -> tuple[Tensor | None, Spec]:
     _check(x, num_groups, modulation, dropout_p, activation)
     dropout_p = dropout_p if training else 0.0
-    seed = None
-    if dropout_p > 0:
-        # On x's device, so that drawing it neither waits for the device nor breaks graph capture,
-        # and checkpoints that restore the generator draw the same one again.
-        seed = torch.randint(2**63 - 1, (), device=x.device)
-    return seed, Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
+    spec = Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
+    return _seed(x, dropout_p), spec
+
+
+def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Of dropout, if there is any."""
+    if not dropout_p > 0:
+        return None
+    # On x's device, so that drawing it neither waits for the device nor breaks graph capture,
+    # and checkpoints that restore the generator draw the same one again.
+    return torch.randint(2**63 - 1, (), device=x.device)
 
 
 def _check(

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels import launch
-from resblock_bench.kernels.dispatch import launch_for, rewrite_launch_for, triton_obstacle
+from resblock_bench.kernels import calls
+from resblock_bench.kernels.calls import plain
+from resblock_bench.kernels.dispatch import triton_obstacle
 from resblock_bench.kernels.spec import SECOND_DERIVATIVE, Modulation, Spec, dense, memory_format
 
 _CALL = (
@@ -31,7 +32,7 @@ _LIBRARY = torch.library.Library("resblock_bench", "FRAGMENT")
 
 def forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean, rstd."""
-    if _plain(x):
+    if plain(x):
         return _forward(x, *call)
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.resblock_bench.group_norm_silu(x, *call)
     return out
@@ -39,7 +40,7 @@ def forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
     """y once more."""
-    if _plain(x):
+    if plain(x):
         return _rewrite(x, mean, rstd, *call)
     y: Tensor = torch.ops.resblock_bench.group_norm_silu_rewrite(x, mean, rstd, *call)
     return y
@@ -47,7 +48,7 @@ def rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
 
 def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> tuple[Tensor, ...]:
     """dx and five gradients, empty where their tensor is absent. dy has the layout of x."""
-    if _plain(x):
+    if plain(x):
         return _backward(dy, x, mean, rstd, *call)
     out: tuple[Tensor, ...] = torch.ops.resblock_bench.group_norm_silu_backward(
         dy, x, mean, rstd, *call
@@ -57,20 +58,11 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> t
 
 def residual_add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(skip + h + bias)·scale. skip has the layout of h."""
-    if _plain(h):
+    if plain(h):
         added: Tensor = _ResidualAdd.apply(skip, h, bias, scale)
         return added
     y: Tensor = torch.ops.resblock_bench.residual_add(skip, h, bias, scale)
     return y
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether nobody is looking: no compiler, no tensor subclass, no dispatch mode."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def _split(call: tuple[Any, ...]) -> tuple[Modulation, Tensor | None, Spec]:
@@ -92,8 +84,9 @@ def _forward(x: Tensor, *call: Any, own_words: bool = False) -> tuple[Tensor, Te
     x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
-        how = launch_for("forward", x, spec.num_groups)
-        return launch.forward(x, modulation, seed, spec, how, own_words=own_words)
+        kind = calls.of(x, modulation, spec)
+        forward = kind.forward or kind.prepare_forward(x, modulation)
+        return forward(x, modulation, seed, own_words=own_words)
 
 
 def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
@@ -101,8 +94,9 @@ def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
     x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
-        how = rewrite_launch_for(x, spec.num_groups)
-        return launch.rewrite(x, mean, rstd, modulation, seed, spec, how)
+        kind = calls.of(x, modulation, spec)
+        rewrite = kind.rewrite or kind.prepare_rewrite(x, modulation)
+        return rewrite(x, mean, rstd, modulation, seed)
 
 
 def _backward(
@@ -112,10 +106,9 @@ def _backward(
     x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
-        how = launch_for("backward", x, spec.num_groups)
-        dx, gradients = launch.backward(
-            _like(dy, x), x, mean, rstd, modulation, seed, spec, how, own_words=own_words
-        )
+        kind = calls.of(x, modulation, spec)
+        backward = kind.backward or kind.prepare_backward(x, modulation)
+        dx, gradients = backward(_like(dy, x), x, mean, rstd, modulation, seed, own_words=own_words)
     return dx, *(_empty(x) if g is None else g for g in gradients)
 
 
@@ -123,7 +116,8 @@ def _residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Ten
     _check(h)
     h = dense(h)
     with torch.cuda.device_of(h):
-        return launch.residual(_like(skip, h), h, bias, scale)
+        skip = _like(skip, h)
+        return calls.residual_of(skip, h, bias, scale)(skip, h, bias)
 
 
 def _check(x: Tensor) -> None:

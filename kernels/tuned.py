@@ -127,7 +127,13 @@ def read(path: Path) -> Table:
         ) from None
 
 
+generation = 0
+"""Of the tables: another number means that launches may be others."""
+
+
 def forget() -> None:
     """Read the tables again at the next call."""
+    global generation
+    generation += 1
     _choices.cache_clear()
     _cached.cache_clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels.dispatch import launches_on
+from resblock_bench.kernels import dispatch
 from resblock_bench.kernels.launcher import current_stream
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -22,7 +22,11 @@ def words(device: torch.device, count: int, *, own: bool) -> Tensor:
     makes one, it has words of its own, zeroed in the graph: two graphs may be replayed at once, on
     whatever streams.
     """
-    if own or not launches_on(device) or _capturing(device):
+    if device.type == "cuda":
+        own = own or torch.cuda.is_current_stream_capturing()
+    elif not dispatch.settings.cpu_is_gpu:
+        own = True
+    if own:
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, current_stream(device)
     found = _of_stream.get(key)
@@ -30,8 +34,3 @@ def words(device: torch.device, count: int, *, own: bool) -> Tensor:
         found = torch.zeros(max(1024, 2 * count), dtype=torch.int32, device=device)
         _of_stream[key] = found
     return found
-
-
-def _capturing(device: torch.device) -> bool:
-    # Builds without CUDA cannot be asked.
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

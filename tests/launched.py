@@ -329,3 +329,66 @@ def recorded() -> None:
         absent = dict.fromkeys(("p_s", "p_t", "p_u"))
         tensors_by_name = {"p_x": given[0], "p_w": given[1], "p_y": given[2]}
         assert arguments == {**tensors_by_name, **absent, **CONSTANTS}
+
+
+def operator() -> None:
+    """The driver gets from the operator, forward and backward, what kernel[grid](…) sends it."""
+    from resblock_bench.kernels.functional import group_norm_silu
+
+    def given(dtype: Any = torch.float32, offset: int = 0, **absent: None) -> dict[str, Any]:
+        scale, shift = torch.zeros(2, 256).chunk(2, dim=1)
+        leaves = {
+            "x": torch.zeros(2 * 128 * 16 + offset, dtype=dtype)[offset:].view(2, 128, 4, 4),
+            "weight": torch.zeros(128 + offset)[offset:],
+            "bias": torch.zeros(128),
+            "scale": scale,
+            "shift": shift,
+            **absent,
+        }
+        return {k: None if t is None else t.requires_grad_() for k, t in leaves.items()}
+
+    def sent(idle: IdleDriver, leaves: dict[str, Any], how: dict[str, Any]) -> list[Any]:
+        """Of both launches; addresses of what the call allocates are of no account."""
+        idle.received.clear()
+        torch.manual_seed(0)
+        y = group_norm_silu(num_groups=8, **leaves, **how)
+        torch.autograd.grad(y, [t for t in leaves.values() if t is not None], torch.ones_like(y))
+        known = {t.data_ptr() for t in leaves.values() if t is not None}
+        found: list[Any] = []
+        for got in idle.received:
+            values = [
+                "allocated" if type(a) is int and a > 2**40 and a not in known else a
+                for a in plain(got).arguments
+            ]
+            found.append(got._replace(arguments=values))
+        return found
+
+    def is_repeated(idle: IdleDriver) -> bool:
+        return not any(isinstance(a, Tensor) for got in idle.received for a in got.arguments)
+
+    undisturbed = launcher._undisturbed
+    variants: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"offset": 1}, {}),
+        ({"dtype": torch.bfloat16}, {}),
+        ({"scale": None}, {}),
+        ({"weight": None, "bias": None}, {}),
+        ({}, {"dropout_p": 0.1}),
+        ({}, {"dropout_p": 0.2}),
+        ({}, {"eps": 1e-3}),
+        ({}, {"activation": None}),
+        ({}, {}),
+    ]
+    with idle_driver(keep=True) as idle:
+        for changes, how in variants:
+            for _ in range(3):
+                leaves = given(**changes)
+                found = sent(idle, leaves, how)
+                repeated = is_repeated(idle)
+                launcher._undisturbed = lambda kernel: False
+                expected = sent(idle, leaves, how)
+                launcher._undisturbed = undisturbed
+                assert not is_repeated(idle)
+                assert len(found) == len(expected) == 2
+                assert found == expected, (changes, how)
+            assert repeated, (changes, how)

@@ -107,6 +107,47 @@ def test_seeded_changes(
         assert text in said[entry]["text"]
 
 
+@pytest.mark.parametrize("seeded", ["launch", "kernel"])
+def test_a_launch_more_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seeded: str
+) -> None:
+    """Of the same kernel, or of one more: both are host time that no machine code shows."""
+    from resblock_bench.bench import norm_cost
+
+    norm = check_static.norms()[0]
+    subject = check_static.norm_name(norm)
+
+    def measured() -> dict[str, dict[str, Any]]:
+        """Of a call's entries only the launches; nothing is compiled."""
+        entries = {}
+        for item in check_static.norm_items([norm]):
+            if item.job.interpret:
+                continue
+            *call, _, kernel = item.job.arguments
+            entries[item.entry] = {"launches": len(norm_cost.kernels_of(*call)[kernel])}
+        return entries
+
+    before = pinned(tmp_path, **{subject: measured()})
+    original = norm_cost.launches.backward
+
+    def backward(*arguments: Any, **options: Any) -> Any:
+        found = original(*arguments, **options)
+        if seeded == "launch":
+            original(*arguments, **options)
+        else:
+            norm_cost.launches.residual(*arguments[:2], None, 1.0)
+        return found
+
+    monkeypatch.setattr(norm_cost.launches, "backward", backward)
+    findings = pins.judge(PART, before, Found({subject: measured()}))
+    levels = {"launch": "regression", "kernel": "invalid"}
+    texts = {"launch": "launches 1 → 2", "kernel": "has no pin"}
+    assert findings and {finding.level for finding in findings} == {levels[seeded]}
+    for finding in findings:
+        assert texts[seeded] in finding.text
+        assert finding.entry is not None and finding.entry.startswith("backward sm_")
+
+
 def test_an_instruction_more_moves_no_bytes(checked: Callable) -> None:
     _, said = checked("longer")
     assert {finding["level"] for finding in said.values()} == {"changed"}

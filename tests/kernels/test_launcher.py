@@ -17,7 +17,7 @@ launched = pytest.importorskip("launched")
 
 CHECKS = (
     "repeated", "values", "alignment", "scratch", "device_and_stream", "hooks", "debugging",
-    "patched", "changed_source", "autotuned", "threads", "recorded",
+    "patched", "changed_source", "autotuned", "threads", "recorded", "operator",
 )  # fmt: skip
 
 
