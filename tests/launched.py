@@ -285,6 +285,8 @@ def changed_source() -> None:
         finally:
             GAIN = tl.constexpr(2)
         idle.received.clear()
+        assert not check(idle, launch, *given)
+        assert check(idle, launch, *given)
         before = kernel.hash
         kernel.hash = None
         assert not calls(idle, launch, *given)[0]
