@@ -199,6 +199,7 @@ def backward(
         BLOCK_N=max(1, FOLD_ELEMENTS * launch.num_warps // power_of_2(launch.slab)),
         **_modulation(modulation),
         **_shape(launch.phase, launch, x, spec),
+        **_registers(launch, x, modulation, seed),
     )
     return dx, gradients
 
@@ -275,6 +276,20 @@ def _shape(phase: str, launch: Launch, x: Tensor, spec: Spec) -> dict[str, Any]:
         "dropout_p": spec.dropout_p,
         "num_warps": launch.num_warps,
     }
+
+
+def _registers(
+    launch: Launch, x: Tensor, modulation: Modulation, seed: Tensor | None
+) -> dict[str, int]:
+    """A limit where ptxas, left alone, would spill a few bytes to fit one more program, or take so
+    many that one less fits than `tiers.SPLIT_TILES` says. For the backward of divided units."""
+    if not launch.split:
+        return {}
+    if seed is not None:
+        return {"maxnreg": 128}
+    if memory_format(x) != torch.contiguous_format:
+        return {"maxnreg": 96}
+    return {} if modulation.pre_shift is not None else {"maxnreg": 64}
 
 
 def _row_stride(rows: Tensor | None) -> int:
