@@ -1,9 +1,10 @@
 """The operator in PyTorch's own kernels: the path of every device and dtype without Triton.
 
-Adaptive group norm is one call of ATen's group norm: N samples of C channels in G groups are one
-sample of N·C channels in N·G groups, whose per-channel affine may then differ from sample to
-sample. Channels-last tensors cannot be viewed so and go sample by sample. Everything the backward
-needs is computed again from x, so nothing but x and the small tensors is kept.
+Group norm without scale and shift is the call that eager PyTorch makes. With them it is x̂, whose
+affine then differs from sample to sample: z = x̂·γ' + β'. Folded into group norm's own affine that
+would be one pass less, but ATen folds the mean into it too, and x·rγ' + (β' − μ·rγ') cancels where
+|μ| ≫ σ, in constant groups above all, whose x̂ is exactly 0. Everything that the backward needs is
+computed again from x, so nothing but x and the small tensors is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels.spec import Modulation, Spec, memory_format, spread
+from resblock_bench.kernels.spec import Modulation, Spec, dense, memory_format, spread
 
 aten = torch.ops.aten
 
@@ -23,14 +24,14 @@ def forward(x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec) 
     if x.numel() == 0:
         return torch.zeros_like(x, dtype=spec.out_dtype)
     h = _input(x, modulation)
-    gain, offset = modulation.folded(x, _statistics_dtype(h))
-    parts = []
-    for rows, part in _calls(h):
-        z, _, _ = _group_norm(part, gain[rows], offset[rows], spec)
-        if spec.activation:
-            z = aten.silu_(z)
-        parts.append(z)
-    y = _join(parts, h)
+    dtype = _statistics_dtype(h)
+    if modulation.after_norm:
+        x_hat, _, _ = _group_norm(h, None, None, spec)
+        y = _modulated(x_hat, *modulation.folded(x, dtype), out=x_hat)
+    else:
+        y, _, _ = _group_norm(h, *_affine(modulation, dtype), spec)
+    if spec.activation:
+        y = aten.silu_(y)
     if seed is not None and spec.dropout_p > 0:
         y = y.mul_(keep_mask(seed, y, spec.dropout_p))
     return y.to(spec.out_dtype)
@@ -45,36 +46,18 @@ def backward(
         empty = x.new_zeros((N, C), dtype=_statistics_dtype(x))
         return torch.zeros_like(x), (empty, empty, empty)
     h = _input(x, modulation)
-    gain, offset = modulation.folded(x, _statistics_dtype(h))
+    dtype = _statistics_dtype(h)
+    if h.element_size() < 4 and (modulation.after_norm or not modulation.affine):
+        h = h.float()  # beside 16-bit x alone ATen gives 16-bit statistics
     dy = dy.to(h.dtype)
     if seed is not None and spec.dropout_p > 0:
         dy = dy * keep_mask(seed, dy, spec.dropout_p)
-    parts, s1, s2 = [], [], []
-    for (rows, part), (_, dz) in zip(_calls(h), _calls(dy), strict=True):
-        normalise = _about_x if modulation.scale is None else _about_x_hat
-        about, z, mean, rstd, row_gain = normalise(part, gain[rows], offset[rows], spec)
-        if spec.activation:
-            dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
-        dx, dgain, doffset = aten.native_group_norm_backward(
-            dz,
-            about,
-            mean,
-            rstd,
-            row_gain.reshape(-1),
-            1,
-            part.shape[1],
-            part[0, 0].numel(),
-            rstd.numel(),
-            [True, True, True],
-        )
-        parts.append(dx)
-        s1.append(doffset)
-        s2.append(dgain)
-    dh = _join(parts, h)
+    take = _backward_about_x_hat if modulation.after_norm else _backward_about_x
+    dh, s1, s2 = take(dy, h, modulation, spec, dtype)
     db = None
     if modulation.pre_shift is not None:
-        db = dh.sum(tuple(range(2, dh.dim())), dtype=gain.dtype)
-    return dh.to(x.dtype), (_rows(s1, N, C), _rows(s2, N, C), db)
+        db = dh.sum(tuple(range(2, dh.dim())), dtype=dtype)
+    return dh.to(x.dtype), (s1, s2, db)
 
 
 def _input(x: Tensor, modulation: Modulation) -> Tensor:
@@ -84,7 +67,7 @@ def _input(x: Tensor, modulation: Modulation) -> Tensor:
     if x.element_size() < 4 and (x.device.type != "cpu" or modulation.pre_shift is not None):
         x = x.float()
     if modulation.pre_shift is not None:
-        x = x + spread(modulation.pre_shift.to(x.dtype), x)
+        x = dense(x + spread(modulation.pre_shift.to(x.dtype), x), memory_format(x))
     return x
 
 
@@ -92,78 +75,115 @@ def _statistics_dtype(h: Tensor) -> torch.dtype:
     return torch.float64 if h.dtype == torch.float64 else torch.float32
 
 
-def _calls(h: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """What one ATen call takes: the samples, and h over them as one sample."""
-    N, C = h.shape[:2]
-    if memory_format(h) == torch.contiguous_format:
-        yield slice(None), h.reshape(1, N * C, -1)
-    else:
-        for n in range(N):
-            yield slice(n, n + 1), h[n : n + 1]
-
-
-def _rows(parts: list[Tensor], N: int, C: int) -> Tensor:
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(N, C)
-
-
-def _join(parts: list[Tensor], h: Tensor) -> Tensor:
-    """The results of all calls in the shape and layout of h."""
-    # A lone channels-last sample is not viewed as itself: that would change the stride of its
-    # batch dimension, and torch.cat no longer see the layout.
-    return parts[0].view_as(h) if memory_format(h) == torch.contiguous_format else torch.cat(parts)
+def _affine(modulation: Modulation, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias as group norm takes them: contiguous, in the dtype of its statistics."""
+    pair = (modulation.weight, modulation.bias)
+    weight, bias = (None if t is None else t.to(dtype).contiguous() for t in pair)
+    return weight, bias
 
 
 def _group_norm(
-    part: Tensor, gain: Tensor, offset: Tensor, spec: Spec
+    h: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor, Tensor]:
+    N, C = h.shape[:2]
     out: tuple[Tensor, Tensor, Tensor] = aten.native_group_norm(
-        part,
-        gain.reshape(-1),
-        offset.reshape(-1),
-        1,
-        part.shape[1],
-        part[0, 0].numel(),
-        gain.shape[0] * spec.num_groups,
-        spec.eps,
+        h, weight, bias, N, C, h[0, 0].numel(), spec.num_groups, spec.eps
     )
     return out
 
 
-# What a backward is taken about: (its input, z, mean, rstd, gain).
-_About = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+def _group_norm_backward(
+    dz: Tensor,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, C = h.shape[:2]
+    out: tuple[Tensor, Tensor, Tensor] = aten.native_group_norm_backward(
+        dz, h, mean, rstd, weight, N, C, h[0, 0].numel(), rstd.shape[1], mask
+    )
+    return out
 
 
-def _about_x(part: Tensor, gain: Tensor, offset: Tensor, spec: Spec) -> _About:
-    """As eager PyTorch takes it, and as accurate."""
-    z, mean, rstd = _group_norm(part, gain, offset, spec)
-    return part, z, mean, rstd, gain
+def _modulated(x_hat: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tensor:
+    """x̂·γ' + β' in one pass, into `out`, which may be x̂."""
+    if memory_format(x_hat) != torch.contiguous_format:
+        # Over contiguous channels PyTorch vectorizes the broadcast product; over positions not.
+        return torch.addcmul(spread(offset, x_hat), x_hat, spread(gain, x_hat), out=out)
+    # Batch norm's inference form, x̂·γ' + β' at mean 0, variance 0 and eps 1.
+    per_channel, zeros = (1, gain.numel(), -1), gain.new_zeros(gain.numel())
+    unused = zeros[:0]
+    aten.native_batch_norm.out(
+        x_hat.view(per_channel),
+        gain.view(-1),
+        offset.view(-1),
+        zeros,
+        zeros,
+        False,
+        0.0,
+        1.0,
+        out=out.view(per_channel),
+        save_mean=unused,
+        save_invstd=unused,
+    )
+    return out
 
 
-def _about_x_hat(part: Tensor, gain: Tensor, offset: Tensor, spec: Spec) -> _About:
-    """About the normalised x̂, whose mean is 0 and rstd 1.
+def _backward_about_x(
+    dz: Tensor, h: Tensor, modulation: Modulation, spec: Spec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As eager PyTorch takes it: dx, and S1 and S2 summed over the samples already, (1, C)."""
+    weight, bias = _affine(modulation, dtype)
+    z, mean, rstd = _group_norm(h, weight, bias, spec)
+    if spec.activation:
+        dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
+    del z
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # ATen makes the gradients of both in the likeness of weight
+    affine = weight is not None
+    dh, s2, s1 = _group_norm_backward(dz, h, mean, rstd, weight, [True, affine, affine])
+    if not affine:
+        s1 = s2 = mean.new_zeros(h.shape[1])
+    return dh, s1[None], s2[None]
+
+
+def _backward_about_x_hat(
+    dz: Tensor, h: Tensor, modulation: Modulation, spec: Spec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """About the normalised x̂, whose mean is 0 and rstd 1: dx, S1 and S2.
 
     Eager takes the gradient of scale from the normalised activation; about x, ATen's sums would
     cancel where |mean| ≫ std and that gradient be less accurate than eager's. dx is linear in the
-    gain, so the true rstd goes there.
+    gain, so the true rstd goes there. N samples of C channels in G groups are one sample of N·C
+    channels in N·G groups, so that the gain may differ from sample to sample; channels-last tensors
+    cannot be viewed so and go sample by sample.
     """
-    zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
-    x_hat, _, rstd = _group_norm(part, ones, zeros, spec)
-    # x̂·gain + offset: batch norm's inference form at mean 0 and variance 1.
-    z = torch.batch_norm(
-        x_hat,
-        gain.reshape(-1),
-        offset.reshape(-1),
-        zeros.view(-1),
-        ones.view(-1),
-        training=False,
-        momentum=0.0,
-        eps=0.0,
-        cudnn_enabled=False,
-    )
-    groups = rstd.numel()
-    scaled_gain = gain.view(groups, -1) * rstd.view(groups, 1)
-    mean_0, rstd_1 = zeros.view(1, -1)[:, :groups], ones.view(1, -1)[:, :groups]
-    return x_hat, z, mean_0, rstd_1, scaled_gain
+    N, C = h.shape[:2]
+    gain, offset = modulation.folded(h, dtype)
+    x_hat, _, rstd = _group_norm(h, None, None, spec)
+    if spec.activation:
+        z = _modulated(x_hat, gain, offset, out=torch.empty_like(x_hat))
+        dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
+        del z
+    gain = (gain.view(*rstd.shape, -1) * rstd[..., None]).view(N, C)
+    parts = []
+    for part, part_dz, part_gain in _calls(x_hat, dz, gain):
+        groups = part.shape[1] * spec.num_groups // C
+        zeros, ones = rstd.new_zeros((1, groups)), rstd.new_ones((1, groups))
+        parts.append(_group_norm_backward(part_dz, part, zeros, ones, part_gain, [True] * 3))
+    dh, s2, s1 = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    return dense(dh.view(h.shape), memory_format(h)), s1.view(N, C), s2.view(N, C)
+
+
+def _calls(x_hat: Tensor, dz: Tensor, gain: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What one call of ATen takes of each: all samples as one, or each in turn."""
+    if memory_format(x_hat) == torch.contiguous_format:
+        yield x_hat.view(1, gain.numel(), -1), dz.view(1, gain.numel(), -1), gain.view(-1)
+    else:
+        for n in range(len(gain)):
+            yield x_hat[n : n + 1], dz[n : n + 1], gain[n]
 
 
 @torch.library.custom_op("resblock_bench::keep_mask", mutates_args=())
@@ -181,9 +201,9 @@ def keep_mask(seed: Tensor, like: Tensor, p: float) -> Tensor:
     uniform = draws.view(torch.int16)[: like.numel()].view(like.shape)
     threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
     mask = (uniform >= threshold).to(like.dtype).mul_(1 / (1 - p))
-    return mask.contiguous(memory_format=memory_format(like))
+    return dense(mask, memory_format(like))
 
 
 @keep_mask.register_fake
 def _(seed: Tensor, like: Tensor, p: float) -> Tensor:
-    return torch.empty_like(like, memory_format=memory_format(like))
+    return dense(torch.empty_like(like), memory_format(like))

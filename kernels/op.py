@@ -23,8 +23,11 @@ from resblock_bench.kernels.spec import (
     Gradients,
     Modulation,
     Spec,
+    dense,
     memory_format,
+    spread,
 )
+from resblock_bench.reference.checkpoint import under_transforms
 
 if triton_installed():
     from resblock_bench.kernels import registry
@@ -63,7 +66,7 @@ def backward(
 ) -> tuple[Tensor, Gradients]:
     """dx and the gradients of the five modulation tensors."""
     # A gradient in another layout is converted once; read as it stands it would be misread.
-    dy = dy.contiguous(memory_format=memory_format(x))
+    dy = dense(dy, memory_format(x))
     if not statistics:
         dx, sums = aten.backward(dy, x, modulation, seed, spec)
         return dx, modulation.gradients(sums)
@@ -134,7 +137,7 @@ class NormActConvFunction(Function):
     ) -> Tensor:
         modulation = Modulation(weight, bias, scale, shift, pre_shift)
         y, statistics = forward(x, modulation, seed, spec)
-        out = _convolve(resample.forward(y), kernel, kernel_bias, convolution)
+        out = convolve(resample.forward(y), kernel, kernel_bias, convolution)
         ctx.save_for_backward(x, seed, kernel, *modulation, *statistics)
         ctx.spec = spec
         ctx.convolution, ctx.resample, ctx.has_bias = convolution, resample, kernel_bias is not None
@@ -173,8 +176,11 @@ class NormActConvFunction(Function):
 
 def residual_add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
     """(skip + h + bias)·scale in one pass, where `choose_backend` says Triton."""
-    skip = skip.contiguous(memory_format=memory_format(h))
-    return registry.residual_add(skip, h.contiguous(memory_format=memory_format(h)), bias, scale)
+    if under_transforms():
+        y = skip + h if bias is None else skip + h + spread(bias[None], h)
+        return y * scale
+    h = dense(h)
+    return registry.residual_add(dense(skip, memory_format(h)), h, bias, scale)
 
 
 class _Underivable(Function):
@@ -205,7 +211,7 @@ def differentiated_once(
     return tied
 
 
-def _convolve(y: Tensor, kernel: Tensor, bias: Tensor | None, convolution: Convolution) -> Tensor:
+def convolve(y: Tensor, kernel: Tensor, bias: Tensor | None, convolution: Convolution) -> Tensor:
     return torch.convolution(
         y,
         kernel,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resblock_bench.kernels import launch
 from resblock_bench.kernels.dispatch import launch_for, rewrite_launch_for, triton_obstacle
-from resblock_bench.kernels.spec import SECOND_DERIVATIVE, Modulation, Spec, memory_format
+from resblock_bench.kernels.spec import SECOND_DERIVATIVE, Modulation, Spec, dense, memory_format
 
 _CALL = (
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? pre_shift, Tensor? seed, "
@@ -77,15 +77,11 @@ def _split(call: tuple[Any, ...]) -> tuple[Modulation, Tensor | None, Spec]:
     return Modulation(*call[:5]).dense(), call[5], Spec(*call[6:])
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=memory_format(x))
-
-
 def _like(t: Tensor, x: Tensor) -> Tensor:
     """t in the layout of x. Raises ValueError for another shape: kernels know only that of x."""
     if t.shape != x.shape:
         raise ValueError(f"expected shape {tuple(x.shape)}, received {tuple(t.shape)}")
-    return t.contiguous(memory_format=memory_format(x))
+    return dense(t, memory_format(x))
 
 
 # The implementations. Triton launches on the current device, whatever x's is.
@@ -93,7 +89,7 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, *call: Any, own_words: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
-    x = _dense(x)
+    x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = launch_for("forward", x, spec.num_groups)
@@ -102,7 +98,7 @@ def _forward(x: Tensor, *call: Any, own_words: bool = False) -> tuple[Tensor, Te
 
 def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
     _check(x)
-    x = _dense(x)
+    x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = rewrite_launch_for(x, spec.num_groups)
@@ -113,7 +109,7 @@ def _backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *call: Any, own_words: bool = False
 ) -> tuple[Tensor, ...]:
     _check(x)
-    x = _dense(x)
+    x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
         how = launch_for("backward", x, spec.num_groups)
@@ -125,7 +121,7 @@ def _backward(
 
 def _residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     _check(h)
-    h = _dense(h)
+    h = dense(h)
     with torch.cuda.device_of(h):
         return launch.residual(_like(skip, h), h, bias, scale)
 
@@ -146,11 +142,11 @@ def _empty(x: Tensor) -> Tensor:
 def _fake_forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = _split(call)[2]
     mean = x.new_empty((x.shape[0], spec.num_groups), dtype=torch.float32)
-    return torch.empty_like(_dense(x), dtype=spec.out_dtype), mean, torch.empty_like(mean)
+    return torch.empty_like(dense(x), dtype=spec.out_dtype), mean, torch.empty_like(mean)
 
 
 def _fake_rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
-    return torch.empty_like(_dense(x), dtype=_split(call)[2].out_dtype)
+    return torch.empty_like(dense(x), dtype=_split(call)[2].out_dtype)
 
 
 def _fake_backward(
@@ -158,11 +154,11 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     rows = _split(call)[0]
     gradients = (_empty(x) if t is None else t.new_empty(t.shape) for t in rows)
-    return torch.empty_like(_dense(x)), *gradients
+    return torch.empty_like(dense(x)), *gradients
 
 
 def _fake_residual(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    return torch.empty_like(_dense(h), dtype=torch.promote_types(skip.dtype, h.dtype))
+    return torch.empty_like(dense(h), dtype=torch.promote_types(skip.dtype, h.dtype))
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -201,7 +197,7 @@ def _setup_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _residual_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     of_skip, of_h, of_bias = ctx.dtypes
-    dh = dy.contiguous(memory_format=ctx.layout)
+    dh = dense(dy, ctx.layout)
     if ctx.scale != 1.0:
         dh = dh * ctx.scale
     dbias = None

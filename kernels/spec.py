@@ -14,6 +14,11 @@ SECOND_DERIVATIVE = (
     "asked for. Use resblock_bench.reference for that part of the model."
 )
 
+FORWARD_MODE = (
+    "group_norm_silu and the fused blocks have no forward-mode derivative (jvp, jacfwd, hessian). "
+    "Use torch.func.vjp or jacrev, or resblock_bench.reference for that part of the model."
+)
+
 
 class Spec(NamedTuple):
     """The constants of one call.
@@ -42,6 +47,16 @@ class Modulation(NamedTuple):
     shift: Tensor | None = None
     pre_shift: Tensor | None = None
 
+    @property
+    def affine(self) -> bool:
+        """Whether the norm has an affine of its own."""
+        return self.weight is not None or self.bias is not None
+
+    @property
+    def after_norm(self) -> bool:
+        """Whether anything differs from sample to sample after the norm."""
+        return self.scale is not None or self.shift is not None
+
     def dense(self) -> Modulation:
         """With contiguous channels, as the Triton kernels read them; rows may lie apart."""
         return Modulation(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in self))
@@ -66,7 +81,8 @@ class Modulation(NamedTuple):
     def gradients(self, sums: tuple[Tensor, Tensor, Tensor | None]) -> Gradients:
         """Gradients of the five tensors from the per-(n, c) sums of the backward.
 
-        sums = (S1, S2, db), each (N, C): S1 = Σ dz, S2 = Σ dz·x̂ over the spatial positions, and
+        sums = (S1, S2, db), each (N, C), or (1, C) where it is summed over n already and there is
+        neither scale nor shift: S1 = Σ dz, S2 = Σ dz·x̂ over the spatial positions, and
         db = Σ dx, which is only there with a pre_shift. Then
 
             dshift = S1                dbias   = Σ_n (1 + s)·S1
@@ -99,9 +115,10 @@ def spread(per_channel: Tensor, x: Tensor) -> Tensor:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The dense layout of x: contiguous, channels_last or channels_last_3d.
+    """The layout of x: contiguous, channels_last or channels_last_3d.
 
-    A tensor that is none of these (a slice, a transpose) counts as contiguous: it is copied once.
+    Where sizes of 1 make it both, or where it is none of them (a slice, a transpose), it counts as
+    contiguous.
     """
     if not x.is_contiguous():
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -109,3 +126,29 @@ def memory_format(x: Tensor) -> torch.memory_format:
         if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
             return torch.channels_last_3d
     return torch.contiguous_format
+
+
+def dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
+    """t with the strides that a new tensor of `layout` has, which is t's own unless given.
+
+    Copied only where the order in memory is another. The stride of a dimension of size 1 can be
+    anything; `Tensor.contiguous` leaves it, and ATen's kernels then take the tensor for one of
+    another layout. There the same memory is viewed anew.
+    """
+    if layout is None:
+        layout = memory_format(t)
+    t = t.contiguous(memory_format=layout)
+    if 1 not in t.shape:
+        return t
+    # The dimensions from the outermost in memory to the innermost.
+    order = list(range(t.dim()))
+    if layout != torch.contiguous_format:
+        order.append(order.pop(1))
+    strides, stride = t.stride(), 1
+    for dim in reversed(order):
+        if strides[dim] != stride:
+            flat = t.permute(order).reshape(-1)
+            viewed = flat.view([t.shape[d] for d in order])
+            return viewed if layout == torch.contiguous_format else viewed.movedim(-1, 1)
+        stride *= t.shape[dim]
+    return t

@@ -11,6 +11,7 @@ Shapes: N batch, C channels, T positions (the spatial sizes flattened), heads ·
 import torch
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.blocks import check_channels
 from resblock_bench.reference.checkpoint import checkpoint
 from resblock_bench.reference.layers import conv_nd, normalization, zero_module
@@ -68,6 +69,13 @@ class AttentionBlock(nn.Module):
         use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
+        arguments.integers(self, 1, channels=channels)
+        arguments.integers(self, -1, num_heads=num_heads, num_head_channels=num_head_channels)
+        arguments.flags(
+            self,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+        )
         if num_head_channels != -1:
             if num_head_channels <= 0 or channels % num_head_channels:
                 raise ValueError(
@@ -115,7 +123,15 @@ class AttentionPool(nn.Module):
 
     def __init__(self, tokens: int, channels: int, head_channels: int, out_channels: int) -> None:
         super().__init__()
-        if head_channels <= 0 or channels % head_channels:
+        arguments.integers(
+            self,
+            1,
+            tokens=tokens,
+            channels=channels,
+            head_channels=head_channels,
+            out_channels=out_channels,
+        )
+        if channels % head_channels:
             raise ValueError(
                 f"AttentionPool: {channels} channels are not a whole number of heads of "
                 f"{head_channels} channels"

@@ -12,6 +12,7 @@ In three dimensions only the inner two sizes are ever resampled.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.checkpoint import checkpoint
 from resblock_bench.reference.layers import (
     SiLU,
@@ -74,6 +75,7 @@ class Upsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None
     ) -> None:
         super().__init__()
+        _check_resampling(self, channels, use_conv, dims, out_channels)
         self.channels = channels
         self.out_channels = out_channels or channels
         self.use_conv = use_conv
@@ -103,6 +105,7 @@ class Downsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None
     ) -> None:
         super().__init__()
+        _check_resampling(self, channels, use_conv, dims, out_channels)
         self.channels = channels
         self.out_channels = out_channels or channels
         self.use_conv = use_conv
@@ -160,10 +163,21 @@ class ResBlock(TimestepBlock):
         down: bool = False,
     ) -> None:
         super().__init__()
+        arguments.integers(self, 1, channels=channels, emb_channels=emb_channels)
+        arguments.probabilities(self, dropout=dropout)
+        if out_channels is not None:
+            arguments.integers(self, 1, out_channels=out_channels)
+        arguments.one_of(self, (1, 2, 3), dims=dims)
+        arguments.flags(
+            self,
+            use_conv=use_conv,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+            up=up,
+            down=down,
+        )
         if up and down:
             raise ValueError("ResBlock: up and down are both True; at most one may be")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"ResBlock: dropout must lie in [0, 1), got {dropout!r}")
         self.channels = channels
         self.emb_channels = emb_channels
         self.dropout = dropout
@@ -226,6 +240,16 @@ class ResBlock(TimestepBlock):
         return skip + h
 
 
+def _check_resampling(
+    module: nn.Module, channels: int, use_conv: bool, dims: int, out_channels: int | None
+) -> None:
+    arguments.integers(module, 1, channels=channels)
+    if out_channels is not None:
+        arguments.integers(module, 1, out_channels=out_channels)
+    arguments.one_of(module, (1, 2, 3), dims=dims)
+    arguments.flags(module, use_conv=use_conv)
+
+
 def _refuse_new_width(module: nn.Module, channels: int, out_channels: int) -> None:
     if channels != out_channels:
         raise ValueError(
@@ -235,6 +259,12 @@ def _refuse_new_width(module: nn.Module, channels: int, out_channels: int) -> No
 
 
 def check_channels(module: nn.Module, x: Tensor, channels: int) -> None:
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else arguments.received(x)
+        raise TypeError(
+            f"{type(module).__name__}: x must be a tensor of shape (N, {channels}, *spatial), got "
+            + got
+        )
     if x.shape[1] != channels:
         raise ValueError(
             f"{type(module).__name__}: x has shape {tuple(x.shape)}, that is {x.shape[1]} "

@@ -14,6 +14,14 @@ from torch import nn
 T = TypeVar("T")
 
 
+def under_transforms() -> bool:
+    """Whether a transform of torch.func is active: vmap, grad, vjp, jacrev or jvp."""
+    # torch.compile traces through them, and cannot trace the question.
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def checkpoint(
     func: Callable[..., T],
     inputs: Sequence[Any],
@@ -29,6 +37,9 @@ def checkpoint(
              work; not needed and not read, since gradients reach every tensor that func used
     flag     False calls func directly
     kwargs   its keyword arguments; tensors among them are treated as the positional ones are
+
+    Under torch.func's transforms (vmap, grad, …), which PyTorch's checkpoint does not support, func
+    is called directly and keeps what it keeps.
 
     The signature is improved-diffusion's and guided-diffusion's; the mechanism is PyTorch's
     non-reentrant checkpoint. The original was an autograd function which ran func under no_grad,
@@ -47,7 +58,7 @@ def checkpoint(
     * inputs are saved as autograd saves tensors: changing one in place before the backward is an
       error, not a wrong gradient, and ``saved_tensors_hooks`` (offloading, byte counts) see them.
     """
-    if not flag:
+    if not flag or under_transforms():
         return func(*inputs, **kwargs)
     run, arguments = func, tuple(inputs)
     if kwargs:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.edm import EDMUNet
 from resblock_bench.reference.encoder import EncoderUNetModel
 from resblock_bench.reference.unet import SuperResModel, UNetModel
@@ -37,8 +38,8 @@ class UNetConfig:
     trained_in_fp16          whether it was trained with float16 blocks
 
     The last two are facts about the published run; build() does not act on them.
-    The rest are the arguments of the same names. Raises ValueError for an unknown family, and for
-    an EDM family with another conditioning, resampling or number of heads than its network has.
+    The rest are the arguments of the same names. Raises ValueError or TypeError for what cannot be,
+    and for an EDM family with another conditioning, resampling or heads than its network has.
     """
 
     family: Family
@@ -62,10 +63,19 @@ class UNetConfig:
     trained_in_fp16: bool = False
 
     def __post_init__(self) -> None:
-        if self.family not in get_args(Family):
-            raise ValueError(
-                f"UNetConfig: family must be one of {get_args(Family)}, got {self.family!r}"
-            )
+        arguments.one_of(self, get_args(Family), family=self.family)
+        given = vars(self)
+        sizes = ["image_size", "model_channels", "num_res_blocks", "in_channels", "out_channels"]
+        sizes += [name for name in ("num_classes", "train_batch") if given[name] is not None]
+        arguments.integers(self, 1, **{name: given[name] for name in sizes})
+        arguments.integers(self, 0, augment_dim=self.augment_dim)
+        heads = ("num_heads", "num_head_channels")
+        arguments.integers(self, -1, **{name: given[name] for name in heads})
+        arguments.multipliers(self, channel_mult=self.channel_mult)
+        arguments.integer_collections(self, 1, attention_resolutions=self.attention_resolutions)
+        arguments.probabilities(self, dropout=self.dropout)
+        flags = ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")
+        arguments.flags(self, **{name: given[name] for name in flags})
         if self.family in ("edm_adm", "edm_ddpmpp"):
             adm = self.family == "edm_adm"
             fixed: dict[str, int] = {"use_scale_shift_norm": adm, "resblock_updown": True}
@@ -273,7 +283,7 @@ def published(config_or_name: UNetConfig | str) -> UNetConfig:
     """
     if isinstance(config_or_name, UNetConfig):
         return config_or_name
-    if config_or_name not in PUBLISHED:
+    if not isinstance(config_or_name, str) or config_or_name not in PUBLISHED:
         raise ValueError(
             f"no published model is called {config_or_name!r}; the names are "
             + ", ".join(PUBLISHED)
@@ -294,6 +304,7 @@ def build(
                      kind: it casts every weight to the dtype of its input.
     """
     c = published(config_or_name)
+    arguments.flags("build", use_checkpoint=use_checkpoint, use_fp16=use_fp16)
     if c.family in ("edm_adm", "edm_ddpmpp"):
         if use_fp16:
             raise ValueError(
@@ -314,7 +325,7 @@ def build(
             dropout=c.dropout,
             use_checkpoint=use_checkpoint,
         )
-    arguments: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "image_size": c.image_size,
         "in_channels": c.in_channels,
         "model_channels": c.model_channels,
@@ -332,7 +343,7 @@ def build(
         "use_new_attention_order": c.use_new_attention_order,
     }
     if c.family == "encoder":
-        return EncoderUNetModel(**arguments, pool=c.pool)
+        return EncoderUNetModel(**shared, pool=c.pool)
     if c.family == "super_res":
-        return SuperResModel(**arguments, num_classes=c.num_classes)
-    return UNetModel(**arguments, num_classes=c.num_classes)
+        return SuperResModel(**shared, num_classes=c.num_classes)
+    return UNetModel(**shared, num_classes=c.num_classes)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.blocks import TimestepBlock
 from resblock_bench.reference.edm_block import EDMBlock, edm_group_norm
 from resblock_bench.reference.layers import timestep_embedding, zero_module
@@ -63,8 +64,27 @@ class EDMUNet(nn.Module):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if variant not in ("adm", "ddpmpp"):
-            raise ValueError(f'EDMUNet: variant must be "adm" or "ddpmpp", got {variant!r}')
+        arguments.one_of(self, ("adm", "ddpmpp"), variant=variant)
+        arguments.integers(
+            self,
+            1,
+            img_resolution=img_resolution,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            channel_mult_emb=channel_mult_emb,
+            num_blocks=num_blocks,
+        )
+        arguments.integers(self, 4, model_channels=model_channels)
+        arguments.integers(self, 0, label_dim=label_dim, augment_dim=augment_dim)
+        arguments.multipliers(self, channel_mult=channel_mult)
+        arguments.integer_collections(self, 1, attn_resolutions=attn_resolutions)
+        arguments.probabilities(self, dropout=dropout)
+        arguments.flags(self, use_checkpoint=use_checkpoint)
+        if img_resolution >> (len(channel_mult) - 1) == 0:
+            raise ValueError(
+                f"EDMUNet: img_resolution={img_resolution} cannot be halved for "
+                f"{len(channel_mult)} levels; it must be at least {2 ** (len(channel_mult) - 1)}"
+            )
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.out_channels = out_channels

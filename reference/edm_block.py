@@ -21,14 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.blocks import TimestepBlock, check_channels, check_embedding
 from resblock_bench.reference.checkpoint import checkpoint
 from resblock_bench.reference.layers import zero_module
 
 
 def edm_group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group norm of min(32, C // 4) groups: at least four channels in each."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    """Group norm of min(32, C // 4) groups: at least four channels in each.
+
+    Raises ValueError where that many groups do not divide the channels.
+    """
+    groups = min(32, channels // 4)
+    if groups == 0 or channels % groups:
+        raise ValueError(
+            f"edm_group_norm: {channels} channels cannot be split into min(32, C // 4) equal groups"
+            "; use a multiple of 4 channels, above 128 of 32"
+        )
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class EDMBlock(TimestepBlock):
@@ -77,10 +87,30 @@ class EDMBlock(TimestepBlock):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        arguments.integers(
+            self,
+            1,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            emb_channels=emb_channels,
+            channels_per_head=channels_per_head,
+        )
+        if num_heads is not None:
+            arguments.integers(self, 1, num_heads=num_heads)
+        arguments.probabilities(self, dropout=dropout)
+        arguments.numbers(self, -math.inf, skip_scale=skip_scale)
+        arguments.numbers(self, 0, eps=eps)
+        arguments.flags(
+            self,
+            up=up,
+            down=down,
+            attention=attention,
+            resample_proj=resample_proj,
+            adaptive_scale=adaptive_scale,
+            use_checkpoint=use_checkpoint,
+        )
         if up and down:
             raise ValueError("EDMBlock: up and down are both True; at most one may be")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"EDMBlock: dropout must lie in [0, 1), got {dropout!r}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.emb_channels = emb_channels

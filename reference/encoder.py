@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.attention import AttentionPool
 from resblock_bench.reference.layers import (
     SiLU,
@@ -63,6 +64,10 @@ class EncoderUNetModel(nn.Module):
         pool: str = "adaptive",
     ) -> None:
         super().__init__()
+        arguments.integers(
+            self, 1, image_size=image_size, in_channels=in_channels, out_channels=out_channels
+        )
+        arguments.flags(self, use_fp16=use_fp16)
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -70,7 +75,6 @@ class EncoderUNetModel(nn.Module):
         self.num_res_blocks = num_res_blocks
         self.attention_resolutions = attention_resolutions
         self.dropout = dropout
-        self.channel_mult = tuple(channel_mult)
         self.conv_resample = conv_resample
         self.dims = dims
         self.use_checkpoint = use_checkpoint
@@ -79,11 +83,12 @@ class EncoderUNetModel(nn.Module):
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.pool = pool
         torso = Torso(
+            owner=type(self).__name__,
             model_channels=model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
             dropout=dropout,
-            channel_mult=self.channel_mult,
+            channel_mult=channel_mult,
             conv_resample=conv_resample,
             dims=dims,
             use_checkpoint=use_checkpoint,
@@ -94,6 +99,8 @@ class EncoderUNetModel(nn.Module):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
         )
+        arguments.one_of(self, ("adaptive", "attention", "spatial", "spatial_v2"), pool=pool)
+        self.channel_mult = tuple(channel_mult)
         self.time_embed = torso.time_embed()
         self.input_blocks, widths = torso.encoder(in_channels)
         self.middle_block = torso.middle()
@@ -110,6 +117,12 @@ class EncoderUNetModel(nn.Module):
             if num_head_channels == -1:
                 raise ValueError('EncoderUNetModel: pool="attention" needs num_head_channels')
             side = image_size // 2 ** (len(self.channel_mult) - 1)
+            if side == 0:
+                raise ValueError(
+                    f"EncoderUNetModel: image_size={image_size} leaves nothing to pool after "
+                    f"{len(self.channel_mult)} levels; it must be at least "
+                    f"{2 ** (len(self.channel_mult) - 1)}"
+                )
             tokens = {1: side, 2: side**2, 3: image_size * side**2}[dims]
             self.out = nn.Sequential(
                 normalization(C), SiLU(), AttentionPool(tokens, C, num_head_channels, K)
@@ -117,15 +130,10 @@ class EncoderUNetModel(nn.Module):
         elif pool == "spatial":
             wide = sum(widths) + C
             self.out = nn.Sequential(linear(wide, _HIDDEN), nn.ReLU(), linear(_HIDDEN, K))
-        elif pool == "spatial_v2":
+        else:  # "spatial_v2"
             wide = sum(widths) + C
             self.out = nn.Sequential(
                 linear(wide, _HIDDEN), normalization(_HIDDEN), SiLU(), linear(_HIDDEN, K)
-            )
-        else:
-            raise ValueError(
-                'EncoderUNetModel: pool must be "adaptive", "attention", "spatial" or '
-                f'"spatial_v2", got {pool!r}'
             )
         if use_fp16:
             self.convert_to_fp16()

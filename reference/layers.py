@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
+
 ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 AvgPoolNd: TypeAlias = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +41,21 @@ class GroupNorm32(nn.GroupNorm):
     either, so that the block can serve as its own float64 truth.
 
     x: (N, C, *S) -> the same shape and dtype. Source: guided-diffusion ``nn.GroupNorm32``.
+    Arguments as in ``nn.GroupNorm``; ValueError or TypeError for impossible ones.
     """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        arguments.group_norm(self, num_groups, num_channels, eps)
+        arguments.flags(self, affine=affine)
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         compute = torch.promote_types(x.dtype, torch.float32)
@@ -53,6 +69,7 @@ def normalization(channels: int) -> GroupNorm32:
 
     Raises ValueError where 32 groups do not divide the channels.
     """
+    arguments.integers("normalization", -math.inf, channels=channels)
     if channels <= 0 or channels % GROUPS:
         raise ValueError(
             f"normalization({channels}): {channels} channels cannot be split into {GROUPS} equal "
@@ -67,13 +84,9 @@ def conv_nd(dims: int, *args: Any, **kwargs: Any) -> ConvNd:
 
     The rest of the arguments are the convolution's own. Raises ValueError for other ``dims``.
     """
-    if dims == 1:
-        return nn.Conv1d(*args, **kwargs)
-    if dims == 2:
-        return nn.Conv2d(*args, **kwargs)
-    if dims == 3:
-        return nn.Conv3d(*args, **kwargs)
-    raise ValueError(f"conv_nd: dims must be 1, 2 or 3, got {dims!r}")
+    arguments.one_of("conv_nd", (1, 2, 3), dims=dims)
+    convolutions: tuple[type[ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return convolutions[dims - 1](*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> AvgPoolNd:
@@ -81,13 +94,9 @@ def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> AvgPoolNd:
 
     The rest of the arguments are the pool's own. Raises ValueError for other ``dims``.
     """
-    if dims == 1:
-        return nn.AvgPool1d(*args, **kwargs)
-    if dims == 2:
-        return nn.AvgPool2d(*args, **kwargs)
-    if dims == 3:
-        return nn.AvgPool3d(*args, **kwargs)
-    raise ValueError(f"avg_pool_nd: dims must be 1, 2 or 3, got {dims!r}")
+    arguments.one_of("avg_pool_nd", (1, 2, 3), dims=dims)
+    pools: tuple[type[AvgPoolNd], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+    return pools[dims - 1](*args, **kwargs)
 
 
 def linear(*args: Any, **kwargs: Any) -> nn.Linear:
@@ -116,13 +125,17 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     timesteps: (N,), integer or fractional -> (N, dim) float32, on the device of ``timesteps``.
     Raises ValueError for another shape or for dim < 2.
     """
+    if not isinstance(timesteps, Tensor):
+        raise TypeError(
+            "timestep_embedding: timesteps must be a tensor of shape (N,), got "
+            + arguments.received(timesteps)
+        )
     if timesteps.ndim != 1:
         raise ValueError(
             f"timestep_embedding: timesteps must have shape (N,), got {tuple(timesteps.shape)}; "
             "for one time t of a whole batch pass t.expand(N)"
         )
-    if dim < 2:
-        raise ValueError(f"timestep_embedding: dim must be at least 2, got {dim}")
+    arguments.integers("timestep_embedding", 2, dim=dim)
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     omega = torch.exp(-math.log(max_period) * exponent)

@@ -6,12 +6,13 @@ encoder keeps the output of each of its blocks; the decoder concatenates them ba
 References: Ronneberger et al., arXiv:1505.04597; Dhariwal & Nichol, arXiv:2105.05233.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.attention import AttentionBlock
 from resblock_bench.reference.blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 from resblock_bench.reference.layers import SiLU, conv_nd, linear
@@ -21,15 +22,17 @@ from resblock_bench.reference.layers import SiLU, conv_nd, linear
 class Torso:
     """What all blocks of one U-Net share; the methods make its parts.
 
-    The fields are UNetModel's arguments of the same names. ``attention_resolutions`` holds
-    downsampling rates, not pixels.
+    The fields are UNetModel's arguments of the same names, and ``owner``, the name of the model for
+    messages. ``attention_resolutions`` holds downsampling rates, not pixels. Raises ValueError or
+    TypeError for arguments that no model can be built of, and for rates of which no level has one.
     """
 
+    owner: str
     model_channels: int
     num_res_blocks: int
     attention_resolutions: Collection[int]
     dropout: float
-    channel_mult: tuple[float, ...]
+    channel_mult: Sequence[float]
     conv_resample: bool
     dims: int
     use_checkpoint: bool
@@ -39,6 +42,38 @@ class Torso:
     use_scale_shift_norm: bool
     resblock_updown: bool
     use_new_attention_order: bool
+
+    def __post_init__(self) -> None:
+        owner = self.owner
+        arguments.integers(
+            owner, 1, model_channels=self.model_channels, num_res_blocks=self.num_res_blocks
+        )
+        arguments.integers(owner, -1, num_head_channels=self.num_head_channels)
+        # Where the heads follow from their channels, their number is not read.
+        least_heads = 1 if self.num_head_channels == -1 else -1
+        arguments.integers(
+            owner, least_heads, num_heads=self.num_heads, num_heads_upsample=self.num_heads_upsample
+        )
+        arguments.multipliers(owner, channel_mult=self.channel_mult)
+        arguments.probabilities(owner, dropout=self.dropout)
+        arguments.one_of(owner, (1, 2, 3), dims=self.dims)
+        arguments.flags(
+            owner,
+            conv_resample=self.conv_resample,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            resblock_updown=self.resblock_updown,
+            use_new_attention_order=self.use_new_attention_order,
+        )
+        rates = self.attention_resolutions
+        arguments.integer_collections(owner, 1, attention_resolutions=rates)
+        levels = [2**level for level in range(len(self.channel_mult))]
+        if rates and not set(rates) & set(levels):
+            raise ValueError(
+                f"{owner}: attention_resolutions must hold downsampling rates, not pixels; got "
+                f"{rates!r}, and the levels have the rates {levels}. Pass () for no attention but "
+                "the middle's"
+            )
 
     @property
     def emb_channels(self) -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resblock_bench.reference import arguments
 from resblock_bench.reference.layers import (
     SiLU,
     conv_nd,
@@ -73,6 +74,12 @@ class UNetModel(nn.Module):
         use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
+        arguments.integers(
+            self, 1, image_size=image_size, in_channels=in_channels, out_channels=out_channels
+        )
+        arguments.flags(self, use_fp16=use_fp16)
+        if num_classes is not None:
+            arguments.integers(self, 1, num_classes=num_classes)
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -80,7 +87,6 @@ class UNetModel(nn.Module):
         self.num_res_blocks = num_res_blocks
         self.attention_resolutions = attention_resolutions
         self.dropout = dropout
-        self.channel_mult = tuple(channel_mult)
         self.conv_resample = conv_resample
         self.dims = dims
         self.num_classes = num_classes
@@ -89,11 +95,12 @@ class UNetModel(nn.Module):
         self.num_head_channels = num_head_channels
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         torso = Torso(
+            owner=type(self).__name__,
             model_channels=model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
             dropout=dropout,
-            channel_mult=self.channel_mult,
+            channel_mult=channel_mult,
             conv_resample=conv_resample,
             dims=dims,
             use_checkpoint=use_checkpoint,
@@ -104,6 +111,7 @@ class UNetModel(nn.Module):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
         )
+        self.channel_mult = tuple(channel_mult)
         self.time_embed = torso.time_embed()
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, torso.emb_channels)
@@ -192,6 +200,7 @@ class SuperResModel(UNetModel):
     """
 
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
+        arguments.integers(self, 1, in_channels=in_channels)
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
     def forward(  # type: ignore[override]
