@@ -30,15 +30,20 @@ def expected_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffi
 def _small_bytes(norm: Norm, direction: Direction, launch: Launch) -> float:
     """Of everything else: what modulates, statistics, partial sums, and the gradients' sums."""
     rows = float(norm.batch * norm.channels)
-    modulated = norm.modulation == "scale_shift"
-    added = norm.modulation == "add"
-    shared = 2 + (norm.bias_folded and not added)
-    moved = 2 * modulated * rows + added * rows + shared * norm.channels
-    moved += 2 * norm.batch * norm.groups
+    halves = 2 * rows * (norm.modulation == "scale_shift")  # scale and shift, or their gradients
+    added = norm.modulation == "add" or norm.bias_folded
+    pre_shift = rows if norm.modulation == "add" else float(norm.channels * norm.bias_folded)
+    affine = 2.0 * norm.channels
+    moved = halves + pre_shift + affine + 2 * norm.batch * norm.groups
     sums = 2
     if direction == "backward":
-        sums += added or norm.bias_folded
-        moved += sums * rows + 2 * modulated * rows + added * rows + shared * norm.channels
+        sums += added
+        moved += sums * rows + halves + rows * added + affine
+    partial = sums * launch.splits * rows
     if direction != "rewrite" and launch.tier in ("C", "D"):
-        moved += sums * launch.splits * rows
+        moved += partial
+    if launch.tier == "D" and direction == "forward":
+        moved += partial + pre_shift  # apply reads them from memory
+    if launch.tier == "D" and direction == "backward":
+        moved *= 2  # apply reads all of it once more, the last kernel the sums
     return _FP32 * moved
