@@ -142,12 +142,12 @@ def weights_of(selection: Selection) -> dict[Norm, int]:
     sites = {site_of(item.cell): item.multiplicity for item in planned}
     weights: dict[Norm, int] = {}
     for cell, count in sites.items():
-        for norm in _norms(cell):
+        for norm in norms_of_cell(cell):
             weights[norm] = weights.get(norm, 0) + norm.channels * norm.positions * count
     return weights
 
 
-def _norms(cell: Cell) -> Iterator[Norm]:
+def norms_of_cell(cell: Cell) -> Iterator[Norm]:
     """As the fused block runs them on a GPU: conv1's bias is in the add before the second norm."""
     from resblock_bench.bench.norm_cost import Norm
 
@@ -280,13 +280,18 @@ def gather(
 
 
 def survey(
-    norms: Sequence[Norm], archs: Sequence[int], tier: Tier | None, console: Console
+    norms: Sequence[Norm],
+    archs: Sequence[int],
+    tier: Tier | None,
+    console: Console,
+    *,
+    rewrite: bool = False,
 ) -> tuple[list[Cost], list[str]]:
-    """As `gather`, of forward and backward alone, with the traffic that the rules expect."""
+    """As `gather`, rewriting only if asked for, with the traffic that the rules expect."""
     from resblock_bench.bench.expected_traffic import expected_traffic
 
     calls, refused = calls_of(norms, archs, tier)
-    jobs = shared_jobs(call for call in calls if call.direction != "rewrite")
+    jobs = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
     values = _values(_compilations(jobs), console)
     traffic = {call: expected_traffic(call.norm, call.direction, call.launch) for call in jobs}
     return _costs(jobs, values, traffic), refused
