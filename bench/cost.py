@@ -1,8 +1,9 @@
 """`cost`: what the kernels cost at given sites, known on a machine without a GPU.
 
 Every norm of the selected blocks, forward, rewritten and backward: bytes and sectors counted in
-Triton's interpreter, machine code from cross-compilation. Interpreted and compiled kernels exclude
-each other within a process, so each kind has worker processes of its own.
+Triton's interpreter, machine code from cross-compilation, and a time predicted from both.
+Interpreted and compiled kernels exclude each other within a process, so each kind has worker
+processes of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from resblock_bench.bench import environment, exitcodes, workers
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid import GROUPS, plan
 from resblock_bench.bench.progress import task_progress
+from resblock_bench.bench.records import site_of
 from resblock_bench.bench.workers import Answer, Job
 
 if TYPE_CHECKING:
     from resblock_bench.bench.axes import Selection
     from resblock_bench.bench.norm_cost import Direction, KernelCode, Norm, Traffic
+    from resblock_bench.bench.predictions import Predicted
     from resblock_bench.bench.records import Cell
     from resblock_bench.kernels.tiers import Launch, Tier
 
@@ -37,15 +40,24 @@ DEFAULT: Selection = {
 }
 """One site for each tier, in both layouts."""
 
+MODELS_DEFAULT: Selection = {"dtype": ("bf16",), "layout": ("nchw", "nhwc")}
+"""Where models are named, they say the sites."""
+
 
 @dataclass(frozen=True)
 class Request:
-    """What to cost: blocks, architectures (90 is 9.0), and a tier or else the rules' choice."""
+    """What to cost: blocks, architectures (90 is 9.0), and a tier or else the rules' choice.
+
+    published   every block of the published models instead, forward and backward: of the selection
+                count batch, dtype and layout; bytes are the rules' and not counted, and the
+                heaviest losses are shown rather than all
+    """
 
     selection: Selection
     archs: Sequence[int]
     tier: Tier | None = None
     json: Path | None = None
+    published: bool = False
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +69,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     launch: dict[str, Any]
     traffic: Traffic
     kernels: list[KernelCode]
+    predicted: Predicted
 
 
 def carry_out(request: Request, console: Console) -> int:
@@ -65,15 +78,26 @@ def carry_out(request: Request, console: Console) -> int:
     Raises UsageError without Triton, for an unknown architecture and where the tier cannot hold any
     of the norms.
     """
-    from resblock_bench.bench import cost_table
+    from resblock_bench.bench import cost_table, prediction_table
+    from resblock_bench.bench.published_norms import published_weights
 
     _check(request)
-    norms = norms_of(request.selection)
-    costs, refused = gather(norms, request.archs, request.tier, console)
+    weights = (
+        published_weights(request.selection) if request.published else weights_of(request.selection)
+    )
+    collect = survey if request.published else gather
+    costs, refused = collect(list(weights), request.archs, request.tier, console)
     if request.json is not None:
         _write(request.json, costs)
-    console.print(cost_table.table(costs), width=min(console.width, cost_table.WIDTH))
-    for line in cost_table.notes(costs, refused):
+    predicted = prediction_table.table(costs)
+    if request.published:
+        predicted = prediction_table.worst(costs, weights)
+    width = min(console.width, cost_table.WIDTH)
+    lines = [*cost_table.notes(costs, refused), *prediction_table.notes(costs, weights)]
+    if not request.published:
+        console.print(cost_table.table(costs), width=width)
+    console.print(predicted, width=width)
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if request.json is not None:
         console.print(f"json: {request.json}", markup=False, highlight=False, soft_wrap=True)
@@ -104,15 +128,26 @@ def _check(request: Request) -> None:
 
 def norms_of(selection: Selection) -> list[Norm]:
     """Both norms of every selected block, each once, in order."""
+    return list(weights_of(selection))
+
+
+def weights_of(selection: Selection) -> dict[Norm, int]:
+    """Both norms of every selected block, each once, in order, with C·HW × how often it occurs."""
     from resblock_bench.bench.workload import unsupported
 
-    cells = [item.cell for item in plan([selection])]
-    for reason in filter(None, map(unsupported, cells)):
+    planned = plan([selection])
+    for reason in filter(None, (unsupported(item.cell) for item in planned)):
         raise UsageError(f"{reason}: ask for layout=nchw")
-    return list(dict.fromkeys(norm for cell in cells for norm in _norms(cell)))
+    # Every variant of a site has the same norms.
+    sites = {site_of(item.cell): item.multiplicity for item in planned}
+    weights: dict[Norm, int] = {}
+    for cell, count in sites.items():
+        for norm in norms_of_cell(cell):
+            weights[norm] = weights.get(norm, 0) + norm.channels * norm.positions * count
+    return weights
 
 
-def _norms(cell: Cell) -> Iterator[Norm]:
+def norms_of_cell(cell: Cell) -> Iterator[Norm]:
     """As the fused block runs them on a GPU: conv1's bias is in the add before the second norm."""
     from resblock_bench.bench.norm_cost import Norm
 
@@ -165,6 +200,36 @@ class Call(NamedTuple):
         return {name: Job(False, compile_kernel, (*how, name)) for name in names}
 
 
+class Launches(NamedTuple):
+    """How a call launches one of its kernels."""
+
+    kernel: str
+    launches: int
+    programs: int
+
+
+def shared_jobs(calls: Iterable[Call]) -> dict[Call, list[tuple[Job, Launches]]]:
+    """For each kernel of a call the job that compiles it, and how this call launches it.
+
+    Calls whose kernels become the same machine code share the job of the first of them: the
+    published sites have several times as many launches as kernels.
+    """
+    from resblock_bench.bench.kernel_key import compile_key
+    from resblock_bench.bench.norm_cost import kernels_of
+
+    first: dict[object, Job] = {}
+    found: dict[Call, list[tuple[Job, Launches]]] = {}
+    for call in calls:
+        recorded = kernels_of(call.norm, call.direction, call.launch)
+        found[call] = []
+        for name, job in call.kernels().items():
+            items = recorded[name]
+            shared = first.setdefault((call.arch, compile_key(items[0])), job)
+            how = Launches(name, len(items), sum(item.grid[0] for item in items))
+            found[call].append((shared, how))
+    return found
+
+
 def calls_of(
     norms: Iterable[Norm], archs: Iterable[int], tier: Tier | None
 ) -> tuple[list[Call], list[str]]:
@@ -207,22 +272,63 @@ def gather(
     calls, refused = calls_of(norms, archs, tier)
     if not calls:
         raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
-    jobs = {call: (call.traffic(), call.kernels().values()) for call in calls}
-    wanted = [job for traffic, kernels in jobs.values() for job in (traffic, *kernels)]
-    with closing(answers(wanted, console)) as found:
-        values = {job: answer.get() for job, answer in found}
-    costs = [
-        Cost(
-            norm=call.norm,
-            direction=call.direction,
-            arch=call.arch,
-            launch=call.launch._asdict(),
-            traffic=values[traffic],
-            kernels=[values[job] for job in kernels],
-        )
-        for call, (traffic, kernels) in jobs.items()
-    ]
-    return costs, refused
+    jobs = shared_jobs(calls)
+    counted = {call: call.traffic() for call in calls}
+    values = _values([*counted.values(), *_compilations(jobs)], console)
+    traffic = {call: values[job] for call, job in counted.items()}
+    return _costs(jobs, values, traffic), refused
+
+
+def survey(
+    norms: Sequence[Norm],
+    archs: Sequence[int],
+    tier: Tier | None,
+    console: Console,
+    *,
+    rewrite: bool = False,
+) -> tuple[list[Cost], list[str]]:
+    """As `gather`, rewriting only if asked for, with the traffic that the rules expect."""
+    from resblock_bench.bench.expected_traffic import expected_traffic
+
+    calls, refused = calls_of(norms, archs, tier)
+    jobs = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
+    values = _values(_compilations(jobs), console)
+    traffic = {call: expected_traffic(call.norm, call.direction, call.launch) for call in jobs}
+    return _costs(jobs, values, traffic), refused
+
+
+Jobs = dict["Call", list[tuple[Job, "Launches"]]]
+
+
+def _compilations(jobs: Jobs) -> list[Job]:
+    return [job for kernels in jobs.values() for job, _ in kernels]
+
+
+def _values(jobs: Iterable[Job], console: Console) -> dict[Job, Any]:
+    with closing(answers(jobs, console)) as found:
+        return {job: answer.get() for job, answer in found}
+
+
+def _costs(jobs: Jobs, values: dict[Job, Any], traffic: dict[Call, Traffic]) -> list[Cost]:
+    costs = []
+    for call, kernels in jobs.items():
+        codes = [msgspec.structs.replace(values[job], **how._asdict()) for job, how in kernels]
+        costs.append(_cost(call, traffic[call], codes))
+    return costs
+
+
+def _cost(call: Call, traffic: Traffic, kernels: list[KernelCode]) -> Cost:
+    from resblock_bench.bench.predictions import predict
+
+    return Cost(
+        norm=call.norm,
+        direction=call.direction,
+        arch=call.arch,
+        launch=call.launch._asdict(),
+        traffic=traffic,
+        kernels=kernels,
+        predicted=predict(call.norm, call.direction, call.arch, call.launch, traffic, kernels),
+    )
 
 
 def _write(path: Path, costs: list[Cost]) -> None:

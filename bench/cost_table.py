@@ -33,14 +33,15 @@ def table(costs: Sequence[Cost]) -> Table:
         view.add_column(heading, justify="right", no_wrap=True)
     for norm, members in groupby(costs, key=lambda cost: cost.norm):
         view.add_section()
-        view.add_row(Text(_name(norm), style="bold"))
+        view.add_row(Text(name_of(norm), style="bold"))
         for _, same in groupby(members, key=lambda cost: cost.direction):
             for line in _direction(list(same)):
                 view.add_row(*line)
     return view
 
 
-def _name(norm: Norm) -> str:
+def name_of(norm: Norm) -> str:
+    """Sizes, dtype and layout, and what modulates it."""
     return (
         f"{norm.batch}×{norm.channels}×{norm.positions} {norm.dtype} {norm.layout}"
         f"{_MODULATION[norm.modulation]}{', dropout' if norm.dropout else ''}"

@@ -111,7 +111,8 @@ class MachineCode(msgspec.Struct, frozen=True, kw_only=True):
     as it does with short ones, it is there once for every tile of a turn.
 
     instructions: by category, what the main loops hold over the elements that a thread does in a
-    turn, so what it executes for an element in all passes over it; "total" is their sum. The tiles
+    turn, so what it executes for an element in all passes over it; "total" is their sum. loops:
+    the same of each main loop by itself, in their order in the code. The tiles
     of a turn are taken into account (`tiles_per_turn`). A predicated instruction counts whether or
     not it takes effect, one on the uniform datapath as any other. "shared" includes warp shuffles,
     "local" is the stack, "convert" includes unpacking 16 bits with HADD2.F32 or PRMT, but bf16 is
@@ -135,6 +136,7 @@ class MachineCode(msgspec.Struct, frozen=True, kw_only=True):
     main_loads: dict[int, int]
     main_stores: dict[int, int]
     instructions: dict[str, float]
+    loops: list[dict[str, float]]
     sass_hash: str
 
 
@@ -165,6 +167,7 @@ def compile_for(kernel: Any, arguments: Mapping[str, object], arch: int) -> Mach
     tile_bits = elements * narrowest_bits(arguments)
     main = main_loops(sass, tile_bits)
     turns = tiles_per_turn(main, main_loops(parse_ptx(compiled.asm["ptx"]), tile_bits))
+    counts = [tiles * elements for tiles in turns]
     flat = [line for loop in main for line in loop]
     return MachineCode(
         arch=arch,
@@ -177,7 +180,8 @@ def compile_for(kernel: Any, arguments: Mapping[str, object], arch: int) -> Mach
         stores=stores(sass.instructions),
         main_loads=loads(flat),
         main_stores=stores(flat),
-        instructions=per_element(main, [tiles * elements for tiles in turns]),
+        instructions=per_element(main, counts),
+        loops=[per_element([loop], [count]) for loop, count in zip(main, counts, strict=True)],
         sass_hash=hashlib.sha256(normalised(sass).encode()).hexdigest()[:16],
     )
 
