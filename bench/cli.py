@@ -219,9 +219,12 @@ def plot(
 def cost(
     axis: AxisOption = None,
     arch: Annotated[
-        str,
-        typer.Option(metavar="80,90,100", help="NVIDIA architectures, as compute capability·10."),
-    ] = "80,90,100",
+        str | None,
+        typer.Option(
+            metavar="80,90,100",
+            help="NVIDIA architectures, as compute capability·10: all, or 90 with --published.",
+        ),
+    ] = None,
     tier: Annotated[
         str | None,
         typer.Option(metavar="A|B|C|D", help="Cost this tier, not the one that would be chosen."),
@@ -246,13 +249,14 @@ def cost(
     from resblock_bench.bench import cost as costs
     from resblock_bench.bench.axes import parse_arguments
 
-    archs = arch.replace("sm_", "").split(",")
+    archs = (arch or ("90" if published else "80,90,100")).replace("sm_", "").split(",")
     for name in archs:
         if not name.strip().isdigit():
             raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
-    default = {"dtype": ("bf16",)} if published else costs.DEFAULT
+    selection = parse_arguments(axis or [])
+    default = costs.MODELS_DEFAULT if published or "model" in selection else costs.DEFAULT
     request = costs.Request(
-        selection={**default, **parse_arguments(axis or [])},
+        selection={**default, **selection},
         published=published,
         archs=list(dict.fromkeys(map(int, archs))),
         tier=None if tier is None else costs.tier_named(tier),

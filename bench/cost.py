@@ -41,13 +41,17 @@ DEFAULT: Selection = {
 }
 """One site for each tier, in both layouts."""
 
+MODELS_DEFAULT: Selection = {"dtype": ("bf16",), "layout": ("nchw", "nhwc")}
+"""Where models are named, they say the sites."""
+
 
 @dataclass(frozen=True)
 class Request:
     """What to cost: blocks, architectures (90 is 9.0), and a tier or else the rules' choice.
 
-    published   every block of the published models instead: of the selection count batch, dtype
-                and layout, and the heaviest losses are shown rather than all
+    published   every block of the published models instead, forward and backward: of the selection
+                count batch, dtype and layout; bytes are the rules' and not counted, and the
+                heaviest losses are shown rather than all
     """
 
     selection: Selection
@@ -83,11 +87,14 @@ def carry_out(request: Request, console: Console) -> int:
     of the norms.
     """
     from resblock_bench.bench import cost_table, host_table, prediction_table
+    from resblock_bench.bench.published_norms import published_weights
 
     _check(request)
-    choose = published_weights if request.published else weights_of
-    weights = choose(request.selection)
-    costs, refused = gather(list(weights), request.archs, request.tier, console)
+    weights = (
+        published_weights(request.selection) if request.published else weights_of(request.selection)
+    )
+    collect = survey if request.published else gather
+    costs, refused = collect(list(weights), request.archs, request.tier, console)
     host = host_times(weights)
     if request.json is not None:
         _write(request.json, Report(costs=costs, host=host))
@@ -149,31 +156,12 @@ def weights_of(selection: Selection) -> dict[Norm, int]:
     sites = {site_of(item.cell): item.multiplicity for item in planned}
     weights: dict[Norm, int] = {}
     for cell, count in sites.items():
-        for norm in _norms(cell):
+        for norm in norms_of_cell(cell):
             weights[norm] = weights.get(norm, 0) + norm.channels * norm.positions * count
     return weights
 
 
-def published_weights(selection: Selection) -> dict[Norm, int]:
-    """The same of all published models, at every batch, dtype and layout of the selection."""
-    from resblock_bench.bench.axes import axes
-    from resblock_bench.bench.published_norms import published_norms
-
-    wrong = sorted(set(selection) - {"batch", "dtype", "layout"})
-    if wrong:
-        raise UsageError(
-            f"--published takes every block of every model: leave out {', '.join(wrong)} "
-            "(-a batch, dtype and layout can be given)"
-        )
-    known = axes()
-    values = (selection.get(name, known[name].default) for name in ("batch", "dtype", "layout"))
-    weights: dict[Norm, int] = {}
-    for how in product(*values):
-        weights |= published_norms(*how)  # type: ignore[arg-type]  # an axis has checked them
-    return weights
-
-
-def _norms(cell: Cell) -> Iterator[Norm]:
+def norms_of_cell(cell: Cell) -> Iterator[Norm]:
     """As the fused block runs them on a GPU: conv1's bias is in the add before the second norm."""
     from resblock_bench.bench.norm_cost import Norm
 
@@ -299,14 +287,48 @@ def gather(
     if not calls:
         raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
     jobs = shared_jobs(calls)
-    wanted = [job for call in calls for job in (call.traffic(), *(job for job, _ in jobs[call]))]
-    with closing(answers(wanted, console)) as found:
-        values = {job: answer.get() for job, answer in found}
+    counted = {call: call.traffic() for call in calls}
+    values = _values([*counted.values(), *_compilations(jobs)], console)
+    traffic = {call: values[job] for call, job in counted.items()}
+    return _costs(jobs, values, traffic), refused
+
+
+def survey(
+    norms: Sequence[Norm],
+    archs: Sequence[int],
+    tier: Tier | None,
+    console: Console,
+    *,
+    rewrite: bool = False,
+) -> tuple[list[Cost], list[str]]:
+    """As `gather`, rewriting only if asked for, with the traffic that the rules expect."""
+    from resblock_bench.bench.expected_traffic import expected_traffic
+
+    calls, refused = calls_of(norms, archs, tier)
+    jobs = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
+    values = _values(_compilations(jobs), console)
+    traffic = {call: expected_traffic(call.norm, call.direction, call.launch) for call in jobs}
+    return _costs(jobs, values, traffic), refused
+
+
+Jobs = dict["Call", list[tuple[Job, "Launches"]]]
+
+
+def _compilations(jobs: Jobs) -> list[Job]:
+    return [job for kernels in jobs.values() for job, _ in kernels]
+
+
+def _values(jobs: Iterable[Job], console: Console) -> dict[Job, Any]:
+    with closing(answers(jobs, console)) as found:
+        return {job: answer.get() for job, answer in found}
+
+
+def _costs(jobs: Jobs, values: dict[Job, Any], traffic: dict[Call, Traffic]) -> list[Cost]:
     costs = []
     for call, kernels in jobs.items():
         codes = [msgspec.structs.replace(values[job], **how._asdict()) for job, how in kernels]
-        costs.append(_cost(call, values[call.traffic()], codes))
-    return costs, refused
+        costs.append(_cost(call, traffic[call], codes))
+    return costs
 
 
 def _cost(call: Call, traffic: Traffic, kernels: list[KernelCode]) -> Cost:

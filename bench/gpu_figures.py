@@ -166,3 +166,17 @@ GPUS = {
     arch: Gpu(**{name: figure.value for name, figure in figures.items()})
     for arch, figures in FIGURES.items()
 }
+
+_NAMES = {"A100": 80, "H100": 90, "H200": 90, "GH200": 90, "B200": 100}
+
+
+def architecture(device_name: str) -> int | None:
+    """Of a GPU by its name; None where there are no figures of its architecture."""
+    words = device_name.replace("-", " ").split()
+    return next((arch for name, arch in _NAMES.items() if name in words), None)
+
+
+def gpu_that_copies(arch: int, copy_bytes_per_s: float | None) -> Gpu:
+    """An architecture's figures, with the copy bandwidth that a machine reached itself."""
+    gpu = GPUS[arch]
+    return gpu if copy_bytes_per_s is None else gpu._replace(copy_bytes_per_s=copy_bytes_per_s)

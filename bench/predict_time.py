@@ -155,30 +155,26 @@ def wave_bounds_us(parts: Sequence[Part], programs: int, size: int, gpu: Gpu) ->
 def life_us(part: Part, warps: int, gpu: Gpu) -> float:
     """How long a program lives that has the machine to itself.
 
-    Its instructions take the schedulers that its warps are spread over; its turns wait for memory
-    or, as far as they read from it, for L2.
+    Its instructions take the schedulers that its warps are spread over, with a quarter of the
+    special-function units each.
     """
-    turns = turns_of(part)
-    lanes_per_s = WARP_SIZE * min(warps, SCHEDULERS) * gpu.issue_share * gpu.clock_hz
-    instructions_us = 1e6 * part.instructions / part.programs / lanes_per_s
-    return part.round_trips * gpu.l2_latency_us + turns * latency_us(part, gpu) + instructions_us
+    waits_us = turns(part, part.read_bytes) * gpu.memory_latency_us
+    waits_us += turns(part, part.l2_bytes) * gpu.l2_latency_us
+    schedulers = min(warps, SCHEDULERS)
+    lanes_per_s = WARP_SIZE * schedulers * gpu.issue_share * gpu.clock_hz
+    special_per_s = gpu.special_lanes * schedulers / SCHEDULERS * gpu.clock_hz
+    executed_s = max(part.instructions / lanes_per_s, part.special / special_per_s) / part.programs
+    return part.round_trips * gpu.l2_latency_us + waits_us + 1e6 * executed_s
 
 
 def ramp_us(part: Part, gpu: Gpu) -> float:
     """From the first instruction of a program to its first data."""
-    return part.round_trips * gpu.l2_latency_us + latency_us(part, gpu) * (turns_of(part) > 0)
+    latency_us = 0.0
+    if part.read_bytes or part.l2_bytes:
+        latency_us = gpu.memory_latency_us if part.read_bytes else gpu.l2_latency_us
+    return part.round_trips * gpu.l2_latency_us + latency_us
 
 
-def turns_of(part: Part) -> int:
-    """How often a program waits for loads as it streams."""
-    read = (part.read_bytes + part.l2_bytes) / part.programs
-    return math.ceil(read / part.in_flight_bytes - 1e-6) if read else 0
-
-
-def latency_us(part: Part, gpu: Gpu) -> float:
-    """That of a turn's loads, by where they come from."""
-    read = part.read_bytes + part.l2_bytes
-    if not read:
-        return 0.0
-    from_l2 = part.l2_bytes / read
-    return from_l2 * gpu.l2_latency_us + (1 - from_l2) * gpu.memory_latency_us
+def turns(part: Part, read: float) -> int:
+    """How often a program waits for so many bytes, which all programs read."""
+    return math.ceil(read / part.programs / part.in_flight_bytes - 1e-6)

@@ -10,9 +10,19 @@ from resblock_bench.bench.eager_chain import (
     eager_chain,
     predict_chain,
 )
+from resblock_bench.bench.expected_traffic import expected_traffic
 from resblock_bench.bench.gpu_figures import GPUS, Gpu
 from resblock_bench.bench.launch_work import launch_work
-from resblock_bench.bench.norm_cost import FLOOR, Direction, KernelCode, Norm, Traffic
+from resblock_bench.bench.norm_cost import (
+    FLOOR,
+    Direction,
+    KernelCode,
+    Norm,
+    Traffic,
+    compile_kernel,
+    kernels_of,
+    launch_of,
+)
 from resblock_bench.bench.predict_time import Bound, predict_call
 from resblock_bench.bench.records import Record
 from resblock_bench.kernels.tiers import Launch
@@ -40,6 +50,15 @@ class Predicted(Record, frozen=True, kw_only=True):
     eager_kernels: int
     compiled_us: float
     host_us: float | None
+
+
+def predict_compiled(norm: Norm, direction: Direction, arch: int, gpu: Gpu) -> Predicted:
+    """Predict a direction whose kernels this process compiles, with the traffic of the rules."""
+    launch = launch_of(norm, direction, arch, None)
+    names = kernels_of(norm, direction, launch)
+    kernels = [compile_kernel(norm, direction, launch, arch, name) for name in names]
+    traffic = expected_traffic(norm, direction, launch)
+    return predict(norm, direction, arch, launch, traffic, kernels, gpu=gpu)
 
 
 def predict(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
+from resblock_bench.bench.axes import Selection, axes
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.norm_cost import Norm
 from resblock_bench.bench.records import DType, Layout
 from resblock_bench.reference import PUBLISHED, resblock_sites
@@ -48,6 +51,22 @@ def published_norms(batch: int, dtype: DType, layout: Layout) -> dict[Norm, int]
                 elements = norm.channels * norm.positions * site.count
                 found[norm] = found.get(norm, 0) + elements
     return found
+
+
+def published_weights(selection: Selection) -> dict[Norm, int]:
+    """Those of every batch, dtype and layout of a selection, which has no other axis."""
+    wrong = sorted(set(selection) - {"batch", "dtype", "layout"})
+    if wrong:
+        raise UsageError(
+            f"--published takes every block of every model: leave out {', '.join(wrong)} "
+            "(-a batch, dtype and layout can be given)"
+        )
+    known = axes()
+    values = (selection.get(name, known[name].default) for name in ("batch", "dtype", "layout"))
+    weights: dict[Norm, int] = {}
+    for how in product(*values):
+        weights |= published_norms(*how)  # type: ignore[arg-type]  # an axis has checked them
+    return weights
 
 
 def groups_of(config: UNetConfig, channels: int) -> int:

@@ -179,6 +179,8 @@ def _sweep(
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
     show(console, list(rows.values()), len(tasks))
+    if plan.device == "cuda" and ending is None:
+        _show_predicted(list(rows.values()), found, console)
     if rows:
         derive(console, writer.folder, request.formats, plots=request.plots)
     if ending is not None:
@@ -191,6 +193,22 @@ def _sweep(
             f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
         )
     return exit_code(list(rows.values()), len(tasks), ending)
+
+
+def _show_predicted(rows: list[Row], found: Environment, console: Console) -> None:
+    """What was predicted of the fused norms, where Triton is there to compile them."""
+    from resblock_bench.kernels.dispatch import triton_installed
+
+    if not triton_installed():
+        return
+    from resblock_bench.bench import predicted_run
+    from resblock_bench.bench.table import WIDTH
+    from resblock_bench.bench.workers import JobFailed
+
+    try:
+        predicted_run.show(rows, found.ceilings, console, WIDTH)
+    except JobFailed as error:  # the rows stand
+        say(console, f"nothing is predicted of the norms: {error}")
 
 
 def _measure_all(

@@ -183,7 +183,7 @@ def _is_plain(conv: ConvNd) -> bool:
 
 
 def check_mode(mode: CheckpointMode) -> None:
-    if mode not in get_args(CheckpointMode):
+    if not isinstance(mode, str) or mode not in get_args(CheckpointMode):
         raise ValueError(f"checkpoint is {mode!r}; allowed are 'none', 'selective' and 'full'.")
 
 

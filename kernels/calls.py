@@ -55,9 +55,13 @@ class Call:
         return self.backward
 
 
-def of(x: Tensor, rows: launch.Rows, spec: Spec) -> Call:
-    """The kind of a valid call on plain, dense tensors."""
-    key = spec, *(kind(x, rows) or ())
+def of(x: Tensor, rows: launch.Rows, spec: Spec, *others: Tensor | None) -> Call:
+    """The kind of a valid call on plain, dense tensors.
+
+    others: whatever else is passed to a launch and may be absent or of more than one dtype.
+    """
+    dtypes = [None if t is None else t.dtype for t in others]
+    key = spec, *dtypes, *(kind(x, rows) or ())
     call = _calls.get(key)
     if call is None:
         call = keep(_calls, key, Call(x, spec))

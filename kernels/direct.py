@@ -45,9 +45,8 @@ def remember(x: Tensor, modulation: Modulation, spec: Spec, activation: str | No
     if dense(x) is x and all(
         t is d for t, d in zip(modulation, modulation.dense(), strict=True)
     ):  # fmt: skip
-        call = calls.of(x, modulation, spec)
+        call = calls.keep(_known, key, Call(x, spec))
         call.prepare_forward(x, modulation)
-        calls.keep(_known, key, call)
 
 
 def _key(x: Tensor, rows: Rows, constants: _Constants) -> Any:

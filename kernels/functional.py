@@ -5,6 +5,7 @@ y = dropout(act(GroupNorm(x + pre_shift)·(1 + scale) + shift))
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from resblock_bench.kernels.op import (
 from resblock_bench.kernels.resample import Resample
 from resblock_bench.kernels.spec import Modulation, Spec, dense, memory_format
 from resblock_bench.kernels.tiers import Direction, ceil_div
+from resblock_bench.reference import arguments
 from resblock_bench.reference.checkpoint import under_transforms
 
 _HAS_TRITON = triton_installed()
@@ -54,7 +56,8 @@ def group_norm_silu(
 
     Arguments:
 
-    - `x`: (N, C, *spatial), 1 to 3 spatial dimensions, contiguous or channels-last, floating point.
+    - `x`: (N, C, *spatial), 1 to 3 spatial dimensions, floating point, with any strides: what is
+      neither contiguous nor channels-last is copied once.
     - `num_groups`: G, a divisor of C.
     - `weight`, `bias`: (C,), any floating dtype.
     - `scale`, `shift`, `pre_shift`: (N, C), any floating dtype and strides; each may be absent,
@@ -68,9 +71,11 @@ def group_norm_silu(
     Returns y in x's shape, dtype and layout. Statistics and modulation are computed in fp32 (fp64
     for fp64 x); Triton keeps everything between in fp32, ATen on the CPU rounds the intermediate
     activations of 16-bit x to x's dtype. Only x, Triton's fp32 mean and rstd (N, G) and the small
-    tensors are kept for the backward. Differentiable once: a second derivative raises.
+    tensors are kept for the backward. Differentiable once: a second derivative raises. Works under
+    torch.func's vmap, grad, vjp and jacrev.
 
-    Errors: ValueError, or TypeError for dtypes, naming what was received and what is allowed.
+    Errors: ValueError, or TypeError for values of another kind, naming what was received and what
+    is allowed.
 
     Source: Wu and He, Group Normalization (arXiv:1803.08494); Nichol and Dhariwal, Improved
     Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
@@ -78,15 +83,18 @@ def group_norm_silu(
     rows = (weight, bias, scale, shift, pre_shift)
     if _HAS_TRITON and isinstance(x, Tensor) and type(training) is bool:
         p = dropout_p if training else 0.0
-        constants = (num_groups, eps, activation, p, x.dtype)
-        call = direct.find(x, rows, constants)
+        call = direct.find(x, rows, (num_groups, eps, activation, p, x.dtype))
         if call is not None:
             return direct.run(call, x, rows, _seed(x, p) if p else None)
     modulation = Modulation(*rows)
-    seed, spec = _prepare(x, num_groups, modulation, eps, activation, dropout_p, training, x.dtype)
+    _check(x, num_groups, modulation)
+    seed, spec = _constants(x, num_groups, eps, activation, dropout_p, training, x.dtype)
+    if under_transforms():
+        return transforms.group_norm_silu(x, modulation, seed, spec)
     if _HAS_TRITON:
         direct.remember(x, modulation, spec, activation)
-    return _normalise(x, modulation, seed, spec)
+    y: Tensor = GroupNormSiLUFunction.apply(dense(x), *modulation.dense(), seed, spec)
+    return y
 
 
 def norm_act_conv(
@@ -113,24 +121,36 @@ def norm_act_conv(
     `group_norm_silu`; `conv` is a zero-padded Conv1d, Conv2d or Conv3d, called by its parameters,
     so its hooks do not run; `resample` doubles ("up", nearest) or halves ("down", mean) the
     resolution before it; `conv_bias=False` leaves the convolution's bias to the caller. Under
-    autocast the activation is written in autocast's dtype.
+    autocast the activation is written in autocast's dtype. Under torch.func's transforms the three
+    are called one after the other, and the convolution keeps its input.
     """
-    if conv.transposed:
+    if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv.transposed:
         raise TypeError(
-            f"conv is a {type(conv).__name__}; expected Conv1d, Conv2d or Conv3d. Call "
-            "group_norm_silu and the transposed convolution one after the other."
+            f"conv is {arguments.received(conv)}; expected Conv1d, Conv2d or Conv3d. Call "
+            "group_norm_silu and the other module one after the other."
         )
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise ValueError(
             f"conv pads with padding_mode={conv.padding_mode!r}, padding={conv.padding!r}; allowed "
             "is 'zeros' with numbers. Call group_norm_silu and the convolution one after the other."
         )
+    arguments.one_of("norm_act_conv", ("up", "down", None), resample=resample)
+    arguments.flags("norm_act_conv", conv_bias=conv_bias)
+    modulation = Modulation(weight, bias, scale, shift, pre_shift)
+    _check(x, num_groups, modulation)
+    spatial = x.dim() - 2
+    if len(conv.stride) != spatial or conv.in_channels != x.shape[1]:
+        raise ValueError(
+            f"conv is a {type(conv).__name__} of {conv.in_channels} channels; expected "
+            f"Conv{spatial}d of {x.shape[1]} channels for x of shape {tuple(x.shape)}."
+        )
+    if conv.weight.device != x.device:
+        raise ValueError(f"conv is on {conv.weight.device} and x on {x.device}; move one of them.")
     dtype = conv.weight.dtype
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    modulation = Modulation(weight, bias, scale, shift, pre_shift)
-    seed, spec = _prepare(x, num_groups, modulation, eps, activation, dropout_p, training, dtype)
+    seed, spec = _constants(x, num_groups, eps, activation, dropout_p, training, dtype)
     constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
     kernel = conv.weight.to(dtype)
     kernel_bias = conv.bias.to(dtype) if conv_bias and conv.bias is not None else None
@@ -155,7 +175,7 @@ def explain(
     pre_shift: Tensor | None = None,
 ) -> str:
     """Which implementation, tier and launch `group_norm_silu` takes for this call, and why."""
-    _check(x, num_groups, Modulation(weight, bias, scale, shift, pre_shift), 0.0, "silu")
+    _check(x, num_groups, Modulation(weight, bias, scale, shift, pre_shift))
     backend, reason = choose_backend(x)
     layout = str(memory_format(x)).removeprefix("torch.").removesuffix("_format")
     dense = x.is_contiguous() or memory_format(x) != torch.contiguous_format
@@ -176,24 +196,84 @@ def explain(
     return "\n".join(lines)
 
 
-def _normalise(x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec) -> Tensor:
-    if under_transforms():
-        return transforms.group_norm_silu(x, modulation, seed, spec)
-    y: Tensor = GroupNormSiLUFunction.apply(dense(x), *modulation.dense(), seed, spec)
-    return y
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _prepare(
+def _check(x: Tensor, num_groups: int, modulation: Modulation) -> None:
+    """Runs on every call, so what is as expected passes by the fewest questions."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        what = arguments.received(x) if not isinstance(x, Tensor) else f"of layout {x.layout}"
+        raise TypeError(f"x is {what}; expected a dense tensor of shape (N, C, *spatial).")
+    size = x.shape
+    if not 3 <= len(size) <= 5:
+        raise ValueError(
+            f"x has shape {tuple(size)}; expected (N, C, *spatial) with 1 to 3 spatial dimensions."
+        )
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"x is {x.dtype}; expected a floating-point tensor of 16, 32 or 64 bits. Convert it "
+            "first."
+        )
+    N, C = size[0], size[1]
+    if type(num_groups) is not int and not isinstance(num_groups, torch.SymInt):
+        arguments.integers("group_norm_silu", 1, num_groups=num_groups)
+    if num_groups < 1 or C % num_groups:
+        raise ValueError(
+            f"{C} channels cannot be divided into {num_groups} groups; num_groups must be a "
+            f"positive divisor of {C}."
+        )
+    row, device, strided = (N, C), x.device, torch.strided
+    shapes = ((C,), (C,), row, row, row)
+    for name, tensor, shape in zip(Modulation._fields, modulation, shapes, strict=True):
+        if tensor is not None and not (
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype.is_floating_point
+            and tensor.device == device
+            and tensor.layout is strided
+        ):
+            _refuse(name, tensor, shape, x)
+
+
+def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Say what is wrong with one of the modulation tensors."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} is {arguments.received(tensor)}; expected None or a dense tensor of shape "
+            f"{shape}."
+        )
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected {shape} for x of shape "
+            f"{tuple(x.shape)}."
+        )
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
+    raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them.")
+
+
+def _constants(
     x: Tensor,
     num_groups: int,
-    modulation: Modulation,
     eps: float,
     activation: Activation,
     dropout_p: float,
     training: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Spec]:
-    _check(x, num_groups, modulation, dropout_p, activation)
+    """The seed of dropout, if there is any, and the constants of a call."""
+    if not (
+        type(eps) is type(dropout_p) is float
+        and 0.0 <= eps < math.inf
+        and 0.0 <= dropout_p < 1.0
+        and type(training) is bool
+        and (activation is None or (type(activation) is str and activation == "silu"))
+    ):
+        owner = "group_norm_silu"
+        arguments.numbers(owner, 0, eps=eps)
+        arguments.probabilities(owner, dropout_p=dropout_p)
+        arguments.flags(owner, training=training)
+        arguments.one_of(owner, ("silu", None), activation=activation)
     dropout_p = dropout_p if training else 0.0
     spec = Spec(num_groups, eps, activation is not None, dropout_p, out_dtype)
     return _seed(x, dropout_p), spec
@@ -206,42 +286,3 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
     # On x's device, so that drawing it neither waits for the device nor breaks graph capture,
     # and checkpoints that restore the generator draw the same one again.
     return torch.randint(2**63 - 1, (), device=x.device)
-
-
-def _check(
-    x: Tensor,
-    num_groups: int,
-    modulation: Modulation,
-    dropout_p: float,
-    activation: Activation,
-) -> None:
-    if x.dim() not in (3, 4, 5):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; expected (N, C, *spatial) with 1 to 3 spatial "
-            "dimensions."
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; expected a floating-point tensor. Convert it first.")
-    N, C = x.shape[:2]
-    if num_groups < 1 or C % num_groups:
-        raise ValueError(
-            f"{C} channels cannot be divided into {num_groups} groups; num_groups must be a "
-            f"positive divisor of {C}."
-        )
-    if activation not in ("silu", None):
-        raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; allowed is 0 ≤ p < 1.")
-    expected = ((C,), (C,), (N, C), (N, C), (N, C))
-    for name, tensor, shape in zip(Modulation._fields, modulation, expected, strict=True):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected {shape} for x of shape "
-                f"{tuple(x.shape)}."
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them.")

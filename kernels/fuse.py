@@ -9,6 +9,7 @@ from torch import nn
 from resblock_bench import reference
 from resblock_bench.kernels.blocks import CheckpointMode, EDMBlock, ResBlock, check_mode
 from resblock_bench.kernels.modules import GroupNormSiLU
+from resblock_bench.reference import arguments
 
 _FUSED: dict[type[nn.Module], type[ResBlock] | type[EDMBlock]] = {
     reference.ResBlock: ResBlock,
@@ -45,6 +46,8 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
     checkpoint: the mode of every block, or None to leave each as it is (`use_checkpoint` means
     "full"). Subclasses are left alone, since they may compute something else. Returns the report.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse_: model must be an nn.Module, got {arguments.received(model)}")
     if checkpoint is not None:
         check_mode(checkpoint)
     report = FuseReport()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resblock_bench.kernels.functional import Activation, group_norm_silu
+from resblock_bench.reference import arguments
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -28,9 +29,10 @@ class GroupNormSiLU(nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        arguments.group_norm(self, num_groups, num_channels, eps)
+        arguments.flags(self, affine=affine)
+        arguments.one_of(self, ("silu", None), activation=activation)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
-        if activation not in ("silu", None):
-            raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None.")
         self.activation = activation
 
     def forward(
@@ -40,8 +42,9 @@ class GroupNormSiLU(nn.GroupNorm):
         shift: Tensor | None = None,
         pre_shift: Tensor | None = None,
     ) -> Tensor:
+        vectors = isinstance(x, Tensor) and x.dim() == 2
         y = group_norm_silu(
-            x[..., None] if x.dim() == 2 else x,
+            x[..., None] if vectors else x,
             self.num_groups,
             self.weight,
             self.bias,
@@ -51,7 +54,7 @@ class GroupNormSiLU(nn.GroupNorm):
             eps=self.eps,
             activation=self.activation,
         )
-        return y.reshape(x.shape) if x.dim() == 2 else y
+        return y[..., 0] if vectors else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -84,7 +84,7 @@ def _forward(x: Tensor, *call: Any, own_words: bool = False) -> tuple[Tensor, Te
     x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
-        kind = calls.of(x, modulation, spec)
+        kind = calls.of(x, modulation, spec, seed)
         forward = kind.forward or kind.prepare_forward(x, modulation)
         return forward(x, modulation, seed, own_words=own_words)
 
@@ -94,7 +94,7 @@ def _rewrite(x: Tensor, mean: Tensor, rstd: Tensor, *call: Any) -> Tensor:
     x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
-        kind = calls.of(x, modulation, spec)
+        kind = calls.of(x, modulation, spec, seed, mean, rstd)
         rewrite = kind.rewrite or kind.prepare_rewrite(x, modulation)
         return rewrite(x, mean, rstd, modulation, seed)
 
@@ -106,7 +106,7 @@ def _backward(
     x = dense(x)
     modulation, seed, spec = _split(call)
     with torch.cuda.device_of(x):
-        kind = calls.of(x, modulation, spec)
+        kind = calls.of(x, modulation, spec, seed, mean, rstd, dy)
         backward = kind.backward or kind.prepare_backward(x, modulation)
         dx, gradients = backward(_like(dy, x), x, mean, rstd, modulation, seed, own_words=own_words)
     return dx, *(_empty(x) if g is None else g for g in gradients)

@@ -147,7 +147,8 @@ def dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
     strides, stride = t.stride(), 1
     for dim in reversed(order):
         if strides[dim] != stride:
-            ordered = t.permute(order)
-            return ordered.reshape(-1).view(ordered.shape).permute([order.index(d) for d in order])
+            flat = t.permute(order).reshape(-1)
+            viewed = flat.view([t.shape[d] for d in order])
+            return viewed if layout == torch.contiguous_format else viewed.movedim(-1, 1)
         stride *= t.shape[dim]
     return t

@@ -65,8 +65,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         arguments.one_of(self, get_args(Family), family=self.family)
         given = vars(self)
-        sizes = ("image_size", "model_channels", "num_res_blocks", "in_channels", "out_channels")
-        sizes += tuple(k for k in ("num_classes", "train_batch") if given[k] is not None)
+        sizes = ["image_size", "model_channels", "num_res_blocks", "in_channels", "out_channels"]
+        sizes += [name for name in ("num_classes", "train_batch") if given[name] is not None]
         arguments.integers(self, 1, **{name: given[name] for name in sizes})
         arguments.integers(self, 0, augment_dim=self.augment_dim)
         heads = ("num_heads", "num_head_channels")

@@ -41,6 +41,8 @@ def test_table_and_json(run_cli: Callable, tmp_path: Path) -> None:
     assert "backward, tier A" in done.out
     assert "0 kernels spill registers" in done.out
     assert max(map(len, done.out[: done.out.index("passes: over")].splitlines())) <= 100
+    assert "predicted times" in done.out and "backward A sm_90" in done.out
+    assert "sm_80 nchw batch 2 forward:" in done.out and "no tensor is larger than L2" in done.out
     report = json.loads(path.read_text())
     costs = report["costs"]
     # Two norms, forward, rewritten and backward, on two architectures.
@@ -48,6 +50,10 @@ def test_table_and_json(run_cli: Callable, tmp_path: Path) -> None:
     for cost in costs:
         traffic = cost["traffic"]
         assert traffic["requested"] == traffic["dram"] == traffic["floor"]
+        predicted = cost["predicted"]
+        assert predicted["us"] == pytest.approx(sum(predicted["shares_us"].values()))
+        assert 0 < predicted["floor_share"] < 1
+        assert predicted["eager_us"] > predicted["us"]
         names = [kernel["kernel"] for kernel in cost["kernels"]]
         expected = {
             "forward": ["forward: whole"],
@@ -108,3 +114,46 @@ def test_without_triton(run_cli: Callable, monkeypatch: pytest.MonkeyPatch) -> N
     done = run_cli("cost", *SMALL)
     assert done.code == 2
     assert "Triton is not installed" in done.err
+
+
+def test_a_model_brings_its_own_sites(run_cli: Callable, tmp_path: Path) -> None:
+    """No default resolution or channels are asked of it; a site's weight is its count."""
+    path = tmp_path / "cost.json"
+    asked = ["-a", "model=iddpm-cifar10-uncond", "-a", "resolution=4", "-a", "channels=256"]
+    done = run_cli("cost", *asked, "-a", "layout=nchw", "--arch", "90", "--json", str(path))
+    assert done.code == 0, done.err
+    assert {
+        (cost["norm"]["channels"], cost["norm"]["positions"])
+        for cost in json.loads(path.read_text())
+    } == {(256, 16)}
+    assert "of the floor by C·HW × count" in done.out
+
+
+def test_published_models(
+    run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of their norms: a summary and the worst, without a section for each."""
+    from resblock_bench.bench import published_norms
+
+    everything = published_norms.published_norms
+
+    def few(*how: object) -> dict:
+        norms = everything(*how)
+        small = [n for n in norms if (n.channels, n.positions) == (256, 64)]
+        return {n: norms[n] for n in small[:2]}
+
+    monkeypatch.setattr(published_norms, "published_norms", few)
+    path = tmp_path / "cost.json"
+    done = run_cli(
+        "cost", "--published", "-a", "batch=1,8", "-a", "layout=nhwc", "--json", str(path)
+    )
+    assert done.code == 0, done.err
+    costs = json.loads(path.read_text())
+    assert len(costs) == 2 * 2 * 2  # norms, batches, directions
+    assert {cost["arch"] for cost in costs} == {90}
+    assert "what loses most against the floor, predicted" in done.out
+    assert "sm_90 nhwc batch 1 backward:" in done.out
+    assert "kernels spill registers" in done.out
+    done = run_cli("cost", "--published", "-a", "channels=32")
+    assert done.code == 2
+    assert "leave out channels" in done.err

@@ -8,8 +8,9 @@
 With each benchmark (`extra_info`): `bytes` is the least that the operation must move, `gb_per_s`
 these bytes over the median, `floor_share` the share of the median that the machine's ceilings need
 (bench/floor.py), `peak_bytes` the most that is alive during a step, parameters and inputs included,
-and `peak_above_baseline_bytes` without them. The step whose memory is measured for the operator's
-backward includes its forward.
+and `peak_above_baseline_bytes` without them. `predicted_us` is a prediction of the operator's
+device time, null for blocks and for devices without figures (docs/prediction.md). The step whose
+memory is measured for the operator's backward includes its forward.
 """
 
 import math
@@ -79,6 +80,7 @@ def measure(
     prepare   makes the arguments of one call of `run`
     run       what is timed
     floor     of the operation, by the ceilings and the median in ms
+    predicted of the operation, by the device's name and the ceilings: microseconds, if anything
     """
     timer = request.node.get_closest_marker("benchmark").kwargs["timer"]
 
@@ -91,6 +93,7 @@ def measure(
         prepare: Callable[[], tuple[Any, ...]],
         run: Callable[..., object],
         floor: Callable[[Ceilings, float], Floor],
+        predicted: Callable[[str, Ceilings], float | None] = lambda device_name, ceilings: None,
     ) -> None:
         check()
         memory = machine.device.meter.measure(workload)
@@ -115,6 +118,7 @@ def measure(
             floor_share=least.share,
             peak_bytes=memory.peak_bytes,
             peak_above_baseline_bytes=memory.peak_above_baseline_bytes,
+            predicted_us=predicted(machine.device.name, machine.ceilings),
         )
         reason = impossible(least, machine.ceilings, fastest_s * 1e3)
         assert reason is None, reason

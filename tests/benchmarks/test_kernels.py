@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from resblock_bench.bench import correctness
 from resblock_bench.bench.devices import default_kind
 from resblock_bench.bench.floor import floor_of
+from resblock_bench.bench.gpu_figures import architecture, gpu_that_copies
 from resblock_bench.bench.grid import GROUPS, plan
 from resblock_bench.bench.records import Ceilings, Cell, Floor, site_of
 from resblock_bench.bench.workload import DTYPES, Workload, draw_inputs, draw_weights
@@ -81,6 +82,7 @@ class Operator(Workload):
 
         inputs = draw_inputs(cell, DEVICE, 0)
         self.mode = mode
+        self.cell, self.impl = cell, impl
         self.block = nn.Module()
         self.block.weight = nn.Parameter(1 + 0.1 * normal(C))
         self.block.bias = nn.Parameter(0.1 * normal(C))
@@ -105,6 +107,35 @@ class Operator(Workload):
     def backward(self, out: Tensor) -> None:
         torch.autograd.backward(out, self.cotangent)
 
+    def predicted_us(
+        self, direction: Literal["forward", "backward"], device_name: str, ceilings: Ceilings
+    ) -> float | None:
+        """What the model says of this operator on a GPU that it knows."""
+        arch = architecture(device_name)
+        if arch is None:
+            return None
+        # Here and not above: on a CPU the benchmarks run without Triton.
+        from resblock_bench.bench.eager_chain import eager_chain, predict_chain
+        from resblock_bench.bench.norm_cost import Norm
+        from resblock_bench.bench.predictions import predict_compiled
+
+        cell = self.cell
+        norm = Norm(
+            batch=cell.batch,
+            channels=cell.channels,
+            positions=cell.resolution**cell.dims,
+            groups=GROUPS,
+            dtype=cell.dtype,
+            layout=cell.layout,
+            modulation="scale_shift",
+            bias_folded=False,
+            dropout=0.0,
+        )
+        gpu = gpu_that_copies(arch, ceilings.copy_bytes_per_s)
+        if self.impl == "reference":
+            return predict_chain(eager_chain(norm, direction), norm, gpu).us
+        return predict_compiled(norm, direction, arch, gpu).us
+
     def floor(self, ceilings: Ceilings, median_ms: float) -> Floor:
         """Forward: read x and what modulates it, write y. Backward: also read dy; write gradients.
 
@@ -123,7 +154,7 @@ class Operator(Workload):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("cell", [c for c in BLOCKS if c == site_of(c)], ids=shape_of)
 def test_group_norm_silu(
-    cell: Cell, direction: str, impl: str, measure: Callable[..., None]
+    cell: Cell, direction: Literal["forward", "backward"], impl: str, measure: Callable[..., None]
 ) -> None:
     forward = direction == "forward"
     operator = Operator(cell, impl, "forward" if forward else "train")
@@ -135,6 +166,7 @@ def test_group_norm_silu(
         prepare=tuple if forward else operator.output,
         run=operator.step if forward else operator.backward,
         floor=operator.floor,
+        predicted=functools.partial(operator.predicted_us, direction),
     )
 
 

@@ -37,6 +37,6 @@ def test_vectors() -> None:
 
 
 def test_bad_activation_and_repr() -> None:
-    with pytest.raises(ValueError, match="activation is 'relu'"):
+    with pytest.raises(ValueError, match="activation must be 'silu' or None, got 'relu'"):
         GroupNormSiLU(2, 8, activation="relu")
     assert "activation=None" in repr(GroupNormSiLU(2, 8, activation=None))

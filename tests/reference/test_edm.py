@@ -290,5 +290,5 @@ def test_labels_are_given_if_and_only_if_the_model_has_them():
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match=r"must be \"adm\" or \"ddpmpp\", got 'ncsnpp'"):
+    with pytest.raises(ValueError, match="must be 'adm' or 'ddpmpp', got 'ncsnpp'"):
         small("ncsnpp")
