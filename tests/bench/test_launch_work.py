@@ -26,8 +26,9 @@ from resblock_bench.bench.norm_cost import (
 )
 from resblock_bench.bench.predict_time import Work
 from resblock_bench.bench.predictions import predict
-from resblock_bench.bench.published_norms import published_norms
+from resblock_bench.bench.published_norms import groups_of, published_norms
 from resblock_bench.kernels.tiers import Launch, Tier
+from resblock_bench.reference import PUBLISHED, resblock_sites
 
 
 def norm(**changes: Any) -> Norm:
@@ -169,6 +170,18 @@ def test_padded_lanes_execute_and_load_nothing() -> None:
     assert part.instructions == pytest.approx(8 * 8 * 192 * 65536 / 0.75)
 
 
+def test_positions_past_the_end_load_nothing() -> None:
+    """A map of 48 positions in a tile of 64, held in registers."""
+    n = norm(positions=48)
+    shape = launch("A", block_c=8, block_hw=64, chunk=48)
+    whole = [code("forward: whole", 1, 256, (30, 2))]
+    (work,) = launch_work(n, "forward", shape, traffic(2, 2, 2), whole)
+    (part,) = work.parts
+    assert part.in_flight_bytes == pytest.approx(8 * 48 * 2)
+    assert part.instructions == 30 * 256 * 8 * 64
+    assert part.read_bytes / part.programs == pytest.approx(part.in_flight_bytes)  # one turn
+
+
 def test_sectors_fetched_in_part_count_whole() -> None:
     works = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3, efficiency=0.5), SPLIT)
     assert moved(works) == [(4, 0, 0), (0, 2.25, 4)]
@@ -255,6 +268,24 @@ def test_launches_that_compile_alike_have_one_key() -> None:
     assert len(set(different)) == len(different)
 
 
+def test_an_int_counts_by_its_divisibility() -> None:
+    n = norm(positions=64)
+    recorded = kernels_of(n, "forward", launch_of(n, "forward", 90, None))
+    (first, *_) = next(iter(recorded.values()))
+
+    def key(C: int) -> object:
+        return compile_key(first._replace(arguments={**first.arguments, "C": C}))
+
+    assert key(256) == key(512)
+    assert len({key(256), key(264), key(1), key(2**31)}) == 4
+
+
+def test_groups_of_edm_have_four_channels_at_least() -> None:
+    assert groups_of(PUBLISHED["edm-imagenet64-adm"], 64) == 16
+    assert groups_of(PUBLISHED["edm-imagenet64-adm"], 192) == 32
+    assert groups_of(PUBLISHED["adm-lsun256"], 64) == 32
+
+
 def test_published_norms_are_those_of_the_models() -> None:
     norms = published_norms(8, "bf16", "nhwc")
     assert {(n.batch, n.dtype, n.layout) for n in norms} == {(8, "bf16", "nhwc")}
@@ -262,8 +293,6 @@ def test_published_norms_are_those_of_the_models() -> None:
     assert any((n.channels, n.positions) == (256, 65536) for n in norms)
     assert all(n.channels % n.groups == 0 and n.groups <= 32 for n in norms)
     # Every block puts its input and its output through a norm.
-    from resblock_bench.reference import PUBLISHED, resblock_sites
-
     sites = [site for name in PUBLISHED for site in resblock_sites(name)]
     elements = 0
     for site in sites:
