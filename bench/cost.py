@@ -94,7 +94,11 @@ def carry_out(request: Request, console: Console) -> int:
         predicted = prediction_table.worst(costs, weights)
     width = min(console.width, cost_table.WIDTH)
     lines = [*cost_table.notes(costs, refused), *prediction_table.notes(costs, weights)]
-    if not request.published:
+    if request.published:
+        lines.insert(
+            0, "bytes are what the tiers' rules expect; without --published they are counted"
+        )
+    else:
         console.print(cost_table.table(costs), width=width)
     console.print(predicted, width=width)
     for line in lines:
