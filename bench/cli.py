@@ -276,10 +276,6 @@ def tune(
         str | None,
         typer.Option(metavar="3m", help="Stop once this is spent, keeping the table (code 3)."),
     ] = None,
-    no_cooperative: Annotated[
-        bool,
-        typer.Option("--no-cooperative", help="Leave out launches whose programs wait for others."),
-    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
 ) -> None:
     """Measure launch choices on this GPU, and write the table that the kernels read.
@@ -295,7 +291,6 @@ def tune(
         planned=select(axis or []),
         output=output,
         budget_s=None if time_budget is None else parse_duration_s(time_budget),
-        cooperative=not no_cooperative,
         seed=seed,
     )
     raise typer.Exit(tuning.tune(request, result_console()))

@@ -107,7 +107,11 @@ def carry_out(request: Request, console: Console) -> int:
         *prediction_table.notes(costs, weights),
         host_table.NOTE,
     ]
-    if not request.published:
+    if request.published:
+        lines.insert(
+            0, "bytes are what the tiers' rules expect; without --published they are counted"
+        )
+    else:
         console.print(cost_table.table(costs), width=width)
     console.print(predicted, width=width)
     console.print(host_table.table(host), width=width)

@@ -6,15 +6,17 @@ hundreds of published sites the rule is enough.
 
 from __future__ import annotations
 
+from resblock_bench.bench import traffic
 from resblock_bench.bench.eager_chain import activation_bytes
 from resblock_bench.bench.norm_cost import FLOOR, RULES, Direction, Norm, Traffic
-from resblock_bench.kernels.tiers import Launch
+from resblock_bench.bench.workload import DTYPES
+from resblock_bench.kernels.tiers import Launch, ceil_div
 
 _FP32 = 4
 
 
 def expected_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
-    """Every read of the activation once in tier A, else twice; whole sectors."""
+    """Every read of the activation once in tier A, else twice; whole sectors where rows are."""
     floor = FLOOR[direction]
     again = 0 if launch.tier == "A" or direction == "rewrite" else floor - 1
     return Traffic(
@@ -22,9 +24,20 @@ def expected_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffi
         dram=floor + (again if launch.tier == "D" else 0),
         small=_small_bytes(norm, direction, launch) / activation_bytes(norm),
         floor=floor,
-        sector_efficiency=1.0,
+        sector_efficiency=_sector_efficiency(norm, launch),
         rule="one read" if direction == "rewrite" else RULES[launch.tier],
     )
+
+
+def _sector_efficiency(norm: Norm, launch: Launch) -> float:
+    """Of rows of a slab that begin anywhere between sectors, and of channels in NCHW."""
+    size, sector = DTYPES[norm.dtype].itemsize, traffic.SECTOR_BYTES
+    if norm.layout == "nhwc":
+        row, count = launch.slab * size, max(1, norm.channels // launch.slab)
+    else:
+        row, count = launch.slab * norm.positions * size, norm.groups
+    touched = sum(ceil_div((i + 1) * row, sector) - i * row // sector for i in range(count))
+    return count * row / (touched * sector)
 
 
 def _small_bytes(norm: Norm, direction: Direction, launch: Launch) -> float:
@@ -35,15 +48,13 @@ def _small_bytes(norm: Norm, direction: Direction, launch: Launch) -> float:
     pre_shift = rows if norm.modulation == "add" else float(norm.channels * norm.bias_folded)
     affine = 2.0 * norm.channels
     moved = halves + pre_shift + affine + 2 * norm.batch * norm.groups
-    sums = 2
+    units = float(norm.batch * ceil_div(norm.channels, launch.slab))
     if direction == "backward":
-        sums += added
-        moved += sums * rows + halves + rows * added + affine
-    partial = sums * launch.splits * rows
-    if direction != "rewrite" and launch.tier in ("C", "D"):
-        moved += partial
-    if launch.tier == "D" and direction == "forward":
-        moved += partial + pre_shift  # apply reads them from memory
-    if launch.tier == "D" and direction == "backward":
-        moved *= 2  # apply reads all of it once more, the last kernel the sums
+        moved += units  # counters, and below
+        moved += 2 * rows + halves + rows * added + affine
+    if launch.split and direction != "rewrite":
+        moved += units
+        moved += 2 * norm.batch * norm.groups * launch.parts  # of the parts, for each group
+        if direction == "backward":
+            moved += 2 * norm.batch * norm.groups + (2 + added) * launch.splits * rows
     return _FP32 * moved

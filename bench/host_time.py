@@ -9,7 +9,9 @@ device it could not be timed, since that runs Python in place of ATen's group no
 
 Neither has the time that the driver takes for a launch, some 2 µs each, in which eager's many
 kernels lose more than our few: `kernels` counts them, ours by recording the launches, eager's by
-reading ATen's CUDA sources (eager_chain.py). Both times are of one process, taken in turns.
+reading ATen's CUDA sources (eager_chain.py). Both times are of one process, in turns of a few calls
+each: with every call the other's code would have to be fetched into the caches anew, which takes
+both a fifth longer and is like no model, where convolutions stand between two norms.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from resblock_bench.kernels.launcher import recording
 GROUPS = 32
 SHAPE = (8, 256, 8, 8)
 SMALLEST = (1, GROUPS, 1, 2)
-WARMUP = 200
-ROUNDS = 2000
+TURN = 10  # calls, before it is the other's turn
+WARMUP = 20
+ROUNDS = 200
 
 
 class Span(Record, frozen=True, kw_only=True):
@@ -137,14 +140,20 @@ def _in_turns(*calls: tuple[Callable[..., Tensor], list[Tensor]]) -> list[list[t
     samples: list[list[tuple[float, ...]]] = [[] for _ in calls]
     for i in range(WARMUP + ROUNDS):
         for (call, given), dy, taken in zip(calls, gradients, samples, strict=True):
-            start = time.perf_counter()
-            y = call(*given)
-            middle = time.perf_counter()
-            torch.autograd.grad(y, given, dy)
-            end = time.perf_counter()
+            times = [_seconds(call, given, dy) for _ in range(TURN)]
             if i >= WARMUP:
-                taken.append((middle - start, end - middle, end - start))
+                taken += times
     return samples
+
+
+def _seconds(call: Callable[..., Tensor], given: list[Tensor], dy: Tensor) -> tuple[float, ...]:
+    """Of the forward, the backward and both."""
+    start = time.perf_counter()
+    y = call(*given)
+    middle = time.perf_counter()
+    torch.autograd.grad(y, given, dy)
+    end = time.perf_counter()
+    return middle - start, end - middle, end - start
 
 
 def _span(samples: list[tuple[float, ...]], forward: int, backward: int) -> Span:

@@ -1,13 +1,8 @@
 """The work of the fused kernels' launches, from what is known of them without a GPU.
 
-From the norm's sizes, the launch, the counted bytes and the compiled kernels: what `predict_time`
-takes. Bytes are divided among a direction's launches by their phase:
-
-    whole, rewrite           all that the direction moves; a second read comes from L2
-    statistics, sums         the first read
-    apply                    the rest: read again, from L2 in tier C, and written
-    split                    sums and apply in one launch of twice as many programs, half of each
-    parameter_gradients      the sums of every sample, which the launch before it left in L2
+From the norm's sizes, the launch, the counted bytes and the compiled kernel: what `predict_time`
+takes. The bytes of a direction belong to its one launch; where units are divided, half of its
+programs sum, and read from memory, and half write, and read again from L2.
 
 Instructions are those of the kernel's main loops for an element (`MachineCode.loops`), padded lanes
 included. Round trips before the first load of the activation, and what a program has in flight, are
@@ -27,25 +22,19 @@ from resblock_bench.bench.workload import DTYPES
 from resblock_bench.kernels.tiers import Launch, ceil_div
 
 ROUND_TRIPS = {
+    "resident": 1.0,
     "whole": 1.0,
-    "statistics": 1.0,
-    "sums": 1.0,
     "rewrite": 2.0,
-    "apply": 2.0,
     "split sums": 2.0,
     "split apply": 4.0,
-    "parameter_gradients": 1.0,
 }
 """Loads that wait for each other before a program's first load of an activation.
 
-whole, sums     modulation and statistics, at once
-apply, rewrite  modulation or statistics; then partial sums, or what depends on statistics
-split           a ticket first; apply also waits for its unit's flag after it: an arrival, a fold
-                and a flag seen, of which the lag between the phases hides the rest
+resident, whole   modulation and statistics, at once
+rewrite           modulation or statistics; then what depends on statistics
+split             a ticket first; apply also waits for its unit's flag after it: an arrival, a fold
+                  and a flag seen, of which the lag between sums and output hides the rest
 """
-
-_GRADIENT_SAMPLES = 8  # a turn of parameter_gradients
-_FP32 = 4
 
 
 class Moved(NamedTuple):
@@ -64,48 +53,33 @@ def launch_work(
     kernels: Sequence[KernelCode],
 ) -> list[Work]:
     """The direction's launches in the order of `kernels`, which are what it was compiled to."""
-    split_tiles = any(_phase(kernel) in ("statistics", "sums") for kernel in kernels)
-    return [_work(norm, direction, launch, traffic, kernel, split_tiles) for kernel in kernels]
+    return [_work(norm, direction, launch, traffic, kernel) for kernel in kernels]
 
 
 def _work(
-    norm: Norm,
-    direction: Direction,
-    launch: Launch,
-    traffic: Traffic,
-    kernel: KernelCode,
-    split: bool,
+    norm: Norm, direction: Direction, launch: Launch, traffic: Traffic, kernel: KernelCode
 ) -> Work:
     phase = _phase(kernel)
     programs = kernel.programs // kernel.launches
     efficiency = traffic.sector_efficiency
-    if phase == "parameter_gradients":
-        parts = [_gradients(norm, programs, kernel.code)]
-    elif phase == "split":
+    first, rest = _bytes(norm, direction, traffic)
+    if phase == "split":
         half = programs // 2
         sums, apply = _loops(kernel.code, 2)
-        first, rest = _bytes(norm, direction, traffic)
         parts = [
-            _part(norm, direction, launch, "split sums", half, first, 1, [sums], efficiency),
-            _part(norm, direction, launch, "split apply", half, rest, 1, [apply], efficiency),
+            _part(norm, direction, launch, "split sums", half, first, [sums], efficiency),
+            _part(norm, direction, launch, "split apply", half, rest, [apply], efficiency),
         ]
     else:
-        first, rest = _bytes(norm, direction, traffic)
-        if phase in ("statistics", "sums"):
-            moved = first
-        elif phase == "apply" and split:
-            moved = rest
-        else:
-            moved = Moved(*(a + b for a, b in zip(first, rest, strict=True)))
+        both = Moved(*(a + b for a, b in zip(first, rest, strict=True)))
         loops = _loops(kernel.code, len(kernel.code.loops))
-        count = kernel.launches
-        parts = [_part(norm, direction, launch, phase, programs, moved, count, loops, efficiency)]
+        parts = [_part(norm, direction, launch, phase, programs, both, loops, efficiency)]
     code = kernel.code
     return Work(kernel.kernel, kernel.launches, code.warps, code.occupancy, tuple(parts))
 
 
 def _phase(kernel: KernelCode) -> str:
-    """Such as "sums" of "backward: sums"; a kernel without phases is its own."""
+    """Such as "split" of "backward: split"."""
     return kernel.kernel.rpartition(": ")[2]
 
 
@@ -140,45 +114,24 @@ def _part(
     phase: str,
     programs: int,
     moved: Moved,
-    launches: int,
     loops: Sequence[dict[str, float]],
     efficiency: float,
 ) -> Part:
-    """The programs of one phase in one launch of several alike."""
+    """The programs of one phase."""
     tile = launch.block_c * launch.block_hw
-    tiles = (
-        1 if launch.tier == "A" and phase == "whole" else ceil_div(launch.chunk, launch.block_hw)
-    )
     tensors = 1 if direction != "backward" else 2
     in_flight = tile * tensors * DTYPES[norm.dtype].itemsize / efficiency
     # Lanes past the end of a group load nothing and execute everything.
     useful = min(1.0, launch.slab / (ceil_div(launch.slab, launch.block_c) * launch.block_c))
-    useful *= min(1.0, launch.chunk / (tiles * launch.block_hw))
-    elements = float(programs) * tiles * tile
+    useful *= min(1.0, norm.positions / (launch.splits * launch.chunk))
+    elements = float(programs) * launch.tiles * tile
     return Part(
         programs=programs,
-        read_bytes=moved.read / launches,
-        written_bytes=moved.written / launches,
-        l2_bytes=moved.l2 / launches,
+        read_bytes=moved.read,
+        written_bytes=moved.written,
+        l2_bytes=moved.l2,
         in_flight_bytes=in_flight * useful,
         round_trips=ROUND_TRIPS[phase],
         instructions=elements * sum(loop["total"] for loop in loops),
         special=elements * sum(loop["mufu"] for loop in loops),
-    )
-
-
-def _gradients(norm: Norm, programs: int, code: MachineCode) -> Part:
-    """Sums [N, C], read by a program for 64 channels, eight samples a turn."""
-    sums = 2 + (norm.modulation == "add" or norm.bias_folded)
-    channels = norm.channels / programs
-    elements = norm.batch * norm.channels
-    return Part(
-        programs=programs,
-        read_bytes=0.0,
-        written_bytes=_FP32 * elements,
-        l2_bytes=_FP32 * elements * sums,
-        in_flight_bytes=_FP32 * _GRADIENT_SAMPLES * channels * sums,
-        round_trips=ROUND_TRIPS["parameter_gradients"],
-        instructions=elements * code.instructions["total"],
-        special=elements * code.instructions["mufu"],
     )

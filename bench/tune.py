@@ -29,23 +29,17 @@ from resblock_bench.bench.tune_gpu import Bench, DeviceLost, open_gpu
 from resblock_bench.bench.tune_measure import Outcome, measure
 from resblock_bench.bench.tune_report import TuneProgress, show
 from resblock_bench.kernels import tuned
-from resblock_bench.kernels.tiers import (
-    QUAD,
-)
+from resblock_bench.kernels.tiers import QUAD
 from resblock_bench.kernels.tuned import Bucket, Entry
 
 
 @dataclass(frozen=True)
 class Request:
-    """A tuning run as asked for. output None: the table that the kernels read.
-
-    cooperative False leaves out launches whose programs wait for each other.
-    """
+    """A tuning run as asked for. output None: the table that the kernels read."""
 
     planned: list[PlannedCell]
     output: Path | None = None
     budget_s: float | None = None
-    cooperative: bool = True
     seed: int = 0
 
 
@@ -143,7 +137,6 @@ def tune(
                     work,
                     seed=request.seed,
                     known=None if before is None else before.choice,
-                    cooperative=request.cooperative,
                     expired=expired,
                 )
                 if _enter(entries, outcome):
@@ -167,8 +160,7 @@ def tune(
     if lost:
         say(
             console,
-            "Please report this launch. --no-cooperative leaves out launches whose programs wait "
-            "for each other",
+            "Please report this launch. To measure the rest, select blocks (-a) without its bucket",
         )
         return bench.give_up(_exit_code(outcomes, ending))
     return _exit_code(outcomes, ending)

@@ -23,11 +23,11 @@ from resblock_bench.kernels.tiers import (
     Launch,
     Machine,
     Problem,
-    Tier,
+    ceil_div,
     plan_launch,
-    power_of_2,
     rule_choice,
     shape,
+    slab_channels,
     warps_for,
 )
 from resblock_bench.kernels.tuned import Bucket
@@ -35,6 +35,7 @@ from resblock_bench.kernels.tuned import Bucket
 # What is measured where nothing is asked for: what GPUs run these models in.
 DEFAULTS: Selection = {"dtype": ("bf16",), "batch": (8, 64), "impl": ("fused",)}
 _SITES = ("model", "dims", "resolution", "channels", "out_channels", "conditioning")
+# Of a program that owns a unit (B).
 TILES = (2048, 4096, 8192)
 
 
@@ -123,8 +124,8 @@ def candidates(
     divided; a program a unit (B) where that leaves more than half of the GPU idle, or where one
     tile is the unit, which is tier A, read twice.
     """
-    whole = shape(direction, problem, machine, Choice("B", STREAM_ELEMENTS, 8))
     resident = _shaped(direction, problem, machine, Choice("A", STREAM_ELEMENTS, 16))
+    units = problem.N * ceil_div(problem.C, slab_channels(problem))
     rules = plan_launch(direction, problem, machine).tier
     choices = [rule_choice(direction, problem, machine, rules)]
     if known is not None:
@@ -132,30 +133,44 @@ def candidates(
     if resident is not None:
         warps = resident.num_warps
         choices += [Choice("A", STREAM_ELEMENTS, w) for w in (warps, warps // 2, warps // 4) if w]
-    if rules == "B" or 2 * whole.units >= machine.sms:
+    if rules == "B" or 2 * units >= machine.sms:
         for tile in TILES:
-            if shape(direction, problem, machine, Choice("B", tile, 1)).block_hw < problem.HW:
+            launch = _shaped(direction, problem, machine, Choice("B", tile, 1))
+            if launch is not None and launch.block_hw < problem.HW:
                 choices += [Choice("B", tile, warps_for(tile, elements)) for elements in (8, 16)]
-    if resident is None or whole.units < machine.sms:
-        per_thread = THREAD_ELEMENTS[direction]
-        for tile, waves in itertools.product(TILES, (1, 2, 4)):
-            warps = warps_for(tile, per_thread)
-            choices.append(Choice("C", tile, warps, waves, cooperative=True))
-        divided: tuple[Tier, ...] = ("C", "D")
-        for tier, tile, waves in itertools.product(divided, TILES, (2, 4)):
-            choices.append(Choice(tier, tile, warps_for(tile, per_thread), waves))
+    if resident is None or units < machine.sms:
+        choices += _divided(direction, problem, machine)
     kept: dict[Launch, Choice] = {}
     for choice in choices:
         launch = _shaped(direction, problem, machine, choice)
-        if launch is not None and (choice == choices[0] or _is_sensible(launch, choice)):
-            kept.setdefault(_launched_as(launch), choice)
+        if launch is None:
+            continue
+        if choice == choices[0] or not launch.split or launch.parts > 1:
+            kept.setdefault(_launched_as(launch, problem), choice)
     return list(kept.values())
 
 
-def _is_sensible(launch: Launch, choice: Choice) -> bool:
-    if launch.cooperative and launch.num_warps * choice.waves > 32:
-        return False  # more than 1024 threads a multiprocessor: no registers for their tiles
-    return launch.tier in ("A", "B") or launch.parts > 1  # else it is tier B in more launches
+def _divided(direction: Direction, problem: Problem, machine: Machine) -> list[Choice]:
+    """Tier C around the rules' choice, two axes at a time; D where L2 does not hold a unit.
+
+    Tile by warps, with as many bytes a part and in flight as the rules have; then waves by tiles.
+    Where C can be had, D's one choice is beside it: the rules may expect too little of L2.
+    """
+    centre = rule_choice(direction, problem, machine, "C")
+    if _shaped(direction, problem, machine, centre) is None:
+        centre = centre._replace(tier="D")
+    tile, waves, tiles = centre.tile, centre.waves, centre.tiles
+    choices = []
+    for size in (tile // 2, tile, 2 * tile):
+        most = warps_for(size, THREAD_ELEMENTS[direction])
+        for warps in (most, max(1, most // 2)):
+            same = max(1, waves * tile // size), max(1, tiles * tile // size)
+            choices.append(Choice(centre.tier, size, warps, *same))
+    at_once = max(1, waves // 2), waves, 2 * waves
+    of_part = max(1, tiles // 4), tiles, 4 * tiles
+    for some_waves, some_tiles in itertools.product(at_once, of_part):
+        choices.append(centre._replace(waves=some_waves, tiles=some_tiles))
+    return [*choices, centre._replace(tier="D")]
 
 
 def _shaped(
@@ -167,34 +182,14 @@ def _shaped(
         return None
 
 
-def _launched_as(launch: Launch) -> Launch:
-    """The same for all launches that run the same programs: C and D differ in their sizes alone."""
-    tier = "C" if launch.tier == "D" else launch.tier
-    return launch._replace(tier=tier, reason="")
+def _launched_as(launch: Launch, problem: Problem) -> Launch:
+    """The same for all launches that run the same programs.
 
-
-def widest(
-    bucket: Bucket, problem: Problem, machine: Machine, choice: Choice
-) -> list[tuple[Problem, Launch]]:
-    """Where else in a bucket a cooperative choice must be seen to run.
-
-    All its programs must be resident at once. How many there are, and for how many partial sums
-    each is compiled, depends on N; for every such kernel, the N with the most programs.
+    C and D differ in their sizes alone, and tiles beyond the last position are none.
     """
-    found: dict[int, tuple[Problem, Launch]] = {}
-    for N in range(bucket.groups // 2 // problem.G + 1, bucket.groups // problem.G + 1):
-        other = problem._replace(N=N)
-        launch = _shaped(bucket.direction, other, machine, choice)
-        if launch is None:
-            continue
-        kernel = power_of_2(launch.splits)
-        if kernel not in found or _programs(launch) > _programs(found[kernel][1]):
-            found[kernel] = other, launch
-    return list(found.values())
-
-
-def _programs(launch: Launch) -> int:
-    return launch.units * launch.parts
+    tier = "C" if launch.tier == "D" else launch.tier
+    tiles = min(launch.tiles, ceil_div(problem.HW, launch.block_hw))
+    return launch._replace(tier=tier, tiles=tiles, reason="")
 
 
 def bucket_name(bucket: Bucket) -> str:
@@ -206,10 +201,10 @@ def bucket_name(bucket: Bucket) -> str:
 
 
 def choice_name(choice: Choice) -> str:
-    """Such as 'C 4096 w8 ×2 cooperative': tier, tile, warps, waves; those that its tier reads."""
+    """Such as 'C 4096 w8 ×2 t4': tier, tile, warps, waves, tiles; those that its tier reads."""
     if choice.tier == "A":
         return f"A w{choice.warps}"
     name = f"{choice.tier} {choice.tile} w{choice.warps}"
     if choice.tier == "B":
         return name
-    return f"{name} ×{choice.waves}" + (" cooperative" if choice.cooperative else "")
+    return f"{name} ×{choice.waves} t{choice.tiles}"

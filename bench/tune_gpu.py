@@ -63,10 +63,10 @@ class Bench(Protocol):
 
 
 class QueuedTimer(CudaTimer):
-    """CudaTimer with a flush that outlasts the queueing of a launch's kernels.
+    """CudaTimer with a flush that outlasts the queueing of a launch.
 
-    What is then timed is the device alone, as where the host runs ahead. Tier C has several
-    kernels a call; flushing just L2 would time the host for them.
+    What is then timed is the device alone, as where the host runs ahead. A flush of just L2 may end
+    before the host has allocated and queued, and that would be timed, too.
     """
 
     FLUSHES = 16

@@ -16,7 +16,7 @@ from resblock_bench.bench.tune_cases import (
     same_bits,
     truth_of,
 )
-from resblock_bench.bench.tune_choices import Work, bucket_name, candidates, choice_name, widest
+from resblock_bench.bench.tune_choices import Work, bucket_name, candidates, choice_name
 from resblock_bench.bench.tune_gpu import Bench, DeviceLost, first_line
 from resblock_bench.kernels.tiers import (
     Choice,
@@ -27,8 +27,9 @@ from resblock_bench.kernels.tuned import Entry
 
 # Relative gain of the median below which the rules' choice stays: about what repeats differ by.
 LEAST_GAIN = 0.02
-# A cooperative launch may be wrong once in a while, so it is repeated more often.
-REPEATS = {False: 1, True: 8}
+# A launch whose programs read what others stored may be wrong only once in a while, so it is
+# repeated more often.
+REPEATS = 8
 
 
 class Refusal(NamedTuple):
@@ -71,7 +72,6 @@ def measure(
     *,
     seed: int,
     known: Choice | None = None,
-    cooperative: bool = True,
     expired: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Measure the candidates of a bucket and decide.
@@ -83,8 +83,6 @@ def measure(
     """
     direction, problem, machine = work.bucket.direction, work.problem, bench.machine
     choices = candidates(direction, problem, machine, known)
-    if not cooperative:
-        choices = [choice for choice in choices if not choice.cooperative]
     rules = choices[0]
     outcome = Outcome(work, rules=rules, planned=len(choices))
     try:
@@ -128,11 +126,6 @@ def measure(
     for choice in sorted(times, key=lambda choice: times[choice]):
         if not _beats(times[choice], times[rules]):
             break
-        if choice.cooperative:
-            refusal = _checked_across(bench, work, choice, seed)
-            if refusal is not None:
-                outcome.refused.append(refusal)
-                continue
         # Of many, the fastest was also the luckiest: it and the rules are timed once more, one
         # after the other.
         try:
@@ -156,14 +149,18 @@ def _beats(time_us: float, rules_us: float) -> bool:
 
 
 def _checked(bench: Bench, choice: Choice, how: Launch, case: Case, truth: Truth) -> Refusal | None:
-    """Run a launch, compare it with the truth, and repeat it."""
+    """Run a launch, compare it with the truth, and repeat it.
+
+    Programs of a divided unit exchange its sums; the backward's last fold those of all samples.
+    """
+    exchanging = how.split or case.saved is not None
     try:
         with poisoned():
             results = bench.run(case, how)
         reason = mistake(results, truth)
         if reason is not None:
             return Refusal(choice, reason, wrong=True)
-        for _ in range(REPEATS[how.cooperative]):
+        for _ in range(REPEATS if exchanging else 1):
             with poisoned():
                 again = bench.run(case, how)
             for name, first in results.items():
@@ -173,23 +170,6 @@ def _checked(bench: Bench, choice: Choice, how: Launch, case: Case, truth: Truth
         raise
     except Exception as error:
         return Refusal(choice, first_line(error), wrong=False)
-    return None
-
-
-def _checked_across(bench: Bench, work: Work, choice: Choice, seed: int) -> Refusal | None:
-    """Run a cooperative choice wherever in its bucket it has the most programs."""
-    for problem, how in widest(work.bucket, work.problem, bench.machine, choice):
-        if problem == work.problem:
-            continue
-        try:
-            case = draw_case(work.bucket.direction, problem, work.dtype, bench.device, seed)
-            truth = truth_of(case)
-        except (torch.OutOfMemoryError, MemoryError):
-            return Refusal(choice, f"not verified at N={problem.N}: out of memory", wrong=False)
-        with _naming(work, choice):
-            refusal = _checked(bench, choice, how, case, truth)
-        if refusal is not None:
-            return refusal._replace(reason=f"at N={problem.N}: {refusal.reason}")
     return None
 
 

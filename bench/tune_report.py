@@ -27,7 +27,7 @@ def results_table(outcomes: Iterable[Outcome]) -> Grid:
     grid = Grid(
         expand=False,
         pad_edge=False,
-        caption="bucket: C/G × positions × groups. launch: tier, tile, warps w, waves ×",
+        caption="bucket: C/G × positions × groups. launch: tier, tile, warps w, waves ×, tiles t",
         caption_justify="left",
     )
     grid.add_column("bucket", max_width=38, overflow="fold")

@@ -348,11 +348,13 @@ def _split(
     tiles = max(1, min(choice.tiles, unit.number * parts(1) // (2 * resident)))
     if problem.channels_last:
         least = ceil_div(min(MIN_CHUNK, problem.HW), block_hw)
-        if unit.number * parts(least) >= enough:
-            tiles = max(tiles, least)
+        while unit.number * parts(least) < enough and least * block_hw > LEAST_CHUNK:
+            least = ceil_div(least, 2)
+        tiles = max(tiles, least)
     tile_bytes = min(block_c, slab) * block_hw * problem.element_size * _tensors(direction)
     while choice.tier == "C" and tiles > 1 and not _held(unit, machine, choice, tiles * tile_bytes):
         tiles -= 1
+    tiles = min(tiles, ceil_div(problem.HW, block_hw))
     splits = ceil_div(problem.HW, block_hw * tiles)
     of_unit = ceil_div(slab, block_c) * splits
     return Launch(
@@ -364,7 +366,11 @@ def _split(
         tiles=tiles,
         # Half of those that run at once sum while the other half applies.
         lag=min(unit.number * of_unit, of_unit + resident // 2),
-        num_warps=min(choice.warps, warps_for(block_c * block_hw, THREAD_ELEMENTS[direction])),
+        # Wide slabs may have larger tiles than were asked for.
+        num_warps=min(
+            choice.warps * max(1, block_c * block_hw // choice.tile),
+            warps_for(block_c * block_hw, THREAD_ELEMENTS[direction]),
+        ),
         reason=reason,
     )
 

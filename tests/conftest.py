@@ -20,10 +20,9 @@ sys.path.append(FAULTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), FAULTS]))
 
 
-def pytest_configure(config):
-    """Before any test's module is imported. What is interpreted is no benchmark."""
-    measuring = config.option.markexpr == "benchmark"
-    os.environ.setdefault("TRITON_INTERPRET", "0" if measuring else "1")
+# What is interpreted is no benchmark. Here and in no hook: pytest imports the conftest of a folder
+# that it is given before it calls any.
+os.environ.setdefault("TRITON_INTERPRET", "0" if "benchmark" in sys.argv else "1")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -102,5 +102,5 @@ def host_time() -> Any:
     """A HostTime of few rounds."""
     from resblock_bench.bench import host_time
 
-    host_time.ROUNDS = host_time.WARMUP = 5
+    host_time.ROUNDS = host_time.WARMUP = 2
     return host_time.measure_host_time("bf16")

@@ -26,8 +26,9 @@ from resblock_bench.bench.norm_cost import (
 )
 from resblock_bench.bench.predict_time import Work
 from resblock_bench.bench.predictions import predict
-from resblock_bench.bench.published_norms import published_norms
+from resblock_bench.bench.published_norms import groups_of, published_norms
 from resblock_bench.kernels.tiers import Launch, Tier
+from resblock_bench.reference import PUBLISHED, resblock_sites
 
 
 def norm(**changes: Any) -> Norm:
@@ -81,10 +82,9 @@ def launch(tier: Tier, **changes: Any) -> Launch:
         "block_c": 2,
         "block_hw": 2048,
         "splits": 1,
-        "chunk": 65536,
-        "units": 32,
+        "tiles": 32,
+        "lag": 4,
         "num_warps": 8,
-        "cooperative": False,
         "reason": "",
     }
     return Launch(**fields | changes)
@@ -102,7 +102,7 @@ def traffic(requested: float, dram: float, floor: int, efficiency: float = 1.0) 
 
 
 IMAGE = 8 * 256 * 65536 * 2
-SPLIT = [code("backward: sums", 4, 1024, (25, 2)), code("backward: apply", 4, 1024, (26, 2))]
+SPLIT = [code("backward: split", 1, 2048, (18, 2), (19, 2))]
 
 
 def moved(works: Sequence[Work]) -> list[tuple[float, float, float]]:
@@ -116,27 +116,14 @@ def moved(works: Sequence[Work]) -> list[tuple[float, float, float]]:
     ]
 
 
-def test_chunked_launches_read_again_from_l2() -> None:
-    works = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3), SPLIT)
-    assert moved(works) == [(2, 0, 0), (0, 1.25, 2)]
-    assert [work.launches for work in works] == [4, 4]
-    sums, apply = (work.parts[0] for work in works)
-    assert sums.programs == apply.programs == 256
-    # x and dy of a tile; 25 and 26 instructions for each of its elements.
-    assert sums.in_flight_bytes == apply.in_flight_bytes == 2 * 2 * 2048 * 2
-    assert sums.instructions == pytest.approx(25 * IMAGE / 2 / 4)
-    assert apply.special == pytest.approx(2 * IMAGE / 2 / 4)
-    assert apply.round_trips > sums.round_trips
-
-
 def test_the_last_tier_reads_again_from_memory() -> None:
     works = launch_work(norm(), "backward", launch("D"), traffic(5, 5, 3), SPLIT)
-    assert moved(works) == [(2, 0, 0), (2, 1.25, 0)]
+    assert moved(works) == [(4, 1.25, 0)]
 
 
 def test_one_program_a_unit_does_all_of_it() -> None:
     whole = [code("forward: whole", 1, 256, (8, 0), (16, 2))]
-    shape = launch("B", slab=8, block_c=8, block_hw=512)
+    shape = launch("B", slab=8, block_c=8, block_hw=512, tiles=128)
     (work,) = launch_work(norm(), "forward", shape, traffic(3, 2, 2), whole)
     assert moved([work]) == [(1, 1.25, 1)]
     (part,) = work.parts
@@ -146,8 +133,7 @@ def test_one_program_a_unit_does_all_of_it() -> None:
 
 def test_a_launch_with_tickets_has_two_kinds_of_programs() -> None:
     """As many sums as apply programs, and the counted bytes divided among them."""
-    split = [code("backward: split", 1, 2048, (18, 2), (19, 2))]
-    (work,) = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3), split)
+    (work,) = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3), SPLIT)
     assert moved([work]) == [(2, 1.25, 2)]
     sums, apply = work.parts
     assert (sums.programs, apply.programs) == (1024, 1024)
@@ -155,43 +141,43 @@ def test_a_launch_with_tickets_has_two_kinds_of_programs() -> None:
     assert (apply.read_bytes, apply.l2_bytes) == (0, 2 * IMAGE)
     assert sums.instructions == pytest.approx(18 * IMAGE / 2)
     assert apply.instructions == pytest.approx(19 * IMAGE / 2)
+    assert apply.special == pytest.approx(2 * IMAGE / 2)
+    # x and dy of a tile.
+    assert sums.in_flight_bytes == apply.in_flight_bytes == 2 * 2 * 2048 * 2
     assert apply.round_trips > sums.round_trips
 
 
 def test_padded_lanes_execute_and_load_nothing() -> None:
     """A slab of six channels in tiles of four: a quarter of the lanes has no channel."""
-    shape = launch("D", slab=6, block_c=4, block_hw=1024)
+    shape = launch("D", slab=6, block_c=4, block_hw=1024, tiles=64)
     n = norm(channels=192)
-    kernels = [code("forward: statistics", 1, 512, (8, 0)), code("forward: apply", 1, 512, (16, 2))]
-    sums, _ = launch_work(n, "forward", shape, traffic(3, 3, 2), kernels)
-    (part,) = sums.parts
+    kernels = [code("forward: split", 1, 1024, (8, 0), (16, 2))]
+    (work,) = launch_work(n, "forward", shape, traffic(3, 3, 2), kernels)
+    part, _ = work.parts
     assert part.in_flight_bytes == pytest.approx(0.75 * 4 * 1024 * 2)
     assert part.instructions == pytest.approx(8 * 8 * 192 * 65536 / 0.75)
 
 
+def test_positions_past_the_end_load_nothing() -> None:
+    """A map of 48 positions in a tile of 64, held in registers."""
+    n = norm(positions=48)
+    shape = launch("A", block_c=8, block_hw=64, tiles=1)
+    whole = [code("forward: resident", 1, 256, (30, 2))]
+    (work,) = launch_work(n, "forward", shape, traffic(2, 2, 2), whole)
+    (part,) = work.parts
+    assert part.in_flight_bytes == pytest.approx(8 * 48 * 2)
+    assert part.instructions == 30 * 256 * 8 * 64
+    assert part.read_bytes / part.programs == pytest.approx(part.in_flight_bytes)  # one turn
+
+
 def test_sectors_fetched_in_part_count_whole() -> None:
     works = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3, efficiency=0.5), SPLIT)
-    assert moved(works) == [(4, 0, 0), (0, 2.25, 4)]
+    assert moved(works) == [(4, 2.25, 4)]
     assert works[0].parts[0].in_flight_bytes == 2 * 2 * 2 * 2048 * 2
-
-
-def test_the_gradients_of_parameters_read_sums_alone() -> None:
-    kernels = [*SPLIT, code("parameter_gradients", 1, 4, (40, 0))]
-    work = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3), kernels)[-1]
-    (part,) = work.parts
-    assert part.read_bytes == 0
-    assert part.l2_bytes == 3 * 8 * 256 * 4  # S1, S2 and db
 
 
 def predicted(kernels: list[KernelCode], **how: Any) -> Any:
     return predict(norm(), "backward", 90, launch("C"), traffic(5, 3, 3), kernels, **how)
-
-
-def test_one_launch_is_predicted_to_beat_the_chunks() -> None:
-    chunks = predicted(SPLIT)
-    one = predicted([code("backward: split", 1, 2048, (25, 2), (26, 2))])
-    assert one.us < chunks.us
-    assert one.shares_us["start"] < chunks.shares_us["start"]
 
 
 def test_the_floor_is_the_least_bytes_at_copy_bandwidth() -> None:
@@ -255,6 +241,24 @@ def test_launches_that_compile_alike_have_one_key() -> None:
     assert len(set(different)) == len(different)
 
 
+def test_an_int_counts_by_its_divisibility() -> None:
+    n = norm(positions=64)
+    recorded = kernels_of(n, "forward", launch_of(n, "forward", 90, None))
+    (first, *_) = next(iter(recorded.values()))
+
+    def key(C: int) -> object:
+        return compile_key(first._replace(arguments={**first.arguments, "C": C}))
+
+    assert key(256) == key(512)
+    assert len({key(256), key(264), key(1), key(2**31)}) == 4
+
+
+def test_groups_of_edm_have_four_channels_at_least() -> None:
+    assert groups_of(PUBLISHED["edm-imagenet64-adm"], 64) == 16
+    assert groups_of(PUBLISHED["edm-imagenet64-adm"], 192) == 32
+    assert groups_of(PUBLISHED["adm-lsun256"], 64) == 32
+
+
 def test_published_norms_are_those_of_the_models() -> None:
     norms = published_norms(8, "bf16", "nhwc")
     assert {(n.batch, n.dtype, n.layout) for n in norms} == {(8, "bf16", "nhwc")}
@@ -262,8 +266,6 @@ def test_published_norms_are_those_of_the_models() -> None:
     assert any((n.channels, n.positions) == (256, 65536) for n in norms)
     assert all(n.channels % n.groups == 0 and n.groups <= 32 for n in norms)
     # Every block puts its input and its output through a norm.
-    from resblock_bench.reference import PUBLISHED, resblock_sites
-
     sites = [site for name in PUBLISHED for site in resblock_sites(name)]
     elements = 0
     for site in sites:

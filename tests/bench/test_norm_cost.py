@@ -146,3 +146,14 @@ def test_machine_code(compiler: Worker, arch: int, n: Norm, tier: Tier | None) -
             assert max(code.main_stores, default=128) == 128
             if launch.tier == "C":
                 assert set(code.main_loads) | set(code.main_stores) == {128} or n.dropout
+
+
+def test_each_loop_has_its_own_instructions(compiler: Worker) -> None:
+    """Tier B forward has two: statistics without exponentials, then output with them."""
+    n = norm(positions=4096)
+    (whole,) = compiled(compiler, n, "forward", launch_of(n, "forward", 90, "B"), 90)
+    statistics, output = whole.code.loops
+    assert statistics["mufu"] < 1 < output["mufu"]
+    assert statistics["total"] < output["total"]
+    for name, total in whole.code.instructions.items():
+        assert statistics[name] + output[name] == pytest.approx(total)

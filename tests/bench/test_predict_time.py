@@ -140,6 +140,24 @@ def test_bound_by_the_host() -> None:
     assert sum(found.shares_us.values()) == pytest.approx(50.0)
 
 
+def test_a_life_a_little_longer_than_the_bytes_hides_in_the_start() -> None:
+    """400 programs of 4 turns: 13.1 µs of memory, of which none flows in the first 1.5 µs."""
+    read = 400 * 4 * 8192
+    busy = part(400, read_bytes=read, round_trips=19.5)  # a life of 9.75 + 4 = 13.75 µs
+    found = predict(busy)
+    assert found.bound == "memory"
+    assert found.us == pytest.approx(2.0 + 9.75 + 1.0 + read / 1e6)
+
+
+@pytest.mark.parametrize(("warps", "us"), [(1, 8.0), (2, 4.0), (4, 2.0), (8, 2.0)])
+def test_a_program_alone_has_the_schedulers_of_its_warps(warps: int, us: float) -> None:
+    """256,000 lanes: 32 a cycle for each scheduler, of which there are four."""
+    alone = part(1, instructions=256_000, round_trips=0.0)
+    assert predict(alone, warps=warps).us == pytest.approx(2.0 + us)
+    special = part(1, special=32_000, round_trips=0.0)  # 4 a cycle for each
+    assert predict(special, warps=warps).us == pytest.approx(2.0 + us)
+
+
 def test_two_kinds_of_programs_overlap_in_one_launch() -> None:
     """What one kind computes while the other loads costs nothing, in two launches it does."""
     loads = part(200, read_bytes=200 * 50 * 8192)  # 82 µs of memory

@@ -7,6 +7,7 @@ offsets, graph capture, the compiler. Everything else is tested without a GPU, i
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,21 @@ from torch import Tensor
 
 from resblock_bench.bench.cuda_graph import capture
 from resblock_bench.bench.records import Cell
+from resblock_bench.bench.tune_cases import (
+    Case,
+    Tensors,
+    Truth,
+    draw_case,
+    launched,
+    mistake,
+    poisoned,
+    same_bits,
+    truth_of,
+)
 from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
-from resblock_bench.kernels import ResBlock, dispatch, launch, prefer
+from resblock_bench.kernels import ResBlock, dispatch, prefer, tiers, words
 from resblock_bench.kernels.blocks import CheckpointMode
-from resblock_bench.kernels.spec import Modulation, Spec
-from resblock_bench.kernels.tiers import Choice, Tier, shape
+from resblock_bench.kernels.tiers import Direction, Launch, Tier
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or dispatch.interpreting(),
@@ -63,25 +74,149 @@ def test_every_published_norm(channels_last: bool) -> None:
         check(run_operator, on_gpu(p))
 
 
+# Launches with tickets, whose programs wait for each other. A race shows itself now and then, so
+# they are repeated; and within `poisoned`, since a partial sum that is read before it is stored
+# would else be that of the run before, and right.
+
+
+@pytest.fixture
+def counters() -> Iterator[dict[tuple[torch.device, int], Tensor]]:
+    """The counters of each stream that the test launches on; zero after it."""
+    words._of_stream.clear()
+    try:
+        yield words._of_stream
+        torch.cuda.synchronize()
+        assert words._of_stream
+        assert not any(row.any() for row in words._of_stream.values())
+    finally:
+        words._of_stream.clear()  # What is not zero would break the tests that follow.
+
+
+def ticket_launches(direction: Direction, site: tiers.Problem, tier: Tier) -> list[Launch]:
+    """As planned; with the least lag, so that most wait; and in small parts with the least lag."""
+    machine, _ = dispatch._machine(torch.device("cuda", torch.cuda.current_device()))
+    choice = tiers.rule_choice(direction, site, machine, tier)
+    planned = tiers.shape(direction, site, machine, choice)
+    small = tiers.shape(direction, site, machine, choice._replace(tile=256, waves=1, tiles=1))
+    assert planned.parts > 1 and small.parts > 1
+    return [planned, *(how._replace(lag=how.parts) for how in (planned, small))]
+
+
+def drawn(direction: Direction, site: tiers.Problem) -> tuple[Case, Truth]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    case = draw_case(direction, site, torch.float32, device, 0)
+    return case, truth_of(case)
+
+
+def run_poisoned(case: Case, how: Launch) -> Tensors:
+    with poisoned():
+        return launched(case, how)
+
+
+def assert_same(results: Tensors, expected: Tensors) -> None:
+    assert results.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert same_bits(results[name], wanted), name
+
+
+def start_together(streams: Sequence[torch.cuda.Stream]) -> None:
+    """What is queued on these streams from here on waits for a moment, and then starts at once.
+
+    The host queues a launch more slowly than the GPU runs it: none would overlap another.
+    """
+    torch.cuda._sleep(50_000_000)  # clock cycles
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+
+
+# N, C, HW and G. The few programs of two launches are all resident at once; a large unit is one
+# that L2 does not hold.
+MANY, UNEVEN, ONE_GROUP = (64, 128, 4096, 32), (5, 60, 4095, 6), (2, 256, 4096, 1)
+FEW, LARGE = (2, 64, 4096, 8), (2, 16, 1024 * 1024, 1)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("waves", [1, 2])
-def test_cooperative_launches(waves: int, channels_last: bool) -> None:
-    """Several rounds of units; many repetitions, since a race shows itself now and then."""
-    p = on_gpu(problem(64, 128, 64, 64, groups=32, pre_shift=True, channels_last=channels_last))
-    m = Modulation(p.weight, p.bias, p.scale, p.shift, p.pre_shift).dense()
-    spec, sizes = Spec(32, p.eps, True, 0.0, p.x.dtype), dispatch.problem_of(p.x, 32)
-    machine, _ = dispatch._machine(p.x.device)
-    outcomes = []
-    for cooperative in (False, *(True,) * 20):
-        choice = Choice("C", 2048, 8, waves, cooperative)
-        forward, backward = (shape(d, sizes, machine, choice) for d in ("forward", "backward"))
-        y, mean, rstd = launch.forward(p.x, m, None, spec, forward)
-        dx, parameters = launch.backward(p.dy, p.x, mean, rstd, m, None, spec, backward)
-        outcomes.append((y, dx, *parameters))
-    for later in outcomes[2:]:
-        assert all(torch.equal(a, b) for a, b in zip(outcomes[1], later, strict=True))
-    for cooperative, separate in zip(outcomes[1], outcomes[0], strict=True):
-        torch.testing.assert_close(cooperative, separate, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    ("tier", "sizes"),
+    [("C", MANY), ("C", UNEVEN), ("C", ONE_GROUP), ("D", LARGE)],
+    ids=["C many", "C uneven", "C one group", "D"],
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ticket_launches_repeat(
+    direction: Direction,
+    tier: Tier,
+    sizes: tuple[int, ...],
+    channels_last: bool,
+    counters: dict[object, Tensor],
+) -> None:
+    site = tiers.Problem(*sizes, channels_last, 4)
+    case, truth = drawn(direction, site)
+    for how in ticket_launches(direction, site, tier):
+        first = run_poisoned(case, how)
+        assert mistake(first, truth) is None, (how, mistake(first, truth))
+        for _ in range(100):
+            assert_same(run_poisoned(case, how), first)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("tier", "sizes"), [("C", FEW), ("D", LARGE)], ids=["C", "D"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ticket_launches_on_two_streams_at_once(
+    direction: Direction,
+    tier: Tier,
+    sizes: tuple[int, ...],
+    channels_last: bool,
+    counters: dict[object, Tensor],
+) -> None:
+    site = tiers.Problem(*sizes, channels_last, 4)
+    case, truth = drawn(direction, site)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for how in ticket_launches(direction, site, tier):
+        expected = run_poisoned(case, how)
+        assert mistake(expected, truth) is None, (how, mistake(expected, truth))
+        for _ in range(10):
+            found = []
+            start_together(streams)
+            for stream in streams * 10:
+                with torch.cuda.stream(stream):
+                    found.append(run_poisoned(case, how))
+            torch.cuda.synchronize()
+            for results in found:
+                assert_same(results, expected)
+    assert len(counters) == 3  # and those of the stream that `expected` is from
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("tier", "sizes"), [("C", FEW), ("D", LARGE)], ids=["C", "D"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_captured_ticket_launches_are_replayed_at_once(
+    direction: Direction,
+    tier: Tier,
+    sizes: tuple[int, ...],
+    channels_last: bool,
+    counters: dict[object, Tensor],
+) -> None:
+    """Two graphs that were captured on one stream, one alone and both on streams of their own."""
+    site = tiers.Problem(*sizes, channels_last, 4)
+    case, truth = drawn(direction, site)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for how in ticket_launches(direction, site, tier):
+        expected = run_poisoned(case, how)  # compiles, which cannot happen under capture
+        assert mistake(expected, truth) is None, (how, mistake(expected, truth))
+        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+        captured = []
+        for graph in graphs:
+            with torch.cuda.graph(graph):
+                captured.append(run_poisoned(case, how))  # a replay poisons, too
+        for count in (1, *(2,) * 20):
+            start_together(streams)
+            for _ in range(10):
+                for stream, graph in zip(streams[:count], graphs[:count], strict=True):
+                    with torch.cuda.stream(stream):
+                        graph.replay()
+            torch.cuda.synchronize()
+            for results in captured[:count]:
+                assert_same(results, expected)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
