@@ -30,7 +30,7 @@ from resblock_bench.kernels.tiers import (
 from resblock_bench.kernels.words import words
 
 # Of partial sums that a program folds at once, padded.
-FOLD_ELEMENTS = 1024
+FOLD_ELEMENTS = 128
 
 Rows = Sequence[Tensor | None]
 """The five tensors of a `Modulation`."""
