@@ -59,6 +59,7 @@ def test_sizes_of_1(
     dy = strided(size, strides, seed=1) if of != "x" else p.dy
     check(run, replace(p, x=x, dy=dy), ill_conditioned=1e-4)
     check(run, replace(p, x=x, dy=dy, scale=None, shift=None), ill_conditioned=1e-4)
+    check(run, replace(p, x=x, dy=dy, activation=None), ill_conditioned=1e-4)
 
 
 @st.composite
