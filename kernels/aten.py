@@ -174,7 +174,7 @@ def _backward_about_x_hat(
         zeros, ones = rstd.new_zeros((1, groups)), rstd.new_ones((1, groups))
         parts.append(_group_norm_backward(part_dz, part, zeros, ones, part_gain, [True] * 3))
     dh, s2, s1 = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    return dense(dh.view(h.shape), memory_format(h)), s1.view(N, C), s2.view(N, C)
+    return dh.view(h.shape), s1.view(N, C), s2.view(N, C)
 
 
 def _calls(x_hat: Tensor, dz: Tensor, gain: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

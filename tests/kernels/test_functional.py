@@ -152,7 +152,7 @@ def test_explain_tells_the_tier_and_why() -> None:
 
 
 def test_explain_refuses_what_the_operator_refuses() -> None:
-    with pytest.raises(TypeError, match="num_groups must be an integer, got 2.0"):
+    with pytest.raises(TypeError, match=r"num_groups must be an integer, got 2\.0"):
         explain(torch.randn(2, 6, 4, 4), 2.0)
     with pytest.raises(TypeError, match="x is array"):
         explain(np.ones((2, 6, 4)), 2)
