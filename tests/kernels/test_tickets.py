@@ -351,12 +351,12 @@ def recorded(
         if value.data == 1:
             recorder.add(self, Add(word, SEMANTICS[sem.name]))
             return found
-        waiting = recorder.programs[self.grid_idx[0]]
-        count = 0
-        if waiting and isinstance(waiting[-1], Wait):
-            count = waiting.pop().count + 1
-        recorder.add(self, Wait(word, SEMANTICS[sem.name], count))
-        found.data[...] = count
+        steps = recorder.programs[self.grid_idx[0]]
+        wait = Wait(word, SEMANTICS[sem.name], 0)
+        if isinstance(steps[-1], Wait) and steps[-1]._replace(count=0) == wait:
+            wait = wait._replace(count=steps.pop().count + 1)
+        recorder.add(self, wait)
+        found.data[...] = wait.count
         return found
 
     monkeypatch.setattr(builder, "create_masked_load", recording_load)
