@@ -20,11 +20,12 @@ class Compiled(NamedTuple):
     warps: int
 
 
-class Access(NamedTuple):
-    """A PTX instruction on global memory: its operation, and what it may address."""
+class Statement(NamedTuple):
+    """One of PTX: its operation, what it may address in global memory, and what may follow it."""
 
     operation: str
     parameters: frozenset[str]
+    next: tuple[int, ...]
 
 
 def compiled(norm: Norm, direction: Direction, launch: Launch, arch: int) -> Compiled:
@@ -48,25 +49,46 @@ def compiled(norm: Norm, direction: Direction, launch: Launch, arch: int) -> Com
     )
 
 
-_STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*);")
+_LABEL = re.compile(r"(\$\w+):")
+_STATEMENT = re.compile(r"(@!?%\w+\s+)?([a-z][\w.:]*)\s*(.*);")
 _REGISTER = re.compile(r"%\w+")
 _PARAMETER = re.compile(r"\w+_param_(\d+)")
 
 
-def accesses(code: Compiled) -> list[Access]:
-    """Every access to global memory, in the order of the text.
+def statements(code: Compiled) -> list[Statement]:
+    """The kernel's PTX, as far as memory and control flow go.
 
     A pointer is a kernel parameter, or what is computed from it; what is loaded is none.
     """
-    statements = []
-    for line in code.ptx.splitlines():
-        if match := _STATEMENT.fullmatch(line.partition("//")[0].strip()):
-            statements.append((match[1], match[2]))
+    lines: list[tuple[str, str, str]] = []
+    labels: dict[str, int] = {}
+    for text in code.ptx.partition("\n{")[2].splitlines():
+        line = text.partition("//")[0].strip()
+        if match := _LABEL.fullmatch(line):
+            labels[match[1]] = len(lines)
+        elif match := _STATEMENT.fullmatch(line):
+            lines.append((match[1] or "", match[2], match[3]))
+    pointers = _pointers(code, lines)
+    found = []
+    for i, (predicate, operation, operands) in enumerate(lines):
+        parameters: frozenset[str] = frozenset()
+        if re.match(r"(ld|st|atom|red)\.global", operation):
+            (address,) = re.findall(r"\[\s*(%\w+)", operands)
+            parameters = frozenset(pointers[address])
+        following = [labels[operands]] if operation.startswith("bra") else []
+        if predicate or not operation.startswith(("bra", "ret")):
+            following.append(i + 1)
+        found.append(Statement(operation, parameters, tuple(following)))
+    return found
+
+
+def _pointers(code: Compiled, lines: list[tuple[str, str, str]]) -> dict[str, set[str]]:
+    """The parameters that each register may be computed from."""
     pointers: dict[str, set[str]] = {}
     grown = True
     while grown:  # a loop's pointers come from its end, too
         grown = False
-        for operation, operands in statements:
+        for _, operation, operands in lines:
             target, *others = _REGISTER.findall(operands) or [""]
             found = {name for other in others for name in pointers.get(other, ())}
             if operation.startswith("ld.param"):
@@ -78,9 +100,4 @@ def accesses(code: Compiled) -> list[Access]:
             if not found <= pointers.setdefault(target, set()):
                 pointers[target] |= found
                 grown = True
-    found_accesses = []
-    for operation, operands in statements:
-        if re.match(r"(ld|st|atom|red)\.global", operation):
-            (address,) = re.findall(r"\[\s*(%\w+)", operands)
-            found_accesses.append(Access(operation, frozenset(pointers[address])))
-    return found_accesses
+    return pointers

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 import compiled_text
-from compiled_text import Compiled, accesses
+from compiled_text import Compiled, Statement, statements
 
 from resblock_bench.bench import machine_code
 from resblock_bench.bench.machine_code import Sass, opcode
@@ -79,13 +79,16 @@ def test_fences(
 
 
 def check_ptx(code: Compiled, shared: set[str], arrivals: int, waits: bool) -> None:
-    """What a launch both writes and reads is read past L1; words are touched by atomics alone."""
-    found = accesses(code)
-    assert all(len(access.parameters) == 1 for access in found)
+    """What a launch both writes and reads is read past L1, behind an acquire and a barrier; words
+    are touched by atomics alone, but for their reset."""
+    found = statements(code)
     reads: dict[str, set[str]] = {}
-    writes: dict[str, set[str]] = {}
+    writes: set[str] = set()
     orders: Counter[str] = Counter()
-    for operation, (parameter,) in found:
+    for operation, parameters, _ in found:
+        if not parameters:
+            continue
+        (parameter,) = parameters
         kind, _, *modifiers = operation.split(".")
         if parameter == "p_words" and kind != "st":
             (order,) = {"relaxed", "acquire", "acq_rel"}.intersection(modifiers)
@@ -94,13 +97,39 @@ def check_ptx(code: Compiled, shared: set[str], arrivals: int, waits: bool) -> N
         elif kind == "ld":
             reads.setdefault(parameter, set()).add("cg" if "cg" in modifiers else "")
         else:
-            assert kind == "st" and parameter not in ("p_x", "p_dy")
-            writes.setdefault(parameter, set())
-    assert reads.keys() & writes.keys() == shared
+            assert kind == "st"
+            writes.add(parameter)
+    assert reads.keys() & writes == shared
     assert {name: reads[name] for name in shared} == {name: {"cg"} for name in shared}
     assert orders["acq_rel"] == arrivals
     assert orders["relaxed"] == 2 * waits  # a ticket is drawn, and a program leaves
     assert orders["acquire"] == 2 * waits  # before the loop and in it
+    assert not read_too_early(found, shared)
+
+
+def read_too_early(found: list[Statement], shared: set[str]) -> list[Statement]:
+    """What is read on some way with no acquire and no barrier behind it since the program began,
+    or since it last stored what others wait for."""
+    early = []
+    seen: set[tuple[int, str]] = set()
+    ahead = [(0, "nothing")]
+    while ahead:
+        i, known = ahead.pop()
+        if (i, known) in seen or i >= len(found):
+            continue
+        seen.add((i, known))
+        operation, parameters, following = found[i]
+        kind = operation.partition(".")[0]
+        if {"acquire", "acq_rel"}.intersection(operation.split(".")):
+            known = "acquired"
+        elif kind == "bar" and known == "acquired":
+            known = "by all threads"
+        elif kind == "st" and parameters & shared:
+            known = "nothing"
+        elif kind == "ld" and parameters & shared and known != "by all threads":
+            early.append(found[i])
+        ahead += [(j, known) for j in following]
+    return early
 
 
 def check_sass(sass: Sass, arrivals: int, waits: bool) -> None:
