@@ -325,15 +325,12 @@ def recorded(
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw = builder.create_atomic_rmw
 
-    def recording_load(
-        self: Any, pointers: Any, mask: Any, other: Any, cache: Any, *rest: Any
-    ) -> Any:
+    def recording_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         places, words = recorder.accessed(pointers, mask)
         assert not words
         if places:
-            assert cache.name == "CG", f"{places} from L1, which others do not write to"
             recorder.add(self, Load(frozenset(places)))
-        return load(self, pointers, mask, other, cache, *rest)
+        return load(self, pointers, mask, *rest)
 
     def recording_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         places, words = recorder.accessed(pointers, mask)
