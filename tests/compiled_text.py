@@ -43,7 +43,7 @@ def compiled(norm: Norm, direction: Direction, launch: Launch, arch: int) -> Com
         parameters=[
             name if kind.startswith("*") else None
             for name, kind in source.signature.items()
-            if kind != "constexpr"
+            if kind != "constexpr" and item.arguments[name] is not None
         ],
         warps=int(binary.metadata.num_warps),
     )

@@ -1,7 +1,7 @@
 """The protocol of the kernels' counters as a model that can be explored exhaustively.
 
 A program is a list of steps: what it does to memory that other programs of its launch write or
-read, in the order of the kernels' source (tests/kernels/test_tickets.py holds one against the
+read, in the order of the kernels' source (tests/kernels/test_ticket_steps.py holds one against the
 other). Two kinds of threads take them: the first thread of the block does the atomic operations,
 any others store and load. What each is sure to see is a set of places, its view:
 
