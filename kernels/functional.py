@@ -112,7 +112,7 @@ def norm_act_conv(
     autocast the activation is written in autocast's dtype. Under torch.func's transforms the three
     are called one after the other, and the convolution keeps its input.
     """
-    if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv.transposed:
+    if not isinstance(conv, _CONVOLUTIONS) or conv.transposed:
         raise TypeError(
             f"conv is {arguments.received(conv)}; expected Conv1d, Conv2d or Conv3d. Call "
             "group_norm_silu and the other module one after the other."
@@ -185,6 +185,8 @@ def explain(
     return "\n".join(lines)
 
 
+# A tuple, since torch.compile traces a union of types in newer versions only.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
