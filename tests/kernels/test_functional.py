@@ -134,6 +134,7 @@ def test_explain_on_the_cpu() -> None:
     assert "(2, 64, 8, 8) float32 on cpu, 32 groups of 2 channels" in text
     assert "channels_last" in text
     assert "aten: x is on the CPU" in text
+    assert f"versions: torch {torch.__version__.partition('+')[0]}, " in text
 
 
 def test_explain_tells_the_tier_and_why() -> None:
