@@ -13,17 +13,18 @@ WORKERS ?=
 CORES = nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 
 .DELETE_ON_ERROR:
-.PHONY: help bench benchmark test test-gpu gate lint install clean
+.PHONY: help bench benchmark test test-gpu test-versions gate lint install clean
 
 help:
 	@echo "make bench    run the benchmark           ARGS='...' goes to resblock-bench run"
 	@echo "make test     run the tests               ARGS='...' goes to pytest, WORKERS=N sets how many run at once"
 	@echo "make test-gpu the tests that need a GPU, with compiled kernels"
+	@echo "make test-versions other versions of torch and Triton, about an hour; ARGS=--short: a minute"
 	@echo "make benchmark the kernels under pytest-benchmark, e.g. ARGS='-k forward --benchmark-json=FILE'"
 	@echo "make gate     machine code, memory and accuracy against the saved pins, no GPU needed"
 	@echo "make lint     ruff and mypy --strict"
 	@echo "make install  make .venv with the locked set; the targets above do so when it is needed"
-	@echo "make clean    remove .venv, builds and caches; results stay"
+	@echo "make clean    remove .venv, builds and caches; results and .versions stay"
 	@echo "PYTHON=...    the interpreter a new .venv is made with (3.10 or newer; default: python3)"
 
 bench: $(INSTALLED)
@@ -40,6 +41,10 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu $(ARGS)
+
+# Unpacks them into .versions, which clean leaves: 15 GB that took a while to download.
+test-versions: $(INSTALLED)
+	@$(BIN)/python tests/versions.py $(ARGS)
 
 benchmark: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m benchmark tests/benchmarks \

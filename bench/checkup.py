@@ -11,6 +11,7 @@ import torch
 
 from resblock_bench.bench import environment
 from resblock_bench.bench.units import format_bytes
+from resblock_bench.kernels import versions
 
 
 class Finding(NamedTuple):
@@ -20,6 +21,13 @@ class Finding(NamedTuple):
     found: str
     advice: str | None = None
     command: str | None = None
+
+
+def versions_finding() -> Finding:
+    """Whether the kernels were tested with the torch and the Triton that are installed."""
+    pair = versions.installed()
+    advice = None if versions.tested(pair) else versions.advice()
+    return Finding("versions", versions.describe(pair), advice)
 
 
 def cpu_findings(root: Path = Path("/")) -> list[Finding]:

@@ -308,13 +308,13 @@ def env(
 ) -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
     from resblock_bench.bench import environment, telemetry
-    from resblock_bench.bench.checkup import cpu_findings
+    from resblock_bench.bench.checkup import cpu_findings, versions_finding
     from resblock_bench.bench.checkup_gpu import gpu_findings
     from resblock_bench.bench.devices import default_kind
     from resblock_bench.bench.listing import machine
     from resblock_bench.bench.units import parse_duration_s
 
-    found = [*cpu_findings(), *gpu_findings(os.environ)]
+    found = [versions_finding(), *cpu_findings(), *gpu_findings(os.environ)]
     console = result_console()
     gathered = environment.gather(environment.usable_cpus())
     console.print(machine(gathered, found))

@@ -145,13 +145,19 @@ def compile_for(kernel: Any, arguments: Mapping[str, object], arch: int) -> Mach
 
     `arguments` includes launch options such as num_warps; tensors may be on any device, "meta"
     included. Multiply-adds are fused, whatever the installed Triton's default is. Raises
-    RuntimeError for a kernel that is interpreted, and where ptxas does not give Triton's binary.
+    RuntimeError for a kernel that is interpreted, for an architecture that the installed ptxas does
+    not know, and where ptxas does not give Triton's binary.
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
     if arch not in ARCHITECTURES:
         raise unknown("architecture", str(arch), map(str, ARCHITECTURES))
+    if not ptxas_knows(arch):
+        raise RuntimeError(
+            f"the ptxas of Triton {triton.__version__} compiles nothing for sm_{arch} "
+            f"({_ptxas(arch)}): take a newer Triton, or other architectures."
+        )
     source = specialise(kernel, arguments)
     target = GPUTarget("cuda", arch, WARP_SIZE)
     options = {k: v for k, v in arguments.items() if k not in kernel.arg_names}
@@ -323,7 +329,7 @@ def _ptxas_log(ptx: str, cubin: bytes, arch: int) -> str:
     """
     gpu = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert gpu is not None
-    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    ptxas = _ptxas(arch)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
@@ -337,8 +343,29 @@ def _ptxas_log(ptx: str, cubin: bytes, arch: int) -> str:
     raise RuntimeError(
         f"{ptxas} did not give the binary that Triton made, so what it says of registers and "
         "spills may not hold; unset PTXAS_OPTIONS, DISABLE_PTXAS_OPT and TRITON_DISABLE_LINE_INFO, "
-        "or take a Triton from 3.2 to 3.7."
+        "or take a Triton from 3.2 to 3.9."
     )
+
+
+def _ptxas(arch: int) -> Path:
+    """The ptxas that the installed Triton takes for an architecture.
+
+    It is asked, since that changes: 3.4 has one for all, 3.6 another for 10.0, which in 3.9 serves
+    9.0 as well.
+    """
+    from triton.backends.nvidia import compiler
+
+    if not hasattr(compiler, "get_ptxas"):  # before 3.4
+        return Path(compiler._path_to_binary("ptxas")[0])
+    by_arch = inspect.signature(compiler.get_ptxas).parameters
+    return Path(compiler.get_ptxas(*[arch] if by_arch else []).path)
+
+
+@functools.cache
+def ptxas_knows(arch: int) -> bool:
+    """Whether the installed Triton can compile for an architecture: its ptxas lists it."""
+    done = subprocess.run([_ptxas(arch), "--help"], capture_output=True, text=True, check=True)
+    return re.search(rf"\bsm_{arch}\b", done.stdout) is not None
 
 
 def _code(cubin: bytes) -> list[bytes]:
@@ -359,21 +386,19 @@ def _disassemble(cubin: bytes) -> str:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(cubin)
         done = subprocess.run(
-            [_tool("nvdisasm"), "-c", binary], capture_output=True, text=True, check=True
+            [_nvdisasm(), "-c", binary], capture_output=True, text=True, check=True
         )
         return done.stdout
 
 
-def _tool(name: str) -> Path:
-    """A program of the CUDA toolkit, where Triton itself looks for it."""
+def _nvdisasm() -> Path:
+    """Where Triton itself looks for it."""
     import triton
 
-    override = os.environ.get(f"TRITON_{name.upper().replace('-', '_')}_PATH")
+    override = os.environ.get("TRITON_NVDISASM_PATH")
     if override and Path(override).is_file():
         return Path(override)
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    # Earlier versions have one ptxas for all architectures.
-    return bundled if bundled.is_file() else bundled.with_name(name.partition("-")[0])
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
 class Usage(NamedTuple):

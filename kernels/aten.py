@@ -25,9 +25,9 @@ def forward(x: Tensor, modulation: Modulation, seed: Tensor | None, spec: Spec) 
         return torch.zeros_like(x, dtype=spec.out_dtype)
     h = _input(x, modulation)
     dtype = _statistics_dtype(h)
-    if modulation.after_norm:
+    if modulation.after_norm():
         x_hat, _, _ = _group_norm(h, None, None, spec)
-        y = _modulated(x_hat, *modulation.folded(x, dtype), out=x_hat)
+        y = _modulated(x_hat, *modulation.folded(x, dtype), memory_format(x), out=x_hat)
     else:
         y, _, _ = _group_norm(h, *_affine(modulation, dtype), spec)
     if spec.activation:
@@ -47,13 +47,15 @@ def backward(
         return torch.zeros_like(x), (empty, empty, empty)
     h = _input(x, modulation)
     dtype = _statistics_dtype(h)
-    if h.element_size() < 4 and (modulation.after_norm or not modulation.affine):
+    if h.element_size() < 4 and (modulation.after_norm() or not modulation.affine()):
         h = h.float()  # beside 16-bit x alone ATen gives 16-bit statistics
     dy = dy.to(h.dtype)
     if seed is not None and spec.dropout_p > 0:
         dy = dy * keep_mask(seed, dy, spec.dropout_p)
-    take = _backward_about_x_hat if modulation.after_norm else _backward_about_x
-    dh, s1, s2 = take(dy, h, modulation, spec, dtype)
+    if modulation.after_norm():
+        dh, s1, s2 = _backward_about_x_hat(dy, h, modulation, spec, dtype, memory_format(x))
+    else:
+        dh, s1, s2 = _backward_about_x(dy, h, modulation, spec, dtype)
     db = None
     if modulation.pre_shift is not None:
         db = dh.sum(tuple(range(2, dh.dim())), dtype=dtype)
@@ -107,9 +109,13 @@ def _group_norm_backward(
     return out
 
 
-def _modulated(x_hat: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tensor:
-    """x̂·γ' + β' in one pass, into `out`, which may be x̂."""
-    if memory_format(x_hat) != torch.contiguous_format:
+def _modulated(
+    x_hat: Tensor, gain: Tensor, offset: Tensor, layout: torch.memory_format, out: Tensor
+) -> Tensor:
+    """x̂·γ' + β' in one pass, into `out`, which may be x̂; both have that layout."""
+    if torch.compiler.is_compiling():  # torch 2.6 compiles nothing that writes to an `out`
+        return torch.addcmul(spread(offset, x_hat), x_hat, spread(gain, x_hat))
+    if layout != torch.contiguous_format:
         # Over contiguous channels PyTorch vectorizes the broadcast product; over positions not.
         return torch.addcmul(spread(offset, x_hat), x_hat, spread(gain, x_hat), out=out)
     # Batch norm's inference form, x̂·γ' + β' at mean 0, variance 0 and eps 1.
@@ -131,6 +137,13 @@ def _modulated(x_hat: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tens
     return out
 
 
+def _silu_backward(dz: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z, into z."""
+    if torch.compiler.is_compiling():  # as in `_modulated`
+        return aten.silu_backward(dz, z)  # type: ignore[no-any-return]
+    return aten.silu_backward.grad_input(dz, z, grad_input=z)  # type: ignore[no-any-return]
+
+
 def _backward_about_x(
     dz: Tensor, h: Tensor, modulation: Modulation, spec: Spec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +151,7 @@ def _backward_about_x(
     weight, bias = _affine(modulation, dtype)
     z, mean, rstd = _group_norm(h, weight, bias, spec)
     if spec.activation:
-        dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
+        dz = _silu_backward(dz, z)
     del z
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # ATen makes the gradients of both in the likeness of weight
@@ -150,7 +163,12 @@ def _backward_about_x(
 
 
 def _backward_about_x_hat(
-    dz: Tensor, h: Tensor, modulation: Modulation, spec: Spec, dtype: torch.dtype
+    dz: Tensor,
+    h: Tensor,
+    modulation: Modulation,
+    spec: Spec,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """About the normalised x̂, whose mean is 0 and rstd 1: dx, S1 and S2.
 
@@ -164,22 +182,24 @@ def _backward_about_x_hat(
     gain, offset = modulation.folded(h, dtype)
     x_hat, _, rstd = _group_norm(h, None, None, spec)
     if spec.activation:
-        z = _modulated(x_hat, gain, offset, out=torch.empty_like(x_hat))
-        dz = aten.silu_backward.grad_input(dz, z, grad_input=z)
+        z = _modulated(x_hat, gain, offset, layout, out=torch.empty_like(x_hat))
+        dz = _silu_backward(dz, z)
         del z
     gain = (gain.view(*rstd.shape, -1) * rstd[..., None]).view(N, C)
     parts = []
-    for part, part_dz, part_gain in _calls(x_hat, dz, gain):
+    for part, part_dz, part_gain in _calls(x_hat, dz, gain, layout):
         groups = part.shape[1] * spec.num_groups // C
         zeros, ones = rstd.new_zeros((1, groups)), rstd.new_ones((1, groups))
         parts.append(_group_norm_backward(part_dz, part, zeros, ones, part_gain, [True] * 3))
     dh, s2, s1 = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    return dense(dh.view(h.shape), memory_format(h)), s1.view(N, C), s2.view(N, C)
+    return dense(dh.view(h.shape), layout), s1.view(N, C), s2.view(N, C)
 
 
-def _calls(x_hat: Tensor, dz: Tensor, gain: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _calls(
+    x_hat: Tensor, dz: Tensor, gain: Tensor, layout: torch.memory_format
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """What one call of ATen takes of each: all samples as one, or each in turn."""
-    if memory_format(x_hat) == torch.contiguous_format:
+    if layout == torch.contiguous_format:
         yield x_hat.view(1, gain.numel(), -1), dz.view(1, gain.numel(), -1), gain.view(-1)
     else:
         for n in range(len(gain)):

@@ -23,6 +23,8 @@ from resblock_bench.kernels.resample import Resample
 
 CheckpointMode = Literal["none", "selective", "full"]
 ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# Apart, since torch.compile traces get_args in newer versions only.
+CONVOLUTIONS = get_args(ConvNd)
 
 
 class _FusedBlock(reference.TimestepBlock):
@@ -178,7 +180,7 @@ def _is_plain(conv: ConvNd) -> bool:
         conv._backward_hooks,
         conv._backward_pre_hooks,
     )
-    untouched = type(conv) in get_args(ConvNd) and "forward" not in vars(conv) and not any(hooks)
+    untouched = type(conv) in CONVOLUTIONS and "forward" not in conv.__dict__ and not any(hooks)
     return untouched and conv.bias is not None
 
 

@@ -50,20 +50,19 @@ def remember(x: Tensor, modulation: Modulation, spec: Spec, activation: str | No
 
 
 def _key(x: Tensor, rows: Rows, constants: _Constants) -> Any:
-    """What a plain call is known by; None for another."""
+    """What a plain call is known by; None for another. No compiler traces this."""
     if (
-        torch.compiler.is_compiling()
-        or type(x) not in calls.PLAIN
+        type(x) not in calls.PLAIN
         or _modes()
         or _transforms()
         or x.layout is not torch.strided
         or calls.is_wrapped(x)
     ):
         return None
-    if x.is_cuda or dispatch.settings.cpu_is_gpu:
+    if x.is_cuda or dispatch.settings[2]:
         if x.get_device() != current_device():
             return None
-    elif dispatch.settings.backend != "triton":
+    elif dispatch.settings[0] != "triton":
         return None
     groups, eps, activation, dropout_p, _ = constants
     # 1.0 and True are found where 1 is, and the checks tell them apart.

@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,21 +38,13 @@ DEFAULT_MACHINE = Machine(sms=132, l2_bytes=50 * 2**20)
 # Found out once, at import: torch.compile traces neither these look-ups nor a cache around them.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Plain globals, not ContextVars: torch.compile cannot trace reading the latter.
+_preferred: Backend | None = None
+_preferred_tier: Tier | None = None
+_cpu_is_gpu = False
 
-
-class Settings(NamedTuple):
-    """What decides on backend and launch beside the call itself and the measured table.
-
-    backend, tier: asked for by `prefer`. cpu_is_gpu: as `standing_for_gpu` has it.
-    """
-
-    backend: Backend | None = None
-    tier: Tier | None = None
-    cpu_is_gpu: bool = False
-
-
-# A plain global, not a ContextVar: torch.compile cannot trace reading the latter.
-settings = Settings()
+settings: tuple[Backend | None, Tier | None, bool] = (None, None, False)
+"""These three: whatever decides on a call's launches beside the call and the measured table."""
 
 
 @contextmanager
@@ -67,7 +59,7 @@ def prefer(backend: Backend, tier: Tier | None = None) -> Iterator[None]:
         raise ValueError(f"backend is 'triton' or 'aten', not {backend!r}.")
     if tier not in (None, "A", "B", "C", "D"):
         raise ValueError(f"tier is 'A', 'B', 'C', 'D' or None, not {tier!r}.")
-    with _set(settings._replace(backend=backend, tier=tier)):
+    with _set(backend, tier, _cpu_is_gpu):
         yield
 
 
@@ -79,32 +71,33 @@ def standing_for_gpu() -> Iterator[None]:
     """
     if interpreting():
         raise RuntimeError("kernels are interpreted here: set TRITON_INTERPRET=0 beforehand.")
-    with _set(settings._replace(cpu_is_gpu=True)):
+    with _set(_preferred, _preferred_tier, True):
         yield
 
 
 @contextmanager
-def _set(changed: Settings) -> Iterator[None]:
-    global settings
-    before, settings = settings, changed
+def _set(backend: Backend | None, tier: Tier | None, cpu_is_gpu: bool) -> Iterator[None]:
+    global _preferred, _preferred_tier, _cpu_is_gpu, settings
+    before = settings
+    _preferred, _preferred_tier, _cpu_is_gpu = settings = (backend, tier, cpu_is_gpu)
     try:
         yield
     finally:
-        settings = before
+        _preferred, _preferred_tier, _cpu_is_gpu = settings = before
 
 
 def choose_backend(x: Tensor) -> tuple[Backend, str]:
     """Triton or ATen, and why."""
     obstacle = triton_obstacle(x)
-    if settings.backend == "aten":
+    if _preferred == "aten":
         return "aten", "asked for with prefer('aten')"
     if x.numel() == 0:
         return "aten", "x is empty"
-    if settings.backend == "triton":
+    if _preferred == "triton":
         if obstacle is not None:
             raise RuntimeError(f"prefer('triton') was asked for, but {obstacle}.")
         return "triton", "asked for with prefer('triton')"
-    if x.device.type == "cpu" and not settings.cpu_is_gpu:
+    if x.device.type == "cpu" and not _cpu_is_gpu:
         return "aten", "x is on the CPU, where Triton only interprets"
     if obstacle is not None:
         return "aten", obstacle
@@ -117,7 +110,7 @@ def triton_obstacle(x: Tensor) -> str | None:
         return "Triton is not installed"
     if x.dtype not in TRITON_DTYPES:
         return f"the Triton kernels compute in fp32, and x is {str(x.dtype).removeprefix('torch.')}"
-    if x.device.type == "cpu" and not interpreting() and not settings.cpu_is_gpu:
+    if x.device.type == "cpu" and not interpreting() and not _cpu_is_gpu:
         return "x is on the CPU and TRITON_INTERPRET=1 is not set"
     if x.device.type not in ("cpu", "cuda"):
         return f"the Triton kernels run on CUDA devices, and x is on {x.device.type}"
@@ -136,8 +129,8 @@ def interpreting() -> bool:
 def launch_for(direction: Direction, x: Tensor, num_groups: int) -> Launch:
     """The launch of a call on x, whose arguments are valid."""
     problem, (machine, arch) = problem_of(x, num_groups), _machine(x.device)
-    if settings.tier is not None:
-        return plan_launch(direction, problem, machine, settings.tier)
+    if _preferred_tier is not None:
+        return plan_launch(direction, problem, machine, _preferred_tier)
     return tuned.launch_for(direction, problem, machine, arch) or plan_launch(
         direction, problem, machine
     )

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.kernels import transforms
+from resblock_bench.kernels import transforms, versions
 from resblock_bench.kernels.dispatch import choose_backend, launch_for, triton_installed
 from resblock_bench.kernels.op import (
     Convolution,
@@ -81,7 +81,8 @@ def group_norm_silu(
     Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.
     """
     rows = (weight, bias, scale, shift, pre_shift)
-    if _HAS_TRITON and isinstance(x, Tensor) and type(training) is bool:
+    kept = _HAS_TRITON and not torch.compiler.is_compiling()
+    if kept and isinstance(x, Tensor) and type(training) is bool:
         p = dropout_p if training else 0.0
         call = direct.find(x, rows, (num_groups, eps, activation, p, x.dtype))
         if call is not None:
@@ -91,7 +92,7 @@ def group_norm_silu(
     seed, spec = _constants(x, num_groups, eps, activation, dropout_p, training, x.dtype)
     if under_transforms():
         return transforms.group_norm_silu(x, modulation, seed, spec)
-    if _HAS_TRITON:
+    if kept:
         direct.remember(x, modulation, spec, activation)
     y: Tensor = GroupNormSiLUFunction.apply(dense(x), *modulation.dense(), seed, spec)
     return y
@@ -124,7 +125,7 @@ def norm_act_conv(
     autocast the activation is written in autocast's dtype. Under torch.func's transforms the three
     are called one after the other, and the convolution keeps its input.
     """
-    if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or conv.transposed:
+    if not isinstance(conv, _CONVOLUTIONS) or conv.transposed:
         raise TypeError(
             f"conv is {arguments.received(conv)}; expected Conv1d, Conv2d or Conv3d. Call "
             "group_norm_silu and the other module one after the other."
@@ -148,7 +149,7 @@ def norm_act_conv(
         raise ValueError(f"conv is on {conv.weight.device} and x on {x.device}; move one of them.")
     dtype = conv.weight.dtype
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     seed, spec = _constants(x, num_groups, eps, activation, dropout_p, training, dtype)
     constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -184,6 +185,7 @@ def explain(
         f"{num_groups} groups of {x.shape[1] // num_groups} channels",
         f"  layout:   {layout}" + ("" if dense else " (x is strided: copied once)"),
         f"  backend:  {backend}: {reason}",
+        f"  versions: {versions.describe(versions.installed())}",
     ]
     directions: tuple[Direction, ...] = ("forward", "backward")
     for direction in directions if backend == "triton" else ():
@@ -196,6 +198,8 @@ def explain(
     return "\n".join(lines)
 
 
+# A tuple, since torch.compile traces a union of types in newer versions only.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -250,6 +254,12 @@ def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> Non
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
     raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them.")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device: str) -> bool:
+    """Whether autocast may be asked about a kind of device; torch.compile does not trace this."""
+    return torch.amp.is_autocast_available(device)
 
 
 def _constants(

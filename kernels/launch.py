@@ -29,7 +29,7 @@ from resblock_bench.kernels.tiers import (
 )
 from resblock_bench.kernels.words import words
 
-# Of partial sums that a program folds at once, padded.
+# Of partial sums, what a warp folds at once: four to a thread.
 FOLD_ELEMENTS = 128
 
 Rows = Sequence[Tensor | None]

@@ -47,12 +47,11 @@ class Modulation(NamedTuple):
     shift: Tensor | None = None
     pre_shift: Tensor | None = None
 
-    @property
+    # Methods, since torch.compile of earlier versions takes a named tuple's property for a tensor.
     def affine(self) -> bool:
         """Whether the norm has an affine of its own."""
         return self.weight is not None or self.bias is not None
 
-    @property
     def after_norm(self) -> bool:
         """Whether anything differs from sample to sample after the norm."""
         return self.scale is not None or self.shift is not None
@@ -144,10 +143,14 @@ def dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
     order = list(range(t.dim()))
     if layout != torch.contiguous_format:
         order.append(order.pop(1))
-    strides, stride = t.stride(), 1
+    # A compiler views it in any case: a view costs it nothing, and of what a backward makes earlier
+    # versions let nobody ask for strides.
+    strides, stride = () if torch.compiler.is_compiling() else t.stride(), 1
     for dim in reversed(order):
-        if strides[dim] != stride:
+        if not strides or strides[dim] != stride:
             flat = t.permute(order).reshape(-1)
+            if flat.stride(0) != 1:  # a single element
+                flat = flat.clone(memory_format=torch.contiguous_format)
             viewed = flat.view([t.shape[d] for d in order])
             return viewed if layout == torch.contiguous_format else viewed.movedim(-1, 1)
         stride *= t.shape[dim]

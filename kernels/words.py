@@ -24,7 +24,7 @@ def words(device: torch.device, count: int, *, own: bool) -> Tensor:
     """
     if device.type == "cuda":
         own = own or torch.cuda.is_current_stream_capturing()
-    elif not dispatch.settings.cpu_is_gpu:
+    elif not dispatch.settings[2]:
         own = True
     if own:
         return torch.zeros(count, dtype=torch.int32, device=device)

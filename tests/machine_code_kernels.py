@@ -24,9 +24,11 @@ from resblock_bench.bench.machine_code import (
     ARCHITECTURES,
     MachineCode,
     compile_for,
+    ptxas_knows,
     specialise,
 )
 
+KNOWN = [arch for arch in ARCHITECTURES if ptxas_knows(arch)]
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -103,7 +105,7 @@ def accesses() -> dict[str, MachineCode]:
     return {
         "aligned": compile_for(copy_kernel, COPY, 90),
         # One of those of which ptxas makes something else where a flag of Triton's is missing.
-        "odd rows": compile_for(copy_kernel, {**COPY, "HW": 4095}, 100),
+        "odd rows": compile_for(copy_kernel, {**COPY, "HW": 4095}, KNOWN[-1]),
         "shifted": compile_for(copy_kernel, {**COPY, "p_x": tensor(torch.float16, 1)}, 90),
         "spilling": compile_for(keep_kernel, nothing_fits, 90),
     }
@@ -112,7 +114,7 @@ def accesses() -> dict[str, MachineCode]:
 def loops() -> dict[str, MachineCode]:
     sizes = {"N": 3, "K": 5, "HW": 4096, "BLOCK_HW": 1024}
     nested = {"p_x": SINGLE, "p_y": SINGLE, "p_table": SINGLE, **sizes}
-    found = {str(arch): compile_for(scale_kernel, SCALE, arch) for arch in ARCHITECTURES}
+    found = {str(arch): compile_for(scale_kernel, SCALE, arch) for arch in KNOWN}
     return {**found, "nested": compile_for(nested_kernel, nested, 90)}
 
 
@@ -185,7 +187,16 @@ def errors() -> dict[str, str]:
     moved = made["cubin"].replace(Path(__file__).name.encode(), b"x" * len(Path(__file__).name))
     assert moved != made["cubin"]
     log = machine_code._ptxas_log
+
+    def with_an_older_ptxas() -> None:
+        knows, machine_code.ptxas_knows = machine_code.ptxas_knows, lambda arch: arch < 90
+        try:
+            compile_for(copy_kernel, COPY, 90)
+        finally:
+            machine_code.ptxas_knows = knows
+
     return {
+        "ptxas": error_of(with_an_older_ptxas),
         "missing": error_of(lambda: specialise(copy_kernel, without)),
         "misspelled": error_of(lambda: compile_for(copy_kernel, {**COPY, "nun_warps": 8}, 90)),
         "text": error_of(lambda: specialise(copy_kernel, {**COPY, "HW": "4096"})),

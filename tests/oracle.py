@@ -125,6 +125,6 @@ def check(run: Callable[[Problem], Tensor], p: Problem, *, ill_conditioned: floa
         assert ours[name].dtype == usual[name].dtype, name
         limit = 2 * error(usual[name], reference) + floor
         if ill_conditioned:
-            limit += ill_conditioned / float(reference.norm())
+            limit += ill_conditioned / max(float(reference.norm()), 1e-300)
         found = error(ours[name], reference)
         assert found <= limit, f"{name}: error {found:.3g}, limit {limit:.3g}"

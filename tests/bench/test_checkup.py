@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.checkup import Finding, cpu_findings
+from resblock_bench.bench.checkup import Finding, cpu_findings, versions_finding
+from resblock_bench.kernels import versions
 
 CORES = "".join(
     f"processor : {cpu}\nmodel name : Test CPU\nphysical id : 0\ncore id : {cpu // 2}\n\n"
@@ -124,3 +125,14 @@ def test_the_processor_is_named(tmp_path: Path) -> None:
 
 def test_a_machine_that_shows_nothing_is_no_error(tmp_path: Path) -> None:
     assert set(found(tmp_path, {})) == {"CPU", "CPU governor", "threads"}
+
+
+def test_a_pair_of_versions_that_nobody_tested_is_to_be_mended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: versions.LOCKED)
+    assert versions_finding().advice is None
+    monkeypatch.setattr(versions, "installed", lambda: versions.Pair("2.7.0", "3.6.0"))
+    finding = versions_finding()
+    assert finding.found.startswith("torch 2.7.0, triton 3.6.0: not tested together")
+    assert finding.advice is not None and "2.6.0 with 3.2.0" in finding.advice

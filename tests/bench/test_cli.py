@@ -144,6 +144,7 @@ def test_env_shows_the_machine(run_cli: Callable) -> None:
     assert done.code == 0
     assert "usable_cpus" in done.out
     assert torch.__version__ in done.out
+    assert "tested together" in done.out
     assert "mend" in done.out
 
 

@@ -134,6 +134,7 @@ def test_explain_on_the_cpu() -> None:
     assert "(2, 64, 8, 8) float32 on cpu, 32 groups of 2 channels" in text
     assert "channels_last" in text
     assert "aten: x is on the CPU" in text
+    assert f"versions: torch {torch.__version__.partition('+')[0]}, " in text
 
 
 def test_explain_tells_the_tier_and_why() -> None:
@@ -152,7 +153,7 @@ def test_explain_tells_the_tier_and_why() -> None:
 
 
 def test_explain_refuses_what_the_operator_refuses() -> None:
-    with pytest.raises(TypeError, match="num_groups must be an integer, got 2.0"):
+    with pytest.raises(TypeError, match=r"num_groups must be an integer, got 2\.0"):
         explain(torch.randn(2, 6, 4, 4), 2.0)
     with pytest.raises(TypeError, match="x is array"):
         explain(np.ones((2, 6, 4)), 2)

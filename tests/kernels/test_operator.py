@@ -134,6 +134,7 @@ def test_gradient_in_another_layout(run: Runner, channels_last: bool, how: str) 
     else:
         dy = torch.ones(()).expand(p.dy.shape)
     check(run, replace(p, dy=dy))
+    check(run, replace(p, dy=dy, activation=None))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

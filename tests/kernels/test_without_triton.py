@@ -42,4 +42,5 @@ def test_everything_but_the_triton_path() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "(model): ResBlock" in done.stdout
     assert "aten: Triton is not installed" in done.stdout
+    assert ", no Triton" in done.stdout
     assert "prefer('triton') was asked for, but Triton is not installed." in done.stdout

@@ -88,7 +88,7 @@ def test_the_checkpoint_flag_is_honoured(randomise):
         shapes = []
         with saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
             block(torch.randn(2, 32, 3, 3, requires_grad=True))
-        return shapes
+        return [shape for shape in shapes if shape != (0,)]  # PyTorch up to 2.11 keeps one of these
 
     attention_matrix = (2, 1, 9, 9)
     assert attention_matrix in saved_shapes(False)

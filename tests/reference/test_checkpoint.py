@@ -322,13 +322,18 @@ def test_changing_an_input_in_place_before_the_backward_is_an_error(keyword):
         gradient(checkpoint)
 
 
-def test_saved_tensors_hooks_see_the_inputs():
-    def saved(run, *args, **kwargs):
-        shapes = []
-        with saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-            run(*args, **kwargs)
-        return shapes
+def saved(run, *args, **kwargs):
+    """The shapes of what run(*args, **kwargs) keeps for its backward.
 
+    Without the empty tensor that PyTorch's checkpoint keeps up to 2.11, for reasons of its own.
+    """
+    shapes = []
+    with saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        run(*args, **kwargs)
+    return [shape for shape in shapes if shape != (0,)]
+
+
+def test_saved_tensors_hooks_see_the_inputs():
     x, y = leaf(3, 4), leaf(5)
     func = lambda x, y: x.sin().sum() * y.cos()  # noqa: E731
     assert saved(naive_checkpoint, func, (x, y), (), True) == []
@@ -346,9 +351,6 @@ def test_offloaded_inputs_come_back():
 
 
 def test_a_checkpointed_resblock_keeps_its_two_inputs_only():
-    shapes = []
     block = ResBlock(32, 8, 0.1, out_channels=64, use_checkpoint=True)
     x, emb = leaf(2, 32, 4, 4), leaf(2, 8)
-    with saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-        block(x, emb)
-    assert shapes == [(2, 32, 4, 4), (2, 8)]
+    assert saved(block, x, emb) == [(2, 32, 4, 4), (2, 8)]

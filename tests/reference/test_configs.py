@@ -223,7 +223,7 @@ def test_attention_stands_at_the_resolutions_in_pixels():
 
 def test_configs_that_no_network_matches_are_refused():
     """The sites are read off the config, so the config must not say what the network is not."""
-    with pytest.raises(ValueError, match="family must be 'unet', .*got 'vit'"):
+    with pytest.raises(ValueError, match=r"family must be 'unet', .*got 'vit'"):
         replace(TINY, family="vit")
     edm = PUBLISHED["edm-cifar10-ddpmpp-cond"]
     for field, value in [
