@@ -67,8 +67,7 @@ def test_it_is_measured_without_a_gpu() -> None:
         found = worker.answer().get()
     finally:
         worker.kill()
-    assert found.ours.forward_kernels == 1
-    assert 1 <= found.ours.backward_kernels <= 2
+    assert (found.ours.forward_kernels, found.ours.backward_kernels) == (1, 1)
     for span in (found.ours, found.eager):
         assert span.forward_us > 0 and span.backward_us > 0
         assert span.both_us >= max(span.forward_us, span.backward_us)

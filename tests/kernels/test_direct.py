@@ -228,22 +228,6 @@ def test_transforms_and_what_they_leave_behind(taken: list[calls.Call]) -> None:
     assert len(taken) == 1
 
 
-def test_gradients_of_many_vectors_at_once(taken: list[calls.Call]) -> None:
-    """is_grads_batched runs the backward under vmap."""
-    x = inputs()["x"].requires_grad_()
-    for _ in range(2):
-        y = group_norm_silu(x, G)
-    dys = torch.stack([torch.ones_like(y), torch.full_like(y, 2)])
-    try:
-        (many,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
-    except RuntimeError as error:
-        assert "data" not in str(error), "an address was asked of a tensor that has none"
-    else:
-        (one,) = torch.autograd.grad(y, x, dys[1])
-        assert torch.allclose(many[1], one)
-    assert taken
-
-
 def test_kinds_are_forgotten_before_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "MOST", 2)
     direct._known.clear()
