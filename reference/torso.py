@@ -71,8 +71,8 @@ class Torso:
         if rates and not rates & set(levels):
             raise ValueError(
                 f"{owner}: attention_resolutions must hold downsampling rates, not pixels; got "
-                f"{self.attention_resolutions!r}, and the levels have the rates {levels}. Pass () for "
-                "no attention but the middle's"
+                f"{self.attention_resolutions!r}, and the levels have the rates {levels}. Pass () "
+                "for no attention but the middle's"
             )
 
     @property
