@@ -450,3 +450,12 @@ def test_arguments_are_specialised_as_triton_does_and_wrong_ones_refused(
         pytest.skip("this Triton keeps what a launch does before compiling somewhere else")
     for case in found["specialisations"]:
         assert case["ours"] == case["triton"], case["value"]
+
+
+def test_what_the_last_program_does_alone_is_not_what_all_execute() -> None:
+    """A conditional end behind an atomic; one before it, for lanes past the end, is none."""
+    text = ["@P1 EXIT", "LDG.E R1", "ATOMG.E.ADD R2", "@P0 EXIT", "LDG.E R3", "STG.E R3", "EXIT"]
+    sass = Sass(text, {})
+    assert machine_code.common(sass) == text[:4]
+    assert machine_code.main_loops(sass, 1e9) == [text[:4]]
+    assert machine_code.common(Sass(["LDG.E R1", "EXIT"], {})) == ["LDG.E R1", "EXIT"]
