@@ -121,6 +121,8 @@ def _part(
     tile = launch.block_c * launch.block_hw
     tensors = 1 if direction != "backward" else 2
     in_flight = tile * tensors * DTYPES[norm.dtype].itemsize / efficiency
+    if launch.split and direction == "backward" and norm.layout == "nhwc":
+        in_flight *= min(2, launch.tiles)  # it loads a tile ahead
     # Lanes past the end of a group load nothing and execute everything.
     useful = min(1.0, launch.slab / (ceil_div(launch.slab, launch.block_c) * launch.block_c))
     useful *= min(1.0, norm.positions / (launch.splits * launch.chunk))

@@ -573,7 +573,7 @@ def main_loops(sass: Sass, tile_bits: float) -> list[list[str]]:
     A loop counts if one turn loads `tile_bits`, a thread's part of a tile, and no loop within it
     does. Waiting for other programs is therefore none, nor is summing up what they left; a loop
     over whole problems is one where a tile is all of a problem. A kernel may have two: statistics,
-    then output.
+    then output. Without such a loop, it is what every program executes (`common`).
     """
     bulk = []
     for loop in loops(sass):
@@ -582,7 +582,21 @@ def main_loops(sass: Sass, tile_bits: float) -> list[list[str]]:
     innermost = [
         a for a in bulk if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in bulk)
     ]
-    return [sass.instructions[a.start : a.stop] for a in innermost] or [sass.instructions]
+    return [sass.instructions[a.start : a.stop] for a in innermost] or [common(sass)]
+
+
+def common(sass: Sass) -> list[str]:
+    """The instructions up to where all but the last program end.
+
+    That is a conditional EXIT behind an atomic: whoever was not last to count there is done, and
+    the last goes on with what all of them left.
+    """
+    counted = False
+    for i, line in enumerate(sass.instructions):
+        counted |= operation(line) in ("ATOM", "ATOMG")
+        if counted and line.startswith("@") and operation(line) == "EXIT":
+            return sass.instructions[: i + 1]
+    return sass.instructions
 
 
 def tiles_per_turn(main: list[list[str]], written: list[list[str]]) -> list[int]:

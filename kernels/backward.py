@@ -24,6 +24,7 @@ from resblock_bench.kernels.tiles import (
     dropout_gain,
     fold_groups,
     leave,
+    load_ahead,
     load_channels,
     load_group_parts,
     load_groups,
@@ -56,19 +57,33 @@ def gradient_of(
 @triton.jit
 def sums_of(
     p_dy, p_x, m_c, begin, end, stride_hw, centre, gain, offset, seed, dropout_p, i_n, o_c, HW,
-    BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr,
-    FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, SHIFTED: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Per channel Σ dz, Σ dz·d and, where SHIFTED, Σ d over positions begin … end − 1."""
+    """Per channel Σ dz, Σ dz·d and, where SHIFTED, Σ d over positions begin … end − 1.
+
+    AHEAD: a tile is loaded while the one before is summed, so that twice as much is in flight.
+    """
     o_j = tl.arange(0, BLOCK_HW)
     # Summed lane by lane; no lane waits for another before the last tile.
     lane_dz = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
     lane_dzd = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
     lane_d = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
+    if AHEAD:
+        next_x = load_ahead(p_x, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_last")
+        next_dy = load_ahead(p_dy, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_last")
     for hw in range(begin, end, BLOCK_HW):
-        o_hw = (hw - begin) * stride_hw
-        b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
-        b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
+        if AHEAD:
+            b_x = next_x.to(tl.float32)
+            b_dy = next_dy.to(tl.float32)
+            after = hw + BLOCK_HW
+            o_hw = (after - begin) * stride_hw
+            next_x = load_ahead(p_x + o_hw, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_last")
+            next_dy = load_ahead(p_dy + o_hw, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_last")
+        else:
+            o_hw = (hw - begin) * stride_hw
+            b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
+            b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
         d = b_x - centre
         dz = gradient_of(
             d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION
@@ -174,7 +189,7 @@ def sums_part(
     s1, s2, s3 = sums_of(
         p_dy, p_x, m_c, begin, end, stride_hw, (mean - b_pre)[:, None], (b_gain * rstd)[:, None],
         b_offset[:, None], seed, dropout_p, i_n, o_c, HW, BLOCK_C, BLOCK_HW, p_pre is not None,
-        EVEN, FULL, ACTIVATION,
+        CHANNELS_LAST, EVEN, FULL, ACTIVATION,
     )  # fmt: skip
     s2 *= rstd
     o_partial = (i_n.to(tl.int64) * splits + i_part % splits) * C + o_c
@@ -226,10 +241,25 @@ def apply_part(
     slope = (zeros + rstd * rstd * c1)[:, None]
     level = (zeros + rstd * c2)[:, None]
     o_j = tl.arange(0, BLOCK_HW)
+    # In channels-last registers leave room for few programs, so each has two tiles in flight.
+    AHEAD: tl.constexpr = CHANNELS_LAST
+    if AHEAD:
+        next_x = load_ahead(p_x, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_first")
+        next_dy = load_ahead(p_dy, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_first")
     for hw in range(begin, end, BLOCK_HW):
         o_hw = (hw - begin) * stride_hw
-        b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
-        b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
+        if AHEAD:
+            b_x = next_x.to(tl.float32)
+            b_dy = next_dy.to(tl.float32)
+            after = hw + BLOCK_HW
+            o_next = (after - begin) * stride_hw
+            next_x = load_ahead(p_x + o_next, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_first")
+            next_dy = load_ahead(
+                p_dy + o_next, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_first"
+            )
+        else:
+            b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
+            b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
         d = b_x - centre
         dz = gradient_of(
             d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION
@@ -291,7 +321,7 @@ def whole_unit(
     else:
         s1, s2, s3 = sums_of(
             p_dy, p_x, m_c, 0, HW, stride_hw, centre, gain, offset, seed, dropout_p, i_n, o_c, HW,
-            BLOCK_C, BLOCK_HW, p_pre is not None, EVEN, FULL, ACTIVATION,
+            BLOCK_C, BLOCK_HW, p_pre is not None, False, EVEN, FULL, ACTIVATION,
         )  # fmt: skip
     s2 *= rstd
     elements = HW * 1.0 * CG

@@ -65,14 +65,14 @@ class Torso:
             resblock_updown=self.resblock_updown,
             use_new_attention_order=self.use_new_attention_order,
         )
-        rates = self.attention_resolutions
-        arguments.integer_collections(owner, 1, attention_resolutions=rates)
+        arguments.integer_collections(owner, 1, attention_resolutions=self.attention_resolutions)
+        rates = set(self.attention_resolutions)
         levels = [2**level for level in range(len(self.channel_mult))]
-        if rates and not set(rates) & set(levels):
+        if rates and not rates & set(levels):
             raise ValueError(
                 f"{owner}: attention_resolutions must hold downsampling rates, not pixels; got "
-                f"{rates!r}, and the levels have the rates {levels}. Pass () for no attention but "
-                "the middle's"
+                f"{self.attention_resolutions!r}, and the levels have the rates {levels}. Pass () "
+                "for no attention but the middle's"
             )
 
     @property

@@ -158,9 +158,10 @@ def test_a_branch_back_that_nothing_leads_to_closes_no_loop() -> None:
 @pytest.mark.parametrize(
     ("tile_bits", "found"),
     [
-        # Within the innermost loop 128 bits, in the one around it 160, in the waiting one 32.
+        # Within the innermost loop 128 bits, in the one around it 160; the waiting one loads only
+        # what other programs left.
         (128, [range(4, 8)]),
-        (32, [range(1, 3), range(4, 8)]),
+        (32, [range(4, 8)]),
         (160, [range(3, 10)]),
         (161, [range(13)]),
     ],
@@ -450,3 +451,12 @@ def test_arguments_are_specialised_as_triton_does_and_wrong_ones_refused(
         pytest.skip("this Triton keeps what a launch does before compiling somewhere else")
     for case in found["specialisations"]:
         assert case["ours"] == case["triton"], case["value"]
+
+
+def test_what_the_last_program_does_alone_is_not_what_all_execute() -> None:
+    """A conditional end behind an atomic; one before it, for lanes past the end, is none."""
+    text = ["@P1 EXIT", "LDG.E R1", "ATOMG.E.ADD R2", "@P0 EXIT", "LDG.E R3", "STG.E R3", "EXIT"]
+    sass = Sass(text, {})
+    assert machine_code.common(sass) == text[:4]
+    assert machine_code.main_loops(sass, 1e9) == [text[:4]]
+    assert machine_code.common(Sass(["LDG.E R1", "EXIT"], {})) == ["LDG.E R1", "EXIT"]

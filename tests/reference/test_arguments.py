@@ -225,7 +225,7 @@ def test_blocks_say_what_x_is(x):
 
 
 @pytest.mark.parametrize(
-    "resolutions", [(2,), [2], {2}, frozenset({1, 2}), (), (2, 4, 8), range(3, 1)]
+    "resolutions", [(2,), [2], {2}, frozenset({1, 2}), (), np.array([1, 2]), (2, 4, 8), range(3, 1)]
 )
 def test_attention_resolutions_in_any_collection(resolutions):
     """Rates that some level has, beside others that none has, as scripts for several sizes pass."""
