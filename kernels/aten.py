@@ -47,15 +47,14 @@ def backward(
         return torch.zeros_like(x), (empty, empty, empty)
     h = _input(x, modulation)
     dtype = _statistics_dtype(h)
-    if h.element_size() < 4 and (modulation.after_norm() or not modulation.affine()):
-        h = h.float()  # beside 16-bit x alone ATen gives 16-bit statistics
     dy = dy.to(h.dtype)
     if seed is not None and spec.dropout_p > 0:
         dy = dy * keep_mask(seed, dy, spec.dropout_p)
-    if modulation.after_norm():
-        dh, s1, s2 = _backward_about_x_hat(dy, h, modulation, spec, dtype, memory_format(x))
-    else:
+    # Without an affine in fp32, ATen's statistics of 16-bit x have 16 bits.
+    if not modulation.after_norm() and (modulation.affine() or h.element_size() >= 4):
         dh, s1, s2 = _backward_about_x(dy, h, modulation, spec, dtype)
+    else:
+        dh, s1, s2 = _backward_about_x_hat(dy, h, modulation, spec, dtype, memory_format(x))
     db = None
     if modulation.pre_shift is not None:
         db = dh.sum(tuple(range(2, dh.dim())), dtype=dtype)
@@ -181,6 +180,8 @@ def _backward_about_x_hat(
     N, C = h.shape[:2]
     gain, offset = modulation.folded(h, dtype)
     x_hat, _, rstd = _group_norm(h, None, None, spec)
+    if rstd.dtype != dtype:
+        _, _, rstd = _group_norm(h, gain.new_ones(C), None, spec)
     if spec.activation:
         z = _modulated(x_hat, gain, offset, layout, out=torch.empty_like(x_hat))
         dz = _silu_backward(dz, z)
