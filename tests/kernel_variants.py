@@ -42,6 +42,7 @@ DTYPES = (
     *((dtype, dtype, torch.float32) for dtype in HALF),
     *((torch.float32, dtype, torch.float32) for dtype in HALF),
 )
+LIMIT_S = 1800.0  # A compiler that is stuck; the slowest takes seconds where nothing else runs.
 NAMES = Modulation._fields
 # Which of the modulation is there: everything, nothing, all but one, one alone.
 PRESENT = (
@@ -232,7 +233,7 @@ def compile_all(arch: int, short: bool, processes: int) -> Compiled:
     jobs = [
         workers.Job(False, compile_variant, (arch, short, name)) for name in variants(arch, short)
     ]
-    for job, answer in workers.run(jobs, processes):
+    for job, answer in workers.run(jobs, processes, limit_s=LIMIT_S):
         if answer.error is not None:
             name = job.arguments[2]
             found.failed[f"{name} ({describe(arch, name, short)})"] = _tail(str(answer.error))
