@@ -47,7 +47,11 @@ OLD_NUMPY = "numpy==2.2.6"
 FIRST_FOR_NEW_NUMPY = (3, 7)
 
 SHORT_ARCH = 90
-SHORT_TESTS = ["tests/kernels/test_operator.py", "-k", "test_options and silu or test_several_tiles"]
+SHORT_TESTS = [
+    "tests/kernels/test_operator.py",
+    "-k",
+    "test_options and silu or test_several_tiles",
+]
 SHORT_PAIR = Pair(LOCKED.torch, "3.6.0")
 
 
