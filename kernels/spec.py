@@ -149,7 +149,7 @@ def dense(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
     for dim in reversed(order):
         if not strides or strides[dim] != stride:
             flat = t.permute(order).reshape(-1)
-            if flat.stride(0) != 1:  # a single element
+            if len(flat) == 1:  # whatever its stride
                 flat = flat.clone(memory_format=torch.contiguous_format)
             viewed = flat.view([t.shape[d] for d in order])
             return viewed if layout == torch.contiguous_format else viewed.movedim(-1, 1)
