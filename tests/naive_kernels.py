@@ -5,16 +5,18 @@ import triton.language as tl
 
 from resblock_bench.bench import accuracy_cases
 from resblock_bench.kernels import forward
-from resblock_bench.kernels.tiles import fold_groups
 
 
 @triton.jit
-def merge_naively(mean, m2, o_i, m_c, HW, CG, eps, BLOCK_G):
-    group_mean = fold_groups(mean, o_i, m_c, CG, BLOCK_G) / CG
-    square = fold_groups(m2 / HW + mean * mean, o_i, m_c, CG, BLOCK_G) / CG
-    return group_mean, 1.0 / tl.sqrt(square - group_mean * group_mean + eps)
+def resident_naively(b_x, b_pre, o_i, o_j, m_c, HW, CG, BLOCK_G, EVEN, FULL):
+    """Of a unit that is one group."""
+    mask = m_c[:, None] & (o_j < HW)[None, :]
+    b_h = tl.where(mask, b_x + b_pre[:, None], 0.0)
+    size = HW * 1.0 * CG
+    mean = tl.sum(b_h) / size
+    return mean, tl.sum(b_h * b_h) - size * mean * mean
 
 
 def measure(case):
-    forward.merge_channels = merge_naively
+    forward.resident_statistics = resident_naively
     return accuracy_cases.measure(case)

@@ -18,6 +18,7 @@ from resblock_bench.bench.findings import exit_code
 from resblock_bench.bench.pins import PINS, Found, PinnedPart, read_pins
 from resblock_bench.bench.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
+from resblock_bench.kernels.spec import Spec
 
 ROOT = Path(__file__).parents[2]
 TINY = Case(None, "fp32", "nchw", "scale_shift", 0.0, 2, 8)
@@ -151,15 +152,15 @@ def in_this_process(cases: Sequence[Case]) -> PinnedPart:
     return dataclasses.replace(check_accuracy.PART, measure=measure)
 
 
-def naive_group_norm(part: object, gain: object, offset: object, spec: object) -> tuple:
-    """E[x²] − μ²."""
-    groups = gain.shape[0] * spec.num_groups
-    rows = part.reshape(groups, -1)
-    mean = rows.mean(1, keepdim=True)
-    rstd = (rows.square().mean(1, keepdim=True) - mean.square() + spec.eps).rsqrt()
-    x_hat = ((rows - mean) * rstd).view_as(part)
-    z = x_hat * gain.reshape(1, -1, 1) + offset.reshape(1, -1, 1)
-    return z, mean.view(1, -1), rstd.view(1, -1)
+def naive_group_norm(
+    h: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: Spec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E[x²] − μ², of a call that modulates afterwards."""
+    assert weight is None and bias is None
+    rows = h.reshape(len(h), spec.num_groups, -1)
+    mean = rows.mean(2, keepdim=True)
+    rstd = (rows.square().mean(2, keepdim=True) - mean.square() + spec.eps).rsqrt()
+    return ((rows - mean) * rstd).view_as(h), mean.squeeze(2), rstd.squeeze(2)
 
 
 @pytest.mark.parametrize("mean", [100.0, 1000.0])

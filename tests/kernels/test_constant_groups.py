@@ -74,6 +74,8 @@ def test_affine(
     check(run, p)
 
 
+# NumPy, in the interpreter: lanes past the end, which are far from the mean and never stored.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
 def test_16_bits(run: Runner, modulated: bool, dtype: torch.dtype) -> None:

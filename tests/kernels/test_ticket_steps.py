@@ -70,12 +70,22 @@ class Recorder:
         self.tensors = {k: t for k, t in item.arguments.items() if isinstance(t, Tensor)}
         self.shape = self.tensors["p_x"].shape
         self.slabs = self.shape[1] // how.slab
+        N, C = self.shape[:2]
+        CG = item.arguments["CG"]
+        parts = (N * self.slabs, how.slab // CG, how.parts)
+        # What lies in them, which the launch passes flat.
+        self.scratch: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("p_partial_mean", "p_partial_m2", "p_group_s1", "p_group_s2"), parts),
+            **{f"p_partial_s{i}": (N, how.splits, C) for i in (1, 2, 3)},
+            **dict.fromkeys(("p_c1", "p_c2"), (N, C // CG)),
+            **dict.fromkeys(("p_s1", "p_s2"), (N, C)),
+        }
         self.programs: list[Program] = [[] for _ in range(item.grid[0])]
 
     def places(self, name: str, index: int) -> Place | None:
         """What an element belongs to, or None where one program alone needs it."""
         C = self.shape[1]
-        shape = self.tensors[name].shape
+        shape = self.scratch.get(name, self.tensors[name].shape)
         at = np.unravel_index(index, shape)
         if name in ("p_partial_mean", "p_partial_m2", "p_group_s1", "p_group_s2"):
             return "partial", int(at[0]), int(at[2])

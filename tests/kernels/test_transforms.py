@@ -249,4 +249,5 @@ def test_plain_calls_take_the_cheaper_function() -> None:
     """Binding arguments by name costs as much host time as some launches."""
     leaf = x[0].clone().requires_grad_()
     assert type(ours(leaf)).__name__ == "Tensor"
-    assert "GroupNormSiLUFunction" in type(ours(leaf).grad_fn).__name__
+    name = type(ours(leaf).grad_fn).__name__
+    assert name in ("GroupNormSiLUFunctionBackward", "_DirectFunctionBackward")
