@@ -111,13 +111,14 @@ def norms() -> list[Norm]:
         # A comment is the tier, forward and backward. The launches take few programs to count.
         norm(8, 256, 64, "bf16", "nchw", "none"),  # A
         norm(8, 256, 1024, "fp32", "nchw", "add", dropout=0.1),  # A
-        norm(8, 256, 4096, "bf16", "nchw", "scale_shift"),  # B
+        norm(64, 256, 4096, "bf16", "nchw", "scale_shift"),  # B
         norm(8, 256, 65536, "bf16", "nchw", "scale_shift"),  # C, a group divided
         norm(8, 512, 64, "bf16", "nhwc", "scale_shift"),  # A
-        norm(64, 512, 1024, "bf16", "nhwc", "scale_shift"),  # B
+        norm(64, 512, 1024, "bf16", "nhwc", "scale_shift"),  # C, 8.0: B
         norm(8, 320, 256, "bf16", "nhwc", "scale_shift"),  # C, ten channels a group
         norm(8, 256, 1024, "fp32", "nhwc", "add"),  # C
-        norm(32, 64, 2**20, "bf16", "nhwc", "scale_shift"),  # D
+        norm(1, 64, 2**24, "bf16", "nchw", "scale_shift"),  # D
+        norm(1, 64, 2**24, "bf16", "nhwc", "scale_shift"),  # D
     ]
 
 

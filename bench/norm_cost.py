@@ -45,6 +45,7 @@ MACHINES = {
 _ACTIVATIONS = ("p_x", "p_y", "p_dy", "p_dx")
 _COUNTED_ELEMENTS = 2**17
 _COUNTED_UNITS = 2
+_COUNTED_SPLITS = 16
 
 
 class Norm(Record, frozen=True, kw_only=True):
@@ -117,8 +118,20 @@ def count_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
 
     Where a program would loop over many tiles the units are shortened to a tile or two a program:
     what is touched of activations is proportional to their positions, and of everything else to
-    the number of programs, which is kept.
+    the number of programs, which is kept. Where that is large, it follows from two smaller ones.
     """
+    if launch.splits <= 2 * _COUNTED_SPLITS:
+        return _counted(norm, direction, launch)
+    fewer, more = (
+        _counted(norm, direction, launch._replace(splits=splits))
+        for splits in (_COUNTED_SPLITS, 2 * _COUNTED_SPLITS)
+    )
+    a_split = (more.small - fewer.small) / _COUNTED_SPLITS
+    small = fewer.small + a_split * (launch.splits - _COUNTED_SPLITS)
+    return msgspec.structs.replace(more, small=small)
+
+
+def _counted(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
     CG = norm.channels // norm.groups
     C = min(norm.channels, _COUNTED_UNITS * launch.slab)
     units = ceil_div(C, launch.slab)
@@ -199,7 +212,8 @@ def _share(access: traffic.Access, norm: Norm) -> float:
 
 def _shortened(launch: Launch, HW: int) -> tuple[Launch, int]:
     """A launch over fewer positions: as many programs, of a tile or two each."""
-    if launch.slab * HW <= _COUNTED_ELEMENTS or launch.tiles <= 2:
+    divided = launch.splits * launch.chunk < HW  # into fewer parts than it is launched with
+    if not divided and (launch.slab * HW <= _COUNTED_ELEMENTS or launch.tiles <= 2):
         return launch, HW
     # One tile where many programs share a unit: the interpreter takes 20 ms for each.
     tiles = 2 if launch.splits <= 8 else 1

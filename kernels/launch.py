@@ -294,5 +294,5 @@ def _registers(launch: Launch, x: Tensor, modulation: Modulation, spec: Spec) ->
     if spec.dropout_p > 0:
         return {"maxnreg": 128}
     if memory_format(x) != torch.contiguous_format:
-        return {"maxnreg": 96}
+        return {"maxnreg": 112}
     return {} if modulation.pre_shift is not None else {"maxnreg": 64}

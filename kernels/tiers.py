@@ -36,7 +36,7 @@ SPLIT_TILES = {
     ("forward", False): (4096, 8, 4),
     ("forward", True): (2048, 4, 6),
     ("backward", False): (2048, 8, 4),
-    ("backward", True): (1024, 4, 5),
+    ("backward", True): (1024, 4, 4),
 }
 # Tiles of a divided unit are made smaller, down to this, before multiprocessors idle.
 LEAST_STREAM_ELEMENTS = 1024

@@ -103,6 +103,17 @@ def test_a_shortened_count_is_that_of_the_full_size() -> None:
     assert short.sector_efficiency == pytest.approx(full.sector_efficiency)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_many_parts_count_as_two_smaller_numbers_of_them_say(direction: Direction) -> None:
+    n = norm(batch=1, channels=64, groups=2, positions=40 * 64, layout="nhwc")
+    launch = shape(direction, n.problem, Machine(80, 50 * 2**20), Choice("C", 2048, 4, 1, 1))
+    assert launch.splits > 2 * norm_cost._COUNTED_SPLITS
+    found, full = count_traffic(n, direction, launch), norm_cost._counted(n, direction, launch)
+    assert found.small == pytest.approx(full.small)
+    assert found.requested == pytest.approx(full.requested)
+    assert found.dram == pytest.approx(full.dram)
+
+
 def compiled(
     worker: Worker, n: Norm, direction: Direction, launch: Launch, arch: int
 ) -> list[KernelCode]:
