@@ -168,16 +168,17 @@ def output_of(
 
 @triton.jit
 def statistics_part(
-    p_x, p_mean, p_rstd, p_partial_mean, p_partial_m2, p_word, i_unit, i_part, parts, i_n, i_slab,
-    o_i, m_c, b_pre, begin, end, C, HW, splits, chunk, eps, CG: tl.constexpr, SLAB: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
+    p_x, p_mean, p_rstd, p_pre, p_partial_mean, p_partial_m2, p_word, i_unit, i_part, parts, i_n,
+    i_slab, o_i, o_c, m_c, begin, end, C, HW, splits, chunk, pre_n, eps, CG: tl.constexpr,
+    SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a part; the program that comes last merges those of the unit."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
     mean, m2 = statistics_of(p_x, m_c, begin, end, stride_hw, BLOCK_C, BLOCK_HW, EVEN, FULL)
     channels = tl.minimum(SLAB - i_part // splits * BLOCK_C, BLOCK_C) if BLOCK_G == 1 else CG
-    mean, m2 = merge_channels(mean + b_pre, m2, o_i, m_c, end - begin, channels, CG, BLOCK_G)
+    mean += load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
+    mean, m2 = merge_channels(mean, m2, o_i, m_c, end - begin, channels, CG, BLOCK_G)
     store_group_parts(p_partial_mean, mean, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
     store_group_parts(p_partial_m2, m2, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
     if arrive(p_word) == parts - 1:
@@ -193,9 +194,9 @@ def statistics_part(
 
 @triton.jit
 def apply_part(
-    p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_seed, p_word, parts, i_n,
-    i_slab, o_c, m_c, b_pre, begin, end, C, HW, scale_n, shift_n, dropout_p, PHASE: tl.constexpr,
-    CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_G: tl.constexpr,
+    p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_word, parts,
+    i_n, i_slab, o_c, m_c, begin, end, C, HW, scale_n, shift_n, pre_n, dropout_p,
+    PHASE: tl.constexpr, CG: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The output of a part, from the statistics in p_mean and p_rstd once they are there."""
@@ -206,6 +207,7 @@ def apply_part(
     b_gain, b_offset = load_modulation(
         p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, shift_n
     )
+    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
     if PHASE == "split":
         wait_until(p_word, parts + 1)
     mean = load_groups(p_mean, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
@@ -227,8 +229,8 @@ def apply_part(
 
 @triton.jit
 def whole_unit(
-    p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_seed, i_n, i_slab, o_i, o_c,
-    m_c, b_pre, C, HW, scale_n, shift_n, eps, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr,
+    p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, i_n, i_slab, o_i,
+    o_c, m_c, C, HW, scale_n, shift_n, pre_n, eps, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -237,6 +239,7 @@ def whole_unit(
     seed = p_seed
     if p_seed is not None:
         seed = tl.load(p_seed)
+    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
     o_j = tl.arange(0, BLOCK_HW)
     if PHASE == "resident":
         b_x = load_tile(p_x, m_c, o_j, HW, EVEN, FULL, "evict_first")
@@ -300,7 +303,6 @@ def forward_kernel(
     m_c = (o_i < SLAB) & (o_c < C)
     begin = i_part % splits * chunk
     end = tl.minimum(HW, begin + chunk)
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
     i_c = i_slab * SLAB + i_part // splits * BLOCK_C
     o_corner = corner_of(i_n, i_c, begin, C, HW, CHANNELS_LAST)
     o_tile = tile_offsets(C, HW, BLOCK_C, BLOCK_HW, CHANNELS_LAST)
@@ -311,26 +313,26 @@ def forward_kernel(
         p_word = p_words + 1 + i_unit
         if is_statistics:
             statistics_part(
-                p_x, p_mean, p_rstd, p_partial_mean, p_partial_m2, p_word, i_unit, i_part, parts,
-                i_n, i_slab, o_i, m_c, b_pre, begin, end, C, HW, splits, chunk, eps, CG, SLAB,
-                BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
+                p_x, p_mean, p_rstd, p_pre, p_partial_mean, p_partial_m2, p_word, i_unit, i_part,
+                parts, i_n, i_slab, o_i, o_c, m_c, begin, end, C, HW, splits, chunk, pre_n, eps, CG,
+                SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
             )  # fmt: skip
         else:
             apply_part(
-                p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_seed, p_word,
-                parts, i_n, i_slab, o_c, m_c, b_pre, begin, end, C, HW, scale_n, shift_n,
-                dropout_p, PHASE, CG, SLAB, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
+                p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_word,
+                parts, i_n, i_slab, o_c, m_c, begin, end, C, HW, scale_n, shift_n, pre_n,
+                dropout_p, PHASE, CG, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
                 ACTIVATION,
             )  # fmt: skip
     elif PHASE == "rewrite":
         apply_part(
-            p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_seed, None, parts, i_n,
-            i_slab, o_c, m_c, b_pre, begin, end, C, HW, scale_n, shift_n, dropout_p, PHASE, CG,
-            SLAB, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+            p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, None,
+            parts, i_n, i_slab, o_c, m_c, begin, end, C, HW, scale_n, shift_n, pre_n, dropout_p,
+            PHASE, CG, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
         )  # fmt: skip
     else:
         whole_unit(
-            p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_seed, i_n, i_slab, o_i,
-            o_c, m_c, b_pre, C, HW, scale_n, shift_n, eps, dropout_p, PHASE, CG, BLOCK_C, BLOCK_HW,
-            BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+            p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, i_n,
+            i_slab, o_i, o_c, m_c, C, HW, scale_n, shift_n, pre_n, eps, dropout_p, PHASE, CG,
+            BLOCK_C, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
         )  # fmt: skip

@@ -125,7 +125,7 @@ class Backward:
                 "BLOCK_N": max(1, FOLD_ELEMENTS * launch.num_warps // power_of_2(launch.slab)),
                 **_row_strides(modulation),
                 **_shape(launch.phase, launch, x, spec),
-                **_registers(launch, x, modulation, spec),
+                **_registers(launch, x, spec),
             },
             {
                 "p_s1": sums,
@@ -286,13 +286,13 @@ def _shape(phase: str, launch: Launch, x: Tensor, spec: Spec) -> dict[str, Any]:
     }
 
 
-def _registers(launch: Launch, x: Tensor, modulation: Modulation, spec: Spec) -> dict[str, int]:
-    """A limit where ptxas, left alone, would spill a few bytes to fit one more program, or take so
-    many that one less fits than `tiers.SPLIT_TILES` says. For the backward of divided units."""
+def _registers(launch: Launch, x: Tensor, spec: Spec) -> dict[str, int]:
+    """Of a divided backward, so few that as many programs run at once as `tiers.SPLIT_TILES` says.
+
+    Left alone, ptxas takes more, or spills a few bytes to fit one program more.
+    """
     if not launch.split:
         return {}
     if spec.dropout_p > 0:
         return {"maxnreg": 128}
-    if memory_format(x) != torch.contiguous_format:
-        return {"maxnreg": 112}
-    return {} if modulation.pre_shift is not None else {"maxnreg": 64}
+    return {"maxnreg": 64 if memory_format(x) == torch.contiguous_format else 112}
