@@ -57,6 +57,7 @@ class Forward:
                 "eps": spec.eps,
                 **_row_strides(modulation),
                 **_shape(launch.phase, launch, x, spec),
+                **_forward_registers(launch, x),
             },
             {"p_partial_mean": parts, "p_partial_m2": parts},
         )
@@ -296,3 +297,9 @@ def _registers(launch: Launch, x: Tensor, spec: Spec) -> dict[str, int]:
     if spec.dropout_p > 0:
         return {"maxnreg": 128}
     return {"maxnreg": 64 if memory_format(x) == torch.contiguous_format else 112}
+
+
+def _forward_registers(launch: Launch, x: Tensor) -> dict[str, int]:
+    """Of a divided forward in fp32 and channels-last, where ptxas would spill to fit one more."""
+    channels_last = memory_format(x) != torch.contiguous_format
+    return {"maxnreg": 96} if launch.split and channels_last and x.element_size() == 4 else {}
