@@ -2,6 +2,8 @@
 
 A launch leaves its words as it found them, so a stream needs no more than one row of them, which is
 zeroed once. Launches on one stream run one after the other; other streams have words of their own.
+(A stream that was made outside of PyTorch must not be destroyed while its launches run: another one
+might get its handle, and so its words.)
 """
 
 from __future__ import annotations
