@@ -162,19 +162,24 @@ def plan_launch(
     unit = _Unit.of(direction, problem, slab_channels(problem))
     few = unit.number < LEAST_WAVES * machine.sms
     limit = RESIDENT_ELEMENTS_OF_FEW if few else RESIDENT_ELEMENTS[direction]
-    if unit.padded <= min(limit, RESIDENT_ELEMENTS[direction]):
+    alone = _in_32_bits(problem)
+    if alone and unit.padded <= min(limit, RESIDENT_ELEMENTS[direction]):
         tier = "A"
-    elif unit.group_bytes <= TWO_READ_BYTES and (
-        unit.number >= WHOLE_WAVES * machine.sms
-        or unit.bytes <= ALONE_BYTES
-        or problem.HW <= ALONE_POSITIONS
+    elif (
+        alone
+        and unit.group_bytes <= TWO_READ_BYTES
+        and (
+            unit.number >= WHOLE_WAVES * machine.sms
+            or unit.bytes <= ALONE_BYTES
+            or problem.HW <= ALONE_POSITIONS
+        )
     ):
         tier = "B"
     else:
         choice = rule_choice(direction, problem, machine, "C")
         tier = "C" if _fitting_slab(direction, problem, machine, choice) else "D"
     launch = shape(direction, problem, machine, rule_choice(direction, problem, machine, tier))
-    if launch.split and launch.parts == 1:  # nothing is divided
+    if alone and launch.split and launch.parts == 1:  # nothing is divided
         return shape(direction, problem, machine, rule_choice(direction, problem, machine, "B"))
     return launch
 
@@ -197,6 +202,11 @@ def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choi
     slab = slab_channels(problem)
     unit = _Unit.of(direction, problem, slab)
     kib = f"{unit.group_bytes / 1024:g} KiB a group"
+    if choice.tier in ("A", "B") and not _in_32_bits(problem):
+        raise ValueError(
+            f"tier {choice.tier} addresses a unit in 32 bits, and one of {problem.C} channels by "
+            f"{problem.HW} positions lies too far apart; take tier C or D."
+        )
     if choice.tier == "A":
         limit = RESIDENT_ELEMENTS[direction]
         if unit.padded > limit:
@@ -207,11 +217,6 @@ def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choi
         why = f"{kib}, in registers: {unit.padded} ≤ {limit} elements"
         return _whole(problem, choice, slab, why)
     if choice.tier == "B":
-        if problem.C * problem.HW >= 2**31:
-            raise ValueError(
-                f"tier B addresses a sample in 32 bits, and {problem.C}·{problem.HW} elements are "
-                "too many; take tier C or D."
-            )
         return _whole(problem, choice, slab, f"{kib}, {unit.number} programs, second read from L2")
     if choice.tier == "D":
         why = f"{kib}, sums and output each read from memory"
@@ -223,6 +228,12 @@ def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choi
             f"{L2_SHARE:.0%} of this GPU's are {int(L2_SHARE * machine.l2_bytes)}; take tier D."
         )
     return _split(direction, problem, machine, choice, fitting, f"{kib}, second read from L2")
+
+
+def _in_32_bits(problem: Problem) -> bool:
+    """Whether int32 reaches from a unit's first element to its last, with a tile to spare."""
+    apart = problem.C if problem.channels_last else slab_channels(problem)
+    return apart * padded_positions(problem.HW) < 2**31
 
 
 def rewrite_launch(problem: Problem, machine: Machine) -> Launch:

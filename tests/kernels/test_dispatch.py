@@ -206,3 +206,23 @@ def test_fallback_has_a_reason(
     backend, why = dispatch.choose_backend(torch.empty(1, 4, 4, device=device, dtype=dtype))
     assert backend == "aten"
     assert reason in why
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(1, 2**17, 2**14, 2**17, False, 4),
+        Problem(1, 2**15, 2**16, 2**15, True, 2),
+        Problem(1, 2**23, 256, 2**23, True, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_samples_beyond_32_bits_have_a_launch(direction: Direction, problem: Problem) -> None:
+    """A program of whole units addresses them in int32; the others start from an int64."""
+    launch = plan_launch(direction, problem, H100)
+    apart = problem.C if problem.channels_last else launch.slab
+    assert launch.split or apart * problem.HW < 2**31
+    if problem.channels_last:
+        with pytest.raises(ValueError, match="in 32 bits"):
+            plan_launch(direction, problem, H100, "B")

@@ -255,6 +255,8 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tiers, "SPLIT_TILES", dict.fromkeys(tiers.SPLIT_TILES, (32, 1, 2)))
     monkeypatch.setattr(tiers, "PART_BYTES", 512)
     monkeypatch.setattr(tiers, "MIN_CHUNK", 16)
+    # Fewer than a unit has parts.
+    monkeypatch.setattr("resblock_bench.kernels.launch.FOLD_ELEMENTS", 4)
     monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", tiers.Machine(sms=1, l2_bytes=2**20))
     for cached in (dispatch._machine, tiers.plan_launch):
         cached.cache_clear()
@@ -271,17 +273,39 @@ def test_several_tiles_to_a_program(crowded: None, tier: tiers.Tier, channels_la
     p = problem(3, 4, 9, 17, groups=2, pre_shift=True, channels_last=channels_last, mean=1e4)
     with dispatch.prefer("triton", tier):
         for direction in ("forward", "backward"):
-            launch = dispatch.launch_for(direction, p.x, 2)
-            assert launch.block_hw < 9 * 17
+            how = dispatch.launch_for(direction, p.x, 2)
+            assert how.block_hw < 9 * 17
             if tier != "B":
-                assert launch.splits > 1 and launch.tiles > 1
-                assert launch.parts < launch.lag < 3 * 4 // launch.slab * launch.parts
+                assert how.splits > 1 and how.tiles > 1
+                assert how.parts < how.lag < 3 * 4 // how.slab * how.parts
         check(run_operator, p)
         torch.manual_seed(0)
         dropped = run_operator(p, dropout_p=0.5) != 0
     with dispatch.prefer("triton", "A"):
         torch.manual_seed(0)
         assert torch.equal(dropped, run_operator(p, dropout_p=0.5) != 0)
+
+
+@pytest.mark.parametrize("size", [(9, 17), (8, 16)], ids=["uneven", "even"])
+def test_several_tiles_of_a_slab_that_is_not_full(crowded: None, size: tuple[int, int]) -> None:
+    """About zero, where a tile that is read twice shows; 40 channels in slabs of 32."""
+    p = problem(2, 40, *size, groups=20, pre_shift=True, channels_last=True)
+    with dispatch.prefer("triton", "C"):
+        how = dispatch.launch_for("backward", p.x, 20)
+        assert how.slab == 32 and how.tiles > 1 and how.splits > 1
+        check(run_operator, p)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("tier", ["B", "C"])
+def test_a_constant_is_its_own_mean_in_any_number_of_parts(
+    crowded: None, tier: tiers.Tier, channels_last: bool
+) -> None:
+    p = problem(2, 6, 9, 17, groups=2, affine=False, modulated=False, activation=None,
+                channels_last=channels_last)  # fmt: skip
+    with dispatch.prefer("triton", tier):
+        for value in (3.3, 0.01, 7.7, 100.1, 1234.567):
+            assert not run_operator(replace(p, x=torch.full_like(p.x, value))).any(), value
 
 
 def test_float64_is_computed_in_float64() -> None:
