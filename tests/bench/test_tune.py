@@ -168,7 +168,8 @@ def test_tiers_are_tried_where_they_make_sense() -> None:
     assert tried(8, 256, 65536) == "BC"  # D would launch as C does
     assert tried(8, 256, 65536, channels_last=True) == "CD"  # C in smaller parts
     assert tried(1, 256, 2048 * 2048) == "D"  # no group fits in L2
-    assert tried(8, 256, 2896 * 2897) == "D"  # nor a sample in 32 bits, as B has it
+    # Nor a sample in 32 bits, as B has it.
+    assert tried(8, 256, 2896 * 2897, channels_last=True) == "D"
 
 
 def test_the_shapes_of_a_divided_unit() -> None:
