@@ -14,11 +14,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from types import FrameType
 from typing import Any
 
 from resblock_bench.bench.errors import InvalidError
@@ -96,13 +97,15 @@ class Processes:
                 daemon=True,
             )
             try:
-                process.start()
+                forkserver.ensure_running()
+                with _interrupts_later():
+                    process.start()
+                    self._running.add(process)
             except (EOFError, BrokenPipeError):
                 raise InvalidError(
                     "no process can be started, since the suite cannot be imported: mend what is "
                     "said above"
                 ) from None
-            self._running.add(process)
         reply_end.close()
         output_end.close()
         os.set_blocking(output.fileno(), False)
@@ -196,6 +199,33 @@ class _Watch:
         else:
             self.reply = message[1:]
         return True
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect after the block, a second one at once.
+
+    A start that is left halfway makes the server, or the new process, print a traceback. Other
+    threads than the main one are never interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {each: signal.signal(each, remember) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def _kill_group(process: ForkServerProcess) -> None:

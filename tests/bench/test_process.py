@@ -152,3 +152,44 @@ def test_closing_ends_a_process_that_is_just_starting(tmp_path: Path) -> None:
         made.close()
         thread.join(timeout=20)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_at_any_point_of_a_start_is_quiet(tmp_path: Path, number: str) -> None:
+    """The server and the new process print a traceback when the one that asked leaves halfway."""
+    note = tmp_path / "group"
+    code = f"""
+import signal, sys
+from multiprocessing import reduction, forkserver
+import process_functions as functions
+from resblock_bench.bench.process import Processes
+from resblock_bench.bench.terminal import terminable
+
+def interrupted(function):
+    def call(*arguments):
+        signal.raise_signal(signal.{number})
+        return function(*arguments)
+    return call
+
+processes = Processes()
+processes.run(functions.echo, b"")
+for module, name in ((reduction, "sendfds"), (forkserver, "read_signed")):
+    whole = getattr(module, name)
+    setattr(module, name, interrupted(whole))
+    try:
+        with terminable():
+            processes.run(functions.hang, {str(note)!r}.encode())
+    except KeyboardInterrupt:
+        print("interrupted")
+    setattr(module, name, whole)
+processes.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{Path(functions.__file__).parent}"},
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout == "interrupted\n" * 2
+    assert done.stderr == ""
+    if note.exists():
+        assert died(int(note.read_text()))
