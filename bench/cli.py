@@ -233,7 +233,7 @@ def cost(
         bool,
         typer.Option(
             "--published",
-            help="All blocks of all published models, at a batch, dtype and layout: "
+            help="All blocks of all published models, EDM's as well, at a batch, dtype and layout: "
             "their share of the floor, and what loses most.",
         ),
     ] = False,

@@ -74,9 +74,9 @@ class _Console(Console):
 
 
 def result_console() -> Console:
-    """The standard output, as wide as a table where it is no terminal."""
+    """The standard output, as wide as a table where it is no terminal and COLUMNS is not set."""
     console = _Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         from resblock_bench.bench.table import WIDTH
 
         console = _Console(width=WIDTH)

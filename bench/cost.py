@@ -9,7 +9,7 @@ processes of its own.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -96,8 +96,6 @@ def carry_out(request: Request, console: Console) -> int:
     collect = survey if request.published else gather
     costs, refused = collect(list(weights), request.archs, request.tier, console)
     host = host_times(weights)
-    if request.json is not None:
-        _write(request.json, Report(costs=costs, host=host))
     predicted = prediction_table.table(costs)
     if request.published:
         predicted = prediction_table.worst(costs, weights)
@@ -118,6 +116,7 @@ def carry_out(request: Request, console: Console) -> int:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if request.json is not None:
+        _write(request.json, Report(costs=costs, host=host))
         console.print(f"json: {request.json}", markup=False, highlight=False, soft_wrap=True)
     return exitcodes.OK
 
@@ -140,8 +139,8 @@ def _check(request: Request) -> None:
     for arch in request.archs:
         if arch not in ARCHITECTURES:
             raise unknown("architecture", str(arch), map(str, ARCHITECTURES))
-    if request.json is not None and not request.json.absolute().parent.is_dir():
-        raise UsageError(f"{request.json.parent} is not a folder: make it, or name another file")
+    if request.json is not None:
+        _require_writable(request.json)
 
 
 def norms_of(selection: Selection) -> list[Norm]:
@@ -360,8 +359,23 @@ def host_times(norms: Iterable[Norm]) -> list[HostTime]:
 
 def _write(path: Path, report: Report) -> None:
     data = msgspec.json.format(msgspec.json.encode(report), indent=1)
-    try:
+    with _explained(path):
         path.write_bytes(data + b"\n")
+
+
+def _require_writable(path: Path) -> None:
+    """Before minutes of work. What the path holds stays, and it is not made."""
+    with _explained(path):
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"{path} cannot be written ({error.strerror}): name another file"

@@ -18,19 +18,37 @@ from resblock_bench.bench.draws import Draw
 from resblock_bench.bench.records import Cell, Row, cell_name
 from resblock_bench.bench.units import format_duration
 
+_LINES = 10
+"""How many a work of many tasks prints where there is no terminal."""
+
 
 @contextmanager
 def task_progress(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar over `total` tasks on a terminal, a line elsewhere; call what it yields after each."""
-    if not console.is_terminal:
-        console.print(f"{what}: {total} tasks", markup=False, highlight=False)
+    """A bar over `total` tasks on a terminal, a line every tenth of them elsewhere.
+
+    Call what it yields after each.
+    """
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        bar.advance(task)
+        if done * _LINES // total > (done - 1) * _LINES // total:
+            line(f"{what}: {done} of {total}")
+
+    def line(text: str) -> None:
+        if not console.is_terminal:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    line(f"{what}: {total} tasks")
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     description = TextColumn("{task.description}", markup=False)
     with Progress(
         *columns, description, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield advance
 
 
 class RunProgress:

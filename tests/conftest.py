@@ -23,6 +23,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONP
 # What is interpreted is no benchmark. Here and in no hook: pytest imports the conftest of a folder
 # that it is given before it calls any.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "benchmark" in sys.argv else "1")
+# Tables are as wide as it says.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -230,3 +230,12 @@ def test_opening_a_device_fixes_the_threads() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_columns_set_the_width_where_there_is_no_terminal(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = run_cli("env").out
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = run_cli("env").out
+    assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))

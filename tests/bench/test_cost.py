@@ -87,7 +87,8 @@ def test_a_tier_is_costed_where_it_holds(run_cli: Callable) -> None:
         (["--arch", "70"], "unknown architecture '70': it is one of 80, 90, 100"),
         (["--arch", "hopper"], "write 80,90,100"),
         (["--tier", "E"], "unknown tier 'E': it is one of A, B, C, D"),
-        (["--json", "absent/cost.json"], "absent is not a folder"),
+        (["--json", "absent/cost.json"], "absent/cost.json cannot be written (No such file"),
+        (["--json", "."], ". cannot be written (Is a directory): name another file"),
         (["-a", "resolution=512", "--tier", "A"], "holds none of the 4 norms: tier A holds 16384"),
         (["-a", "dims=1"], "no channels-last layout for one spatial dimension"),
     ],
@@ -105,6 +106,19 @@ def test_bad_requests_are_one_sentence_and_2(
     assert message in done.err
     assert done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_loses_no_table_and_nothing_that_was_there(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text("before")
+    refused = run_cli("cost", "--arch", "70", "--json", str(path))
+    assert (refused.code, path.read_text()) == (2, "before")
+    done = run_cli("cost", *SMALL, "--arch", "90", "--json", "/dev/full")
+    assert done.code == 2
+    assert "/dev/full cannot be written (No space left on device): name another" in done.err
+    assert "forward" in done.out
 
 
 def test_without_triton(run_cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
