@@ -63,7 +63,11 @@ install: $(INSTALLED)
 # The stamp appears by the last command only, so an interrupted install leaves none; it bears the time
 # of the start, so a file edited meanwhile installs again. Setuptools comes first and builds without
 # isolation: pip's isolated build would take a setuptools that the lock does not name.
+# A .venv that is a link belongs to another checkout, which would run this one's code from then on.
 $(INSTALLED): pyproject.toml constraints.txt
+	@if [ -L .venv ]; then \
+		echo "resblock-bench: .venv is a link to another checkout's: remove it, and make installs one here" >&2; \
+		exit 1; fi
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		command -v $(PYTHON) >/dev/null 2>&1 || { \
 			echo "resblock-bench needs Python 3.10 or newer, and there is no '$(PYTHON)' here: name one with make PYTHON=..." >&2; \
