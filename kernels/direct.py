@@ -116,6 +116,7 @@ class _DirectFunction(Function):
             or type(dy) not in calls.PLAIN
             or _modes()
             or _transforms()
+            or op.is_grad_batch(dy)
         ):
             return *_usual(dy, x, mean, rstd, seed, Modulation(*rows), call.spec), None, None
         if dy.stride() != call.strides:

@@ -19,6 +19,7 @@ from resblock_bench.kernels import aten
 from resblock_bench.kernels.dispatch import choose_backend, triton_installed
 from resblock_bench.kernels.resample import Resample
 from resblock_bench.kernels.spec import (
+    GRADS_BATCHED,
     SECOND_DERIVATIVE,
     Gradients,
     Modulation,
@@ -183,6 +184,10 @@ def residual_add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.
     return registry.residual_add(dense(skip, memory_format(h)), h, bias, scale)
 
 
+# What is_grads_batched=True passes to a backward.
+is_grad_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
 class _Underivable(Function):
     """Passes gradients on, and raises where a second derivative is taken through them."""
 
@@ -198,11 +203,13 @@ class _Underivable(Function):
 def differentiated_once(
     compute: Callable[[], Gradients], inputs: tuple[Tensor | None, ...]
 ) -> Gradients:
-    """compute(), tied to `inputs` so that a second derivative raises.
+    """compute(), tied to `inputs`, of which the first is dy, so that a second derivative raises.
 
     Without the tie the gradients would count as constants in a graph that is built with
     create_graph=True, and a gradient penalty would silently be wrong.
     """
+    if not torch.compiler.is_compiling() and is_grad_batch(inputs[0]):
+        raise NotImplementedError(GRADS_BATCHED)
     with torch.no_grad():
         gradients = compute()
     if not torch.is_grad_enabled():

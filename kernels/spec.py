@@ -14,6 +14,11 @@ SECOND_DERIVATIVE = (
     "asked for. Use resblock_bench.reference for that part of the model."
 )
 
+GRADS_BATCHED = (
+    "torch.autograd.grad was called with is_grads_batched=True, which group_norm_silu and the "
+    "fused blocks do not take. Use torch.func.vmap over torch.func.vjp, or call it once for each."
+)
+
 FORWARD_MODE = (
     "group_norm_silu and the fused blocks have no forward-mode derivative (jvp, jacfwd, hessian). "
     "Use torch.func.vjp or jacrev, or resblock_bench.reference for that part of the model."

@@ -167,6 +167,18 @@ def test_forward_mode_says_what_to_use(forward_mode: Callable[[Function], Any]) 
         forward_mode(lambda v: ours(v, w, b))
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
+def test_a_batch_of_gradients_says_what_to_use(checkpoint: str) -> None:
+    block = kernels.ResBlock(32, 24, 0.0, checkpoint=checkpoint)
+    leaf = normal(2, 32, 4, 4, seed=20).requires_grad_()
+    embedding = normal(2, 24, seed=21)
+    for _ in range(2):  # calls of new kinds, and calls like earlier ones
+        for y in ours(leaf), block(leaf, embedding):
+            directions = torch.ones(3, *y.shape)
+            with pytest.raises(NotImplementedError, match=r"is_grads_batched=True.*vmap over"):
+                torch.autograd.grad(y, leaf, directions, is_grads_batched=True)
+
+
 def test_dropout_draws_as_vmap_was_told() -> None:
     same = x[:1].expand(B, -1, -1, -1, -1)
 
