@@ -145,4 +145,4 @@ def _usual(
         dx, gradients = op.backward(dy, x, (mean, rstd), modulation, seed, spec)
         return dx, *gradients
 
-    return op.differentiated_once(compute, (dy, x, *modulation))
+    return op.differentiated_once(compute, dy, (x, *modulation))

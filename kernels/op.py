@@ -105,7 +105,7 @@ class GroupNormSiLUFunction(Function):
             dx, gradients = backward(dy, x, statistics, modulation, seed, ctx.spec)
             return dx, *gradients
 
-        return *differentiated_once(compute, (dy, x, *modulation)), None, None
+        return *differentiated_once(compute, dy, (x, *modulation)), None, None
 
 
 class Convolution(NamedTuple):
@@ -172,7 +172,7 @@ class NormActConvFunction(Function):
             )
             return dx, *gradients, dkernel, dkernel_bias
 
-        return *differentiated_once(compute, (dout, x, *modulation, kernel)), *(None,) * 4
+        return *differentiated_once(compute, dout, (x, *modulation, kernel)), *(None,) * 4
 
 
 def residual_add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
@@ -201,20 +201,20 @@ class _Underivable(Function):
 
 
 def differentiated_once(
-    compute: Callable[[], Gradients], inputs: tuple[Tensor | None, ...]
+    compute: Callable[[], Gradients], dy: Tensor, inputs: tuple[Tensor | None, ...]
 ) -> Gradients:
-    """compute(), tied to `inputs`, of which the first is dy, so that a second derivative raises.
+    """compute(), tied to dy and `inputs` so that a second derivative raises.
 
     Without the tie the gradients would count as constants in a graph that is built with
     create_graph=True, and a gradient penalty would silently be wrong.
     """
-    if not torch.compiler.is_compiling() and is_grad_batch(inputs[0]):
+    if not torch.compiler.is_compiling() and is_grad_batch(dy):
         raise NotImplementedError(GRADS_BATCHED)
     with torch.no_grad():
         gradients = compute()
     if not torch.is_grad_enabled():
         return gradients
-    tied: Gradients = _Underivable.apply(len(gradients), *gradients, *inputs)
+    tied: Gradients = _Underivable.apply(len(gradients), *gradients, dy, *inputs)
     return tied
 
 
