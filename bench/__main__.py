@@ -1,4 +1,4 @@
-from resblock_bench.bench.cli import main
+from resblock_bench.bench.cli.main import main
 
 if __name__ == "__main__":
     main()

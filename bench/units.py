@@ -2,7 +2,7 @@
 
 import re
 
-from resblock_bench.bench.errors import UsageError
+from .errors import UsageError
 
 MIB = 2**20
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import msgspec
 
-from resblock_bench.bench.errors import InvalidError
+from .errors import InvalidError
 
 S = TypeVar("S", bound=msgspec.Struct)
 

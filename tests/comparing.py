@@ -6,11 +6,12 @@ import msgspec
 from cells import TINY
 from rich.console import Console
 
-from resblock_bench.bench import check, check_timing
-from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.plan import Plan
-from resblock_bench.bench.rounds import RoundRule
-from resblock_bench.bench.timing import Rule
+from resblock_bench.bench.gate import check
+from resblock_bench.bench.gate import timing as check_timing
+from resblock_bench.bench.grid.grid import PlannedCell
+from resblock_bench.bench.grid.plan import Plan
+from resblock_bench.bench.lockstep.rounds import RoundRule
+from resblock_bench.bench.measure.timing import Rule
 
 FAST = RoundRule(burst_s=0.0, bursts=3, seconds=0.0)
 COLD = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1)

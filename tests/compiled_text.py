@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from resblock_bench.bench import machine_code
-from resblock_bench.bench.machine_code import Sass, parse_sass
-from resblock_bench.bench.norm_cost import Direction, Norm, kernels_of
+from resblock_bench.bench.compiled import machine_code
+from resblock_bench.bench.compiled.machine_code import Sass, parse_sass
+from resblock_bench.bench.compiled.norms import Direction, Norm, kernels_of
 from resblock_bench.kernels.tiers import Launch
 
 

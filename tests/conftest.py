@@ -32,7 +32,7 @@ def pytest_benchmark_update_machine_info(machine_info):
     """What a time depends on: not what differs between two runs, nor what is being compared."""
     import torch
 
-    from resblock_bench.bench import environment
+    from resblock_bench.bench.machine import environment
 
     found = environment.gather(min(torch.get_num_threads(), environment.usable_cpus()))
     machine_info["node"] = found.machine

@@ -22,16 +22,16 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from resblock_bench.bench.axes import parse_arguments
-from resblock_bench.bench.compare import BaseRequest, in_lockstep
-from resblock_bench.bench.environment import machine_name
-from resblock_bench.bench.fingerprint import package_folder
-from resblock_bench.bench.grid import plan
-from resblock_bench.bench.plan import Plan
-from resblock_bench.bench.presets import named
+from resblock_bench.bench.compare.compare import BaseRequest, in_lockstep
+from resblock_bench.bench.compare.source_tree import python_paths
+from resblock_bench.bench.compare.verdict import Verdict
+from resblock_bench.bench.grid.axes import parse_arguments
+from resblock_bench.bench.grid.grid import plan
+from resblock_bench.bench.grid.plan import Plan
+from resblock_bench.bench.grid.presets import named
+from resblock_bench.bench.machine.environment import machine_name
+from resblock_bench.bench.measure.fingerprint import package_folder
 from resblock_bench.bench.records import Cell, Record, Status, cell_name
-from resblock_bench.bench.source_tree import python_paths
-from resblock_bench.bench.verdict import Verdict
 
 # Forward is the whole step here, so that the share of its time is that of the step's.
 COMMON = ["impl=fused", "mode=inference", "batch=1"]

@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from resblock_bench.bench import workers
+from resblock_bench.bench.machine import workers
 from resblock_bench.kernels.spec import Modulation, Spec
 from resblock_bench.kernels.tiers import TIERS, Problem, Tier, plan_launch, rewrite_launch
 
@@ -102,7 +102,7 @@ def cases() -> list[Case]:
 
 def launched(case: Case, arch: int) -> list[Any]:
     """The launches of a call, forward, rewrite and backward; none where the tier cannot hold it."""
-    from resblock_bench.bench.norm_cost import MACHINES
+    from resblock_bench.bench.compiled.norms import MACHINES
     from resblock_bench.kernels import launch as launches
 
     N, C, H, W, groups = SHAPES[case.shape]
@@ -168,7 +168,7 @@ def variants(arch: int, short: bool) -> dict[str, Any]:
 
     short: the first of every kernel and phase, in either layout, with and without dropout.
     """
-    from resblock_bench.bench.machine_code import specialise
+    from resblock_bench.bench.compiled.machine_code import specialise
 
     found: dict[str, Any] = {}
     for item in _all(arch):
@@ -199,7 +199,7 @@ def compile_variant(arch: int, short: bool, name: str) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from resblock_bench.bench.machine_code import WARP_SIZE, specialise
+    from resblock_bench.bench.compiled.machine_code import WARP_SIZE, specialise
 
     item = variants(arch, short)[name]
     options = {k: v for k, v in item.arguments.items() if k not in item.kernel.arg_names}
@@ -224,7 +224,7 @@ def _short(value: object) -> str:
 def compile_all(arch: int, short: bool, processes: int) -> Compiled:
     import triton
 
-    from resblock_bench.bench.machine_code import ptxas_knows
+    from resblock_bench.bench.compiled.machine_code import ptxas_knows
 
     found = Compiled(triton.__version__, arch, len(variants(arch, short)), {})
     if not ptxas_knows(arch):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from resblock_bench.bench.idle_driver import IdleDriver, Received, idle_driver
+from resblock_bench.bench.cost.idle_driver import IdleDriver, Received, idle_driver
 from resblock_bench.kernels import launcher
 from resblock_bench.kernels.launcher import Launcher
 

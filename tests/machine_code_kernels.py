@@ -19,8 +19,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
-from resblock_bench.bench import machine_code
-from resblock_bench.bench.machine_code import (
+from resblock_bench.bench.compiled import machine_code
+from resblock_bench.bench.compiled.machine_code import (
     ARCHITECTURES,
     MachineCode,
     compile_for,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from resblock_bench.bench import accuracy_cases
+from resblock_bench.bench.gate import accuracy_cases
 from resblock_bench.kernels import forward
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from resblock_bench.bench.findings import Finding
-from resblock_bench.bench.pins import Entries, Found, PinnedPart, Rule
+from resblock_bench.bench.findings.findings import Finding
+from resblock_bench.bench.gate.pins import Entries, Found, PinnedPart, Rule
 
 
 def part_of(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from resblock_bench.bench import check_memory
-from resblock_bench.bench.accuracy_cases import Case, Errors
+from resblock_bench.bench.gate import memory as check_memory
+from resblock_bench.bench.gate.accuracy_cases import Case, Errors
 from resblock_bench.bench.records import Cell, Memory
 from resblock_bench.kernels import blocks
 from resblock_bench.kernels.dispatch import Backend
@@ -31,7 +31,7 @@ def environment(argument: bytes, announce: Announce) -> bytes:
 def state(argument: bytes, announce: Announce) -> bytes:
     """Whether the process began warm and clean."""
     threads = Path("/proc/self/status").read_text().split("Threads:")[1].split()[0]
-    warm = "resblock_bench.bench.measure" in sys.modules
+    warm = "resblock_bench.bench.measure.cell" in sys.modules
     return f"{warm} {torch.cuda.is_initialized()} {threads}".encode()
 
 
@@ -100,7 +100,7 @@ def measure_naively(case: Case) -> Errors:
 
 def host_time() -> Any:
     """A HostTime of few rounds."""
-    from resblock_bench.bench import host_time
+    from resblock_bench.bench.cost import host_time
 
     host_time.ROUNDS = host_time.WARMUP = 2
     return host_time.measure_host_time("bf16")

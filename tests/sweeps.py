@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resblock_bench.bench.records import Row
-from resblock_bench.bench.storage import read_run
+from resblock_bench.bench.runs.folder import read_run
 
 TINY = ("-a", "channels=32", "-a", "resolution=4", "-a", "batch=1", "-a", "mode=inference")
 QUICK = ("--samples", "6", "--threads", "1", "--no-plots")

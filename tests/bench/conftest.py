@@ -12,19 +12,21 @@ import torch
 from cells import TINY
 from torch import nn
 
-from resblock_bench.bench import cli, environment, sweep
-from resblock_bench.bench import measure as measuring
-from resblock_bench.bench.correctness import checked_cell, compute_truth
-from resblock_bench.bench.implementations import IMPLEMENTATIONS
-from resblock_bench.bench.jobs import SurveyJob
-from resblock_bench.bench.measure import Task
-from resblock_bench.bench.process import Processes
+from resblock_bench.bench.cli import main as cli
+from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.process import Processes
+from resblock_bench.bench.machine.workers import Worker
+from resblock_bench.bench.measure import cell as measuring
+from resblock_bench.bench.measure.cell import Task
+from resblock_bench.bench.measure.correctness import checked_cell, compute_truth
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure.jobs import SurveyJob
+from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.measure.timing import Rule
+from resblock_bench.bench.measure.truth_file import truth_path, write_truth
+from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
-from resblock_bench.bench.survey import survey
-from resblock_bench.bench.timing import Rule
-from resblock_bench.bench.truth_file import truth_path, write_truth
-from resblock_bench.bench.workers import Worker
-from resblock_bench.bench.workload import unsupported
+from resblock_bench.bench.sweep import sweep
 
 FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 

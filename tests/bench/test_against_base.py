@@ -13,11 +13,18 @@ from comparing import FAST, checked, plan_of
 from rich.console import Console
 from sweeps import TINY, spawned
 
-from resblock_bench.bench import check, compare, side
+from resblock_bench.bench.compare import compare
+from resblock_bench.bench.compare.source_tree import (
+    checked_out,
+    python_paths,
+    repository_around,
+    resolve,
+)
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.findings import exit_code
-from resblock_bench.bench.scratch import SUFFIX
-from resblock_bench.bench.source_tree import checked_out, python_paths, repository_around, resolve
+from resblock_bench.bench.findings.findings import exit_code
+from resblock_bench.bench.gate import check
+from resblock_bench.bench.lockstep import side
+from resblock_bench.bench.machine.scratch import SUFFIX
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,7 +1,7 @@
 import pytest
 
-from resblock_bench.bench.axes import axes, models, parse_arguments, parse_values
 from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.grid.axes import axes, models, parse_arguments, parse_values
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pinned import finding, part_of
 
-from resblock_bench.bench import baseline_pins, check
+from resblock_bench.bench.gate import baseline as baseline_pins
+from resblock_bench.bench.gate import check
 
 FOUND = {"a": {"x": {"bytes": 1000, "error": 1e-3}}, "b": {"y": {"bytes": 2}}}
 MORE = {"a": {"x": {"bytes": 2000, "error": 1e-3}}, "b": {"y": {"bytes": 2}}}

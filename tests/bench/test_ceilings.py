@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resblock_bench.bench import ceilings
-from resblock_bench.bench.ceilings import measure_ceilings
-from resblock_bench.bench.devices import Device, open_device
+from resblock_bench.bench.measure import ceilings
+from resblock_bench.bench.measure.ceilings import measure_ceilings
+from resblock_bench.bench.measure.devices import Device, open_device
 
 KIB = 2**10
 

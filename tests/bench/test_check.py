@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pinned import finding, part_of
 
-from resblock_bench.bench import check
-from resblock_bench.bench.pins import write_pins
+from resblock_bench.bench.gate import check
+from resblock_bench.bench.gate.pins import write_pins
 
 AS_PINNED = {"a": {"x": {"bytes": 100, "error": 1e-3, "hash": "f00"}, "y": {"bytes": 7}}}
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from resblock_bench.bench import accuracy_cases, check, check_accuracy, check_memory
-from resblock_bench.bench.accuracy_cases import Case
-from resblock_bench.bench.findings import exit_code
-from resblock_bench.bench.pins import PINS, Found, PinnedPart, read_pins
-from resblock_bench.bench.predict import predict_memory
+from resblock_bench.bench.findings.findings import exit_code
+from resblock_bench.bench.gate import accuracy as check_accuracy
+from resblock_bench.bench.gate import accuracy_cases, check
+from resblock_bench.bench.gate import memory as check_memory
+from resblock_bench.bench.gate.accuracy_cases import Case
+from resblock_bench.bench.gate.pins import PINS, Found, PinnedPart, read_pins
+from resblock_bench.bench.measure.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
 from resblock_bench.kernels.spec import Spec
 
@@ -32,7 +34,7 @@ def saved_then_checked(
 
     def run(part: PinnedPart, change: Callable[[], None]) -> tuple[int, str]:
         monkeypatch.setattr(check, "pinned_parts", lambda: {part.name: part})
-        monkeypatch.setattr("resblock_bench.bench.baseline_pins.pinned_parts", check.pinned_parts)
+        monkeypatch.setattr("resblock_bench.bench.gate.baseline.pinned_parts", check.pinned_parts)
         flags = [f"--{part.name}", "--pins", tmp_path]
         assert run_cli("baseline", "save", *flags, "--reason", "as it stands").code == 0
         assert run_cli("check", *flags).code == 0

@@ -15,9 +15,11 @@ pytest.importorskip("triton")
 
 from rich.console import Console
 
-from resblock_bench.bench import check, check_static, kernel_cases, pins
-from resblock_bench.bench.check_static import PART
-from resblock_bench.bench.pins import Entries, Found, PinFile
+from resblock_bench.bench.compiled import cases as kernel_cases
+from resblock_bench.bench.gate import check, pins
+from resblock_bench.bench.gate import static as check_static
+from resblock_bench.bench.gate.pins import Entries, Found, PinFile
+from resblock_bench.bench.gate.static import PART
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +114,7 @@ def test_a_launch_more_is_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seeded: str
 ) -> None:
     """Of the same kernel, or of one more: both are host time that no machine code shows."""
-    from resblock_bench.bench import norm_cost
+    from resblock_bench.bench.compiled import norms as norm_cost
 
     norm = check_static.norms()[0]
     subject = check_static.norm_name(norm)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.checkup import Finding, cpu_findings, versions_finding
+from resblock_bench.bench.machine.checkup import Finding, cpu_findings, versions_finding
 from resblock_bench.kernels import versions
 
 CORES = "".join(

@@ -6,10 +6,10 @@ import pytest
 from fake_nvml import FakeGpu, FakeNvml, processes
 from rich.console import Console
 
-from resblock_bench.bench import environment, nvml
-from resblock_bench.bench.checkup import Finding, cpu_findings
-from resblock_bench.bench.checkup_gpu import gpu_findings
-from resblock_bench.bench.listing import machine
+from resblock_bench.bench.cli.listing import machine
+from resblock_bench.bench.machine import environment, nvml
+from resblock_bench.bench.machine.checkup import Finding, cpu_findings
+from resblock_bench.bench.machine.checkup_gpu import gpu_findings
 
 A = "GPU-aaaaaaaa-86f3-7a43-b711-4771313afc50"
 B = "GPU-bbbbbbbb-86f3-7a43-b711-4771313afc50"

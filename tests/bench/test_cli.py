@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.bench import devices
-from resblock_bench.bench.storage import read_run
+from resblock_bench.bench.measure import devices
+from resblock_bench.bench.runs.folder import read_run
 
 TINY = ("-a", "channels=32", "-a", "resolution=8", "-a", "batch=1")
 TINY += ("--samples", "6", "--threads", "1")

@@ -13,8 +13,10 @@ from cells import TINY
 from msgspec.structs import replace
 from sweeps import spawned
 
-from resblock_bench.bench import compare, compare_report, compare_stored
-from resblock_bench.bench.calibration import (
+from resblock_bench.bench.compare import compare
+from resblock_bench.bench.compare import report as compare_report
+from resblock_bench.bench.compare import stored_verdicts as compare_stored
+from resblock_bench.bench.compare.calibration import (
     CALIBRATION_VERSION,
     MAX_AGE_DAYS,
     Calibration,
@@ -23,14 +25,14 @@ from resblock_bench.bench.calibration import (
     stale,
     tolerance_of,
 )
+from resblock_bench.bench.compare.machine_store import calibration_file, history, writable, write
+from resblock_bench.bench.compare.stored import BASELINE_VERSION, Baseline, Series, Stored
+from resblock_bench.bench.compare.verdict import Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.findings import exit_code
-from resblock_bench.bench.machine_store import calibration_file, history, writable, write
-from resblock_bench.bench.measure import contract_of
+from resblock_bench.bench.findings.findings import exit_code
+from resblock_bench.bench.lockstep.rounds import Round, RoundRule
+from resblock_bench.bench.measure.cell import contract_of
 from resblock_bench.bench.records import cell_name
-from resblock_bench.bench.rounds import Round, RoundRule
-from resblock_bench.bench.stored import BASELINE_VERSION, Baseline, Series, Stored
-from resblock_bench.bench.verdict import Tolerance
 
 NOISE = [1.002, 0.998, 1.001, 0.999, 1.0]
 REFERENCE = TINY

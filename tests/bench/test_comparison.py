@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from resblock_bench.bench.comparison import STAGES, Comparison
-from resblock_bench.bench.draws import ATTEMPTS
-from resblock_bench.bench.rounds import Round, RoundError
-from resblock_bench.bench.verdict import DEFAULT_TOLERANCE
+from resblock_bench.bench.compare.comparison import STAGES, Comparison
+from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE
+from resblock_bench.bench.lockstep.draws import ATTEMPTS
+from resblock_bench.bench.lockstep.rounds import Round, RoundError
 
 
 def a_round(ratio=1.0, base_ms=10.0, disturbances=()):

@@ -1,9 +1,9 @@
 import msgspec
 import pytest
 
-from resblock_bench.bench.conditions import conditions
+from resblock_bench.bench.measure.conditions import conditions
+from resblock_bench.bench.measure.telemetry import Reading
 from resblock_bench.bench.records import Conditions
-from resblock_bench.bench.telemetry import Reading
 
 CALM = Reading(
     t_s=100.0,

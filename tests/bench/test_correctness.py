@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.bench import correctness
-from resblock_bench.bench.correctness import check, compute_truth, relative_errors
-from resblock_bench.bench.implementations import block_arguments
+from resblock_bench.bench.measure import correctness
+from resblock_bench.bench.measure.correctness import check, compute_truth, relative_errors
+from resblock_bench.bench.measure.implementations import block_arguments
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Row
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.reference import ResBlock
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench import workers
-from resblock_bench.bench.workers import Answer, Job, Worker
+from resblock_bench.bench.machine import workers
+from resblock_bench.bench.machine.workers import Answer, Job, Worker
 
 pytest.importorskip("triton")
 
@@ -147,7 +147,7 @@ def test_published_models(
     run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of their norms: a summary and the worst, without a section for each."""
-    from resblock_bench.bench import published_norms
+    from resblock_bench.bench.cost import published_norms
 
     everything = published_norms.published_norms
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resblock_bench.bench.cuda_graph import WARMUP_STEPS, CaptureError, capture
+from resblock_bench.bench.measure.cuda_graph import WARMUP_STEPS, CaptureError, capture
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 
 
 class Cuda:

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resblock_bench.bench.memory import CudaMeter
+from resblock_bench.bench.measure.memory import CudaMeter
+from resblock_bench.bench.measure.timing import CudaTimer, Rule, time_fn
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.timing import CudaTimer, Rule, time_fn
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 
 CPU = torch.device("cpu")
 

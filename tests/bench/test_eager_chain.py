@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resblock_bench.bench.eager_chain import (
+from resblock_bench.bench.compiled.norms import DIRECTIONS, FLOOR, Direction, Norm
+from resblock_bench.bench.cost.eager_chain import (
     ChainKernel,
     compiled_chain,
     eager_chain,
     predict_chain,
 )
-from resblock_bench.bench.gpu_figures import GPUS
-from resblock_bench.bench.norm_cost import DIRECTIONS, FLOOR, Direction, Norm
-from resblock_bench.bench.workload import DTYPES
+from resblock_bench.bench.cost.gpu_figures import GPUS
+from resblock_bench.bench.measure.workload import DTYPES
 
 GROUP_NORM = {
     "aten.native_group_norm.default": ["RowwiseMoments", "ComputeFusedParams", "affine"],

@@ -4,8 +4,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from resblock_bench.bench import environment
-from resblock_bench.bench.environment import cgroup_quota, machine_name, source_state, usable_cpus
+from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.environment import (
+    cgroup_quota,
+    machine_name,
+    source_state,
+    usable_cpus,
+)
 from resblock_bench.bench.records import Environment
 
 

@@ -9,9 +9,9 @@ import pandas
 import pytest
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.export import export, parse_formats
 from resblock_bench.bench.records import Conditions, Environment, Row
-from resblock_bench.bench.storage import Run
+from resblock_bench.bench.runs.export import export, parse_formats
+from resblock_bench.bench.runs.folder import Run
 
 HARD = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, 123456789.12345679]
 """Floats that lose bits wherever fewer than 17 digits are written."""

@@ -21,7 +21,7 @@ from sweeps import (
 )
 
 from resblock_bench.bench.records import Row
-from resblock_bench.bench.storage import read_run
+from resblock_bench.bench.runs.folder import read_run
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_fault_of_the_suite_is_not_taken_for_a_regression(
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("resblock_bench.bench.sweep.carry_out", fail)
+    monkeypatch.setattr("resblock_bench.bench.sweep.sweep.carry_out", fail)
     done = run_cli("run", *TINY, "--output", tmp_path / "run")
     assert done.code == 3
     assert "ZeroDivisionError" in done.err

@@ -16,10 +16,10 @@ pytest.importorskip("triton")
 import compiled_text
 from compiled_text import Compiled, Statement, statements
 
-from resblock_bench.bench import machine_code
-from resblock_bench.bench.machine_code import Sass, opcode
-from resblock_bench.bench.norm_cost import Direction, Norm, launch_of
-from resblock_bench.bench.workers import Job, Worker
+from resblock_bench.bench.compiled import machine_code
+from resblock_bench.bench.compiled.machine_code import Sass, opcode
+from resblock_bench.bench.compiled.norms import Direction, Norm, launch_of
+from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.tiers import Tier
 
 FORWARD = {"p_partial_mean", "p_partial_m2", "p_mean", "p_rstd"}

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from resblock_bench.bench.floor import TOLERANCE, floor_of, impossible
+from resblock_bench.bench.measure.floor import TOLERANCE, floor_of, impossible
 from resblock_bench.bench.records import Ceilings, Cell
 
 MakeCell = Callable[..., Cell]

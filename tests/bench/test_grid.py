@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.axes import models, parse_arguments
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.grid import PlannedCell, plan
+from resblock_bench.bench.grid.axes import models, parse_arguments
+from resblock_bench.bench.grid.grid import PlannedCell, plan
 from resblock_bench.bench.records import variant_name
 
 SHAPES = Path(__file__).parents[1] / "data" / "resblock_shapes.csv"

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from resblock_bench.bench.host_time import SHAPE, SMALLEST, eager_call, eager_kernels, inputs
+from resblock_bench.bench.cost.host_time import SHAPE, SMALLEST, eager_call, eager_kernels, inputs
+from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.bench.records import DType
-from resblock_bench.bench.workers import Job, Worker
 
 # Of ATen's CUDA sources: what one operator launches, where that is not one kernel.
 KERNELS = {"native_group_norm": 3, "native_group_norm_backward": 5}

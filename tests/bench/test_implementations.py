@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resblock_bench.bench.implementations import IMPLEMENTATIONS, could_not_compile
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, could_not_compile
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Row
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 
 CPU = torch.device("cpu")
 

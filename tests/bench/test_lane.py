@@ -5,10 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from resblock_bench.bench import jobs, lane
-from resblock_bench.bench.lane import Lane
-from resblock_bench.bench.measure import Task
-from resblock_bench.bench.process import Ending, Processes
+from resblock_bench.bench.machine.process import Ending, Processes
+from resblock_bench.bench.measure import jobs
+from resblock_bench.bench.measure.cell import Task
+from resblock_bench.bench.sweep import lane
+from resblock_bench.bench.sweep.lane import Lane
 
 
 class Scripted(Processes):

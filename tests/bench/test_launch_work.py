@@ -9,12 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from resblock_bench.bench.expected_traffic import expected_traffic
-from resblock_bench.bench.gpu_figures import GPUS
-from resblock_bench.bench.kernel_key import compile_key
-from resblock_bench.bench.launch_work import launch_work
-from resblock_bench.bench.machine_code import MachineCode
-from resblock_bench.bench.norm_cost import (
+from resblock_bench.bench.compiled.kernel_key import compile_key
+from resblock_bench.bench.compiled.machine_code import MachineCode
+from resblock_bench.bench.compiled.norms import (
     FLOOR,
     Direction,
     KernelCode,
@@ -24,9 +21,12 @@ from resblock_bench.bench.norm_cost import (
     kernels_of,
     launch_of,
 )
-from resblock_bench.bench.predict_time import Work
-from resblock_bench.bench.predictions import predict
-from resblock_bench.bench.published_norms import groups_of, published_norms
+from resblock_bench.bench.cost.expected_traffic import expected_traffic
+from resblock_bench.bench.cost.gpu_figures import GPUS
+from resblock_bench.bench.cost.launch_work import launch_work
+from resblock_bench.bench.cost.predict_time import Work
+from resblock_bench.bench.cost.predictions import predict
+from resblock_bench.bench.cost.published_norms import groups_of, published_norms
 from resblock_bench.kernels.tiers import Launch, Tier
 from resblock_bench.reference import PUBLISHED, resblock_sites
 

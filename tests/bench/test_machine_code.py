@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from resblock_bench.bench import machine_code
-from resblock_bench.bench.machine_code import Sass, parse_sass
+from resblock_bench.bench.compiled import machine_code
+from resblock_bench.bench.compiled.machine_code import Sass, parse_sass
 
 SCRIPT = Path(__file__).parents[1] / "machine_code_kernels.py"
 

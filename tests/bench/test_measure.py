@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.bench.measure import Task, contract_of, id_of
+from resblock_bench.bench.measure.cell import Task, contract_of, id_of
+from resblock_bench.bench.measure.stats import median_interval
 from resblock_bench.bench.records import Cell, Row, cell_id
-from resblock_bench.bench.stats import median_interval
 
 
 def test_a_row_is_self_describing(

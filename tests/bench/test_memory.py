@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from resblock_bench.bench.memory import TrackerMeter, peak_resident_bytes
-from resblock_bench.bench.predict import predict_memory
+from resblock_bench.bench.measure.memory import TrackerMeter, peak_resident_bytes
+from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Memory
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 
 CPU = torch.device("cpu")
 MakeCell = Callable[..., Cell]
@@ -48,10 +48,10 @@ def test_two_measurements_are_identical(make_cell: MakeCell, impl: str, checkpoi
 # A cell's process is forked from one that has imported everything and computed nothing.
 FRESH_PROCESSES = """
 import os, sys, msgspec
-import resblock_bench.bench.preload
-from resblock_bench.bench.memory import TrackerMeter
+import resblock_bench.bench.measure.preload
+from resblock_bench.bench.measure.memory import TrackerMeter
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 import torch
 
 torch.set_num_threads(1)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.memory_limit import available_bytes, limit_memory, oom_kills
+from resblock_bench.bench.measure.memory_limit import available_bytes, limit_memory, oom_kills
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
 # Everything is imported before the limit is set, as in a cell's process.
 BEGIN = """
 import msgspec, torch
-from resblock_bench.bench.memory_limit import limit_memory
+from resblock_bench.bench.measure.memory_limit import limit_memory
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 torch.set_num_threads({threads})
 assert limit_memory({mib} * 2**20)
 """

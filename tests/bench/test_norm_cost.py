@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from resblock_bench.bench import norm_cost
-from resblock_bench.bench.norm_cost import (
+from resblock_bench.bench.compiled import norms as norm_cost
+from resblock_bench.bench.compiled.norms import (
     Direction,
     KernelCode,
     Norm,
@@ -18,7 +18,7 @@ from resblock_bench.bench.norm_cost import (
     kernels_of,
     launch_of,
 )
-from resblock_bench.bench.workers import Job, Worker
+from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.tiers import Choice, Launch, Machine, Tier, shape
 
 

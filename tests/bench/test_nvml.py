@@ -4,8 +4,8 @@ import pynvml
 import pytest
 from fake_nvml import FakeGpu, FakeNvml, processes
 
-from resblock_bench.bench import nvml
-from resblock_bench.bench.visible_gpus import visible_gpus
+from resblock_bench.bench.machine import nvml
+from resblock_bench.bench.machine.visible_gpus import visible_gpus
 
 A, B, SLICE = "GPU-aaaa-1", "GPU-bbbb-2", "MIG-cccc-3"
 LONG = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG

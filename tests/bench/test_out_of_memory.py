@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from resblock_bench.bench.out_of_memory import is_out_of_memory
+from resblock_bench.bench.measure.out_of_memory import is_out_of_memory
 
 
 def wrapped(inner: BaseException) -> RuntimeError:

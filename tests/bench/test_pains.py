@@ -12,15 +12,15 @@ import pytest
 from fake_nvml import FakeGpu, FakeNvml
 from torch import Tensor, nn
 
-from resblock_bench.bench import nvml
-from resblock_bench.bench.export import export
-from resblock_bench.bench.measure import Task, contract_of, id_of
+from resblock_bench.bench.machine import nvml
+from resblock_bench.bench.machine.visible_gpus import visible_gpus
+from resblock_bench.bench.measure.cell import Task, contract_of, id_of
+from resblock_bench.bench.measure.stats import median_interval
+from resblock_bench.bench.measure.telemetry import Reading, open_probe
 from resblock_bench.bench.records import Ceilings, Environment, Row
-from resblock_bench.bench.stats import median_interval
-from resblock_bench.bench.storage import Run, read_run
-from resblock_bench.bench.table import summary
-from resblock_bench.bench.telemetry import Reading, open_probe
-from resblock_bench.bench.visible_gpus import visible_gpus
+from resblock_bench.bench.runs.export import export
+from resblock_bench.bench.runs.folder import Run, read_run
+from resblock_bench.bench.runs.table import summary
 
 TINY = ("-a", "channels=32", "-a", "resolution=4", "-a", "batch=1", "-a", "mode=inference")
 QUICK = ("--samples", "6", "--threads", "1", "--no-plots")

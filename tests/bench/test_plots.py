@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from resblock_bench.bench.dots import QUANTITIES, draw_dots
-from resblock_bench.bench.figures import site_labels
-from resblock_bench.bench.front import draw_front
-from resblock_bench.bench.plots import draw_all
 from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Row, Status
-from resblock_bench.bench.storage import Run
+from resblock_bench.bench.runs.dots import QUANTITIES, draw_dots
+from resblock_bench.bench.runs.folder import Run
+from resblock_bench.bench.runs.front import draw_front
+from resblock_bench.bench.runs.plots import draw_all
+from resblock_bench.bench.runs.style import site_labels
 
 BROKEN = [status for status in typing.get_args(Status) if status != "ok"]
 MODES = ("none", "selective", "full")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from resblock_bench.bench.gpu_figures import FIGURES, GPUS, Gpu
-from resblock_bench.bench.predict_time import Part, Prediction, Work, predict_call, sum_up
+from resblock_bench.bench.cost.gpu_figures import FIGURES, GPUS, Gpu
+from resblock_bench.bench.cost.predict_time import Part, Prediction, Work, predict_call, sum_up
 
 ROUND = Gpu(
     multiprocessors=100,
@@ -247,7 +247,7 @@ def test_every_figure_says_where_it_stands() -> None:
 
 
 def test_the_rules_launch_for_the_same_machines() -> None:
-    from resblock_bench.bench.norm_cost import MACHINES
+    from resblock_bench.bench.compiled.norms import MACHINES
 
     for arch, machine in MACHINES.items():
         assert (GPUS[arch].multiprocessors, GPUS[arch].l2_bytes) == machine

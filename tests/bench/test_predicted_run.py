@@ -13,13 +13,13 @@ pytest.importorskip("triton")
 
 from rich.console import Console
 
-from resblock_bench.bench import predicted_run
-from resblock_bench.bench.cost import norms_of_cell
-from resblock_bench.bench.gpu_figures import GPUS, architecture, gpu_that_copies
-from resblock_bench.bench.norm_cost import DIRECTIONS
-from resblock_bench.bench.predictions import Predicted
+from resblock_bench.bench.compiled.norms import DIRECTIONS
+from resblock_bench.bench.cost import predicted_run
+from resblock_bench.bench.cost.cost import norms_of_cell
+from resblock_bench.bench.cost.gpu_figures import GPUS, architecture, gpu_that_copies
+from resblock_bench.bench.cost.predictions import Predicted
+from resblock_bench.bench.machine.workers import JobFailed
 from resblock_bench.bench.records import Row
-from resblock_bench.bench.workers import JobFailed
 
 OURS = {"forward": 10.0, "rewrite": 7.0, "backward": 20.0}
 EAGER = {"forward": 100.0, "rewrite": 1e9, "backward": 200.0}
@@ -140,7 +140,7 @@ def test_the_table_fits_and_says_predicted(
 def test_a_kernel_that_does_not_compile_leaves_the_run(
     make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch, found: Any
 ) -> None:
-    from resblock_bench.bench import sweep
+    from resblock_bench.bench.sweep import sweep
 
     def survey(*arguments: Any, **options: Any) -> Any:
         raise JobFailed("no ptxas")

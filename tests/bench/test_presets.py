@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.grid import plan
-from resblock_bench.bench.presets import choose, load, named, presets
-from resblock_bench.bench.timing import Rule
+from resblock_bench.bench.grid.grid import plan
+from resblock_bench.bench.grid.presets import choose, load, named, presets
+from resblock_bench.bench.measure.timing import Rule
 
 
 def written(folder: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import process_functions as functions
 import pytest
 
-from resblock_bench.bench.process import OUTPUT_BYTES, Processes, ProcessesClosed
+from resblock_bench.bench.machine.process import OUTPUT_BYTES, Processes, ProcessesClosed
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_several_threads_get_their_own_replies(processes: Processes) -> None:
 def test_the_process_that_waits_imports_little_of_what_cells_need() -> None:
     """Triton and PyTorch's compiler are 140 MB."""
     code = (
-        "import sys, resblock_bench.bench.sweep\n"
+        "import sys, resblock_bench.bench.sweep.sweep\n"
         "large = ('triton', 'torch._dynamo', 'matplotlib', 'pandas')\n"
         "print([name for name in large if name in sys.modules])"
     )
@@ -162,7 +162,7 @@ def test_an_interrupt_at_any_point_of_a_start_is_quiet(tmp_path: Path, number: s
 import signal, sys
 from multiprocessing import reduction, forkserver
 import process_functions as functions
-from resblock_bench.bench.process import Processes
+from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.terminal import terminable
 
 def interrupted(function):

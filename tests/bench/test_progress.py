@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from resblock_bench.bench.progress import task_progress
+from resblock_bench.bench.sweep.progress import task_progress
 
 
 def test_without_a_terminal_every_tenth_of_the_work_is_a_line() -> None:

@@ -15,14 +15,14 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from resblock_bench.bench import ray_node
-from resblock_bench.bench.engines import LocalEngine
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.fingerprint import code_fingerprint
-from resblock_bench.bench.measure import Task, id_of
-from resblock_bench.bench.ray_engine import RAY_SETTINGS, RayEngine, choose_accelerator, room
+from resblock_bench.bench.measure.cell import Task, id_of
+from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.records import Row
-from resblock_bench.bench.runner import run_tasks
+from resblock_bench.bench.sweep import ray_node
+from resblock_bench.bench.sweep.engines import LocalEngine
+from resblock_bench.bench.sweep.ray_engine import RAY_SETTINGS, RayEngine, choose_accelerator, room
+from resblock_bench.bench.sweep.runner import run_tasks
 
 os.environ.update(RAY_SETTINGS)
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")

@@ -13,8 +13,8 @@ import pytest
 from pinned import finding
 from rich.console import Console
 
-from resblock_bench.bench.findings import LEVELS, Finding, exit_code
-from resblock_bench.bench.report import (
+from resblock_bench.bench.findings.findings import LEVELS, Finding, exit_code
+from resblock_bench.bench.findings.report import (
     FORMATS,
     MARKDOWN_LIMIT,
     Checked,

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from sweeps import QUICK, TINY, children_of, rows_of, started, wait_for_death, wait_for_rows
 
-from resblock_bench.bench import cli
+from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.records import cell_id
-from resblock_bench.bench.storage import RunWriter, read_rows, read_run
+from resblock_bench.bench.runs.folder import RunWriter, read_rows, read_run
 
 
 def test_what_failed_is_tried_again_on_request_only(run_cli: Callable, tmp_path: Path) -> None:

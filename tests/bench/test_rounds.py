@@ -18,19 +18,22 @@ from gate_rates import spinning
 from msgspec.structs import replace
 from rich.console import Console
 
-from resblock_bench.bench import (
-    baseline_timing,
-    calibrate,
-    check_timing,
-    compare,
-    comparison,
-    rounds,
+from resblock_bench.bench.compare import calibrate, compare, comparison
+from resblock_bench.bench.compare.comparison import Comparison
+from resblock_bench.bench.compare.machine_store import (
+    calibration_file,
+    history,
+    machine_folder,
+    write,
 )
-from resblock_bench.bench.comparison import Comparison
+from resblock_bench.bench.compare.stored import read_baseline
+from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE, Verdict
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.findings import exit_code
-from resblock_bench.bench.machine_store import calibration_file, history, machine_folder, write
-from resblock_bench.bench.rounds import (
+from resblock_bench.bench.findings.findings import exit_code
+from resblock_bench.bench.gate import timing as check_timing
+from resblock_bench.bench.gate import timing_baseline as baseline_timing
+from resblock_bench.bench.lockstep import rounds
+from resblock_bench.bench.lockstep.rounds import (
     Round,
     RoundError,
     RoundRule,
@@ -38,10 +41,8 @@ from resblock_bench.bench.rounds import (
     measure_pair,
     take_bursts,
 )
-from resblock_bench.bench.sides import Side, SideError
-from resblock_bench.bench.stored import read_baseline
-from resblock_bench.bench.testbed import opened
-from resblock_bench.bench.verdict import DEFAULT_TOLERANCE, Verdict
+from resblock_bench.bench.lockstep.sides import Side, SideError
+from resblock_bench.bench.lockstep.testbed import opened
 
 THROTTLED = '{"t_s": 0, "throttled_us": {"heat": 0}}\n{"t_s": 1, "throttled_us": {"heat": 500}}\n'
 

@@ -4,9 +4,9 @@ from itertools import chain, repeat
 
 import pytest
 
-from resblock_bench.bench.measure import Task, row_of
+from resblock_bench.bench.measure.cell import Task, row_of
 from resblock_bench.bench.records import Row, Status
-from resblock_bench.bench.runner import OomRecord, run_tasks
+from resblock_bench.bench.sweep.runner import OomRecord, run_tasks
 
 
 class Instant:

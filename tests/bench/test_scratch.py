@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from resblock_bench.bench.scratch import scratch_folder
+from resblock_bench.bench.machine.scratch import scratch_folder
 
 
 def test_it_is_there_and_gone() -> None:
@@ -19,7 +19,7 @@ def test_it_is_gone_after_a_kill() -> None:
     """Also where what the process has started lives on."""
     code = (
         "import subprocess, sys, time\n"
-        "from resblock_bench.bench.scratch import scratch_folder\n"
+        "from resblock_bench.bench.machine.scratch import scratch_folder\n"
         "with scratch_folder() as folder:\n"
         "    (folder / 'truth').write_bytes(b'1')\n"
         "    subprocess.Popen(['sleep', '60'])\n"

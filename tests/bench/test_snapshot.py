@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resblock_bench.bench.snapshot import dump, recording
+from resblock_bench.bench.measure.snapshot import dump, recording
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 

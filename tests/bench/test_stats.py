@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, quantile_test
 
-from resblock_bench.bench.stats import (
+from resblock_bench.bench.measure.stats import (
     interval_rank,
     median_interval,
     outlier_count,

@@ -9,11 +9,11 @@ import pandas
 import pytest
 
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.grid import PlannedCell
-from resblock_bench.bench.measure import Task
-from resblock_bench.bench.plan import Plan
+from resblock_bench.bench.grid.grid import PlannedCell
+from resblock_bench.bench.grid.plan import Plan
+from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import Environment, Row
-from resblock_bench.bench.storage import RunWriter, default_output, read_run
+from resblock_bench.bench.runs.folder import RunWriter, default_output, read_run
 
 Measure = Callable[..., Row]
 

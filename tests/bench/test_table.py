@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from resblock_bench.bench.records import Floor, Row, Status
-from resblock_bench.bench.table import (
+from resblock_bench.bench.runs.table import (
     WIDTH,
     disturbed,
     geometric_mean,

@@ -8,9 +8,11 @@ import pytest
 import torch
 from fake_nvml import FakeGpu, FakeNvml, processes
 
-from resblock_bench.bench import nvml
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.telemetry import (
+from resblock_bench.bench.machine import nvml
+from resblock_bench.bench.machine.processor import is_relative, read_cpu
+from resblock_bench.bench.machine.visible_gpus import visible_gpus
+from resblock_bench.bench.measure.telemetry import (
     CpuProbe,
     GpuProbe,
     Reading,
@@ -18,8 +20,6 @@ from resblock_bench.bench.telemetry import (
     open_probe,
     record,
 )
-from resblock_bench.bench.telemetry_cpu import is_relative, read_cpu
-from resblock_bench.bench.visible_gpus import visible_gpus
 
 OWN = os.getpid()
 HZ = os.sysconf("SC_CLK_TCK")

@@ -4,8 +4,8 @@ from itertools import chain, count, cycle
 import numpy as np
 import pytest
 
-from resblock_bench.bench.stats import relative_half_width
-from resblock_bench.bench.timing import BURSTS, ClockError, CpuTimer, Rule, Timing, time_fn
+from resblock_bench.bench.measure.stats import relative_half_width
+from resblock_bench.bench.measure.timing import BURSTS, ClockError, CpuTimer, Rule, Timing, time_fn
 
 
 class ScriptedTimer:

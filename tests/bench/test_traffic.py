@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from resblock_bench.bench.traffic import SECTOR_BYTES, Access, Counter, OutOfBoundsError, counting
+from resblock_bench.bench.compiled.traffic import (
+    SECTOR_BYTES,
+    Access,
+    Counter,
+    OutOfBoundsError,
+    counting,
+)
 from resblock_bench.kernels import group_norm_silu, prefer
 
 triton = pytest.importorskip("triton")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from resblock_bench.bench.correctness import compute_truth
+from resblock_bench.bench.measure.correctness import compute_truth
+from resblock_bench.bench.measure.truth_file import read_truth, truth_path, write_truth
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.truth_file import read_truth, truth_path, write_truth
 
 MakeCell = Callable[..., Cell]
 

@@ -17,24 +17,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from resblock_bench.bench import (
-    environment,
-    tune,
-    tune_cases,
-    tune_choices,
-    tune_gpu,
-    tune_measure,
-    tune_report,
-)
-from resblock_bench.bench.axes import models
 from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.grid.axes import models
+from resblock_bench.bench.machine import environment
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.table import WIDTH
-from resblock_bench.bench.tune import Request
-from resblock_bench.bench.tune_cases import Case, Tensors
-from resblock_bench.bench.tune_choices import Work
-from resblock_bench.bench.tune_gpu import DeviceLost
-from resblock_bench.bench.tune_measure import Outcome
+from resblock_bench.bench.runs.table import WIDTH
+from resblock_bench.bench.tune import bucket as tune_measure
+from resblock_bench.bench.tune import cases as tune_cases
+from resblock_bench.bench.tune import choices as tune_choices
+from resblock_bench.bench.tune import gpu as tune_gpu
+from resblock_bench.bench.tune import report as tune_report
+from resblock_bench.bench.tune import tune
+from resblock_bench.bench.tune.bucket import Outcome
+from resblock_bench.bench.tune.cases import Case, Tensors
+from resblock_bench.bench.tune.choices import Work
+from resblock_bench.bench.tune.gpu import DeviceLost
+from resblock_bench.bench.tune.tune import Request
 from resblock_bench.kernels import dispatch, launch, tiers, tuned
 from resblock_bench.kernels.tiers import Choice, Direction, Launch, Machine, Problem
 from resblock_bench.kernels.tuned import Bucket

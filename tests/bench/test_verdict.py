@@ -7,7 +7,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from resblock_bench.bench.verdict import (
+from resblock_bench.bench.compare.verdict import (
     DEFAULT_TOLERANCE,
     Estimate,
     Tolerance,

@@ -11,7 +11,7 @@ import time
 import pytest
 from sweeps import children_of, wait_for_death
 
-from resblock_bench.bench.workers import Job, JobFailed, WorkerDied, run
+from resblock_bench.bench.machine.workers import Job, JobFailed, WorkerDied, run
 
 INTERPRET = ("TRITON_INTERPRET",)
 
@@ -52,7 +52,7 @@ def test_whoever_stops_asking_ends_the_processes() -> None:
 
 def test_processes_end_with_the_one_that_asked() -> None:
     script = (
-        "import time; from resblock_bench.bench.workers import Job, run;"
+        "import time; from resblock_bench.bench.machine.workers import Job, run;"
         "found = run([Job(False, abs, (-1,)), Job(False, time.sleep, (3600,))], 2);"
         "next(found); print('busy', flush=True); next(found)"
     )
@@ -71,7 +71,7 @@ def test_processes_end_with_the_one_that_asked() -> None:
 def test_a_process_whose_asker_is_killed_before_it_is_up_begins_nothing() -> None:
     """It would find the job in its pipe, and no death to be told of."""
     script = (
-        "import os, time; from resblock_bench.bench.workers import Job, Worker;"
+        "import os, time; from resblock_bench.bench.machine.workers import Job, Worker;"
         "worker = Worker(interpret=False); worker.begin(Job(False, time.sleep, (3600,)));"
         "os.kill(os.getpid(), 9)"
     )

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from resblock_bench.bench.measure.workload import (
+    Inputs,
+    Workload,
+    draw_inputs,
+    draw_weights,
+    unsupported,
+)
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.workload import Inputs, Workload, draw_inputs, draw_weights, unsupported
 
 CPU = torch.device("cpu")
 MakeCell = Callable[..., Cell]

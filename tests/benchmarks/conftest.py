@@ -7,7 +7,7 @@
 
 With each benchmark (`extra_info`): `bytes` is the least that the operation must move, `gb_per_s`
 these bytes over the median, `floor_share` the share of the median that the machine's ceilings need
-(bench/floor.py), `peak_bytes` the most that is alive during a step, parameters and inputs included,
+(bench/measure/floor.py), `peak_bytes` the most that is alive during a step, parameters and inputs included,
 and `peak_above_baseline_bytes` without them. `predicted_us` is a prediction of the operator's
 device time, null for blocks and for devices without figures (docs/prediction.md). The step whose
 memory is measured for the operator's backward includes its forward.
@@ -24,12 +24,12 @@ import torch
 from device_time import DeviceTime
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from resblock_bench.bench import environment
-from resblock_bench.bench.ceilings import measure_ceilings
-from resblock_bench.bench.devices import Device, default_kind, open_device
-from resblock_bench.bench.floor import impossible
+from resblock_bench.bench.machine import environment
+from resblock_bench.bench.measure.ceilings import measure_ceilings
+from resblock_bench.bench.measure.devices import Device, default_kind, open_device
+from resblock_bench.bench.measure.floor import impossible
+from resblock_bench.bench.measure.workload import Workload
 from resblock_bench.bench.records import Ceilings, Cell, Floor
-from resblock_bench.bench.workload import Workload
 from resblock_bench.kernels import dispatch
 
 WARMUP_S = {"cpu": 0.05, "cuda": 0.3}

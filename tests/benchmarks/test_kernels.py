@@ -17,13 +17,13 @@ from oracle import check as check_operator
 from running import run_operator
 from torch import Tensor, nn
 
-from resblock_bench.bench import correctness
-from resblock_bench.bench.devices import default_kind
-from resblock_bench.bench.floor import floor_of
-from resblock_bench.bench.gpu_figures import architecture, gpu_that_copies
-from resblock_bench.bench.grid import GROUPS, plan
+from resblock_bench.bench.cost.gpu_figures import architecture, gpu_that_copies
+from resblock_bench.bench.grid.grid import GROUPS, plan
+from resblock_bench.bench.measure import correctness
+from resblock_bench.bench.measure.devices import default_kind
+from resblock_bench.bench.measure.floor import floor_of
+from resblock_bench.bench.measure.workload import DTYPES, Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Ceilings, Cell, Floor, site_of
-from resblock_bench.bench.workload import DTYPES, Workload, draw_inputs, draw_weights
 
 CUDA = default_kind() == "cuda"
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -115,9 +115,9 @@ class Operator(Workload):
         if arch is None:
             return None
         # Here and not above: on a CPU the benchmarks run without Triton.
-        from resblock_bench.bench.eager_chain import eager_chain, predict_chain
-        from resblock_bench.bench.norm_cost import Norm
-        from resblock_bench.bench.predictions import predict_compiled
+        from resblock_bench.bench.compiled.norms import Norm
+        from resblock_bench.bench.cost.eager_chain import eager_chain, predict_chain
+        from resblock_bench.bench.cost.predictions import predict_compiled
 
         cell = self.cell
         norm = Norm(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.bench.implementations import IMPLEMENTATIONS, Implementation
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, Implementation
 from resblock_bench.bench.records import Cell
 
 not_an_implementation = 3

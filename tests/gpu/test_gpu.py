@@ -17,9 +17,10 @@ from oracle import NAMES, Problem, check, error, gradients, problem
 from running import run_operator
 from torch import Tensor
 
-from resblock_bench.bench.cuda_graph import capture
+from resblock_bench.bench.measure.cuda_graph import capture
+from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell
-from resblock_bench.bench.tune_cases import (
+from resblock_bench.bench.tune.cases import (
     Case,
     Tensors,
     Truth,
@@ -30,7 +31,6 @@ from resblock_bench.bench.tune_cases import (
     same_bits,
     truth_of,
 )
-from resblock_bench.bench.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.kernels import ResBlock, dispatch, prefer, tiers, words
 from resblock_bench.kernels.blocks import CheckpointMode
 from resblock_bench.kernels.tiers import Direction, Launch, Tier

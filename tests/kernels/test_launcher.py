@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from resblock_bench.bench.workers import Job, Worker
+from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.dispatch import standing_for_gpu
 
 pytest.importorskip("triton")

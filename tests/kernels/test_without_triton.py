@@ -20,7 +20,7 @@ importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_s
 
 import torch
 from resblock_bench import kernels, reference
-import resblock_bench.bench.cli
+import resblock_bench.bench.cli.main
 
 block = kernels.ResBlock(32, 8, 0.1, use_scale_shift_norm=True, checkpoint="selective")
 block(torch.randn(2, 32, 4, 4, requires_grad=True), torch.randn(2, 8)).sum().backward()

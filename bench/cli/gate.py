@@ -1,0 +1,406 @@
+"""The verbs of the gate: compare, calibrate, check and baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resblock_bench.bench.errors import InvalidError, NothingSelectedError, UsageError
+
+from .app import (
+    AxisOption,
+    ConfigOption,
+    DeviceOption,
+    FormatOption,
+    GateThreadsOption,
+    OutputOption,
+    PresetOption,
+    SeedOption,
+    TelemetryOption,
+    TimeoutOption,
+    app,
+    progress_console,
+    result_console,
+)
+
+if TYPE_CHECKING:
+    from resblock_bench.bench.compare.compare import BaseRequest
+    from resblock_bench.bench.gate.check import Timing
+    from resblock_bench.bench.gate.timing_baseline import Request
+    from resblock_bench.bench.grid.grid import PlannedCell
+    from resblock_bench.bench.grid.plan import Plan
+    from resblock_bench.bench.grid.presets import Preset
+
+SourceOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="DIR",
+        help="With --base in another repository: the folder its packages are imported from.",
+    ),
+]
+StaticOption = Annotated[
+    bool, typer.Option("--static", help="Bytes and machine code for GPUs that are not there.")
+]
+MemoryOption = Annotated[
+    bool,
+    typer.Option("--memory", help="Bytes of published blocks' training steps, on fake tensors."),
+]
+AccuracyOption = Annotated[
+    bool, typer.Option("--accuracy", help="Errors of the kernels against float64, interpreted.")
+]
+TimingOption = Annotated[
+    bool, typer.Option("--timing", help="Time of the gate's cells, in rounds of processes.")
+]
+PinsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Default: results/pins of the repository around here."),
+]
+
+_OF_TIMING = (
+    *("base", "axis", "preset", "config", "device"),
+    *("source", "timeout", "telemetry", "threads", "seed"),
+)
+"""Options that say what is timed, and how."""
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[A B | RUN]",
+            help="Two run folders or baselines; or one, of which fused is compared to reference.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REV", help="Measure this git revision against the working tree, in turns."
+        ),
+    ] = None,
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    source: SourceOption = None,
+    relative: Annotated[
+        bool,
+        typer.Option(
+            "--relative", help="Compare the ratios of fused to reference: also across machines."
+        ),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of every cell which rules decided.")
+    ] = False,
+    timeout: TimeoutOption = "5m",
+    telemetry: TelemetryOption = None,
+    threads: GateThreadsOption = None,
+    seed: SeedOption = None,
+    format: FormatOption = "table",
+    output: OutputOption = None,
+) -> None:
+    """Give a verdict on every cell: SAME, FAST, SLOW or AMBIGUOUS.
+
+    With --base, five to thirteen rounds of both revisions in lockstep, by default over the preset
+    gate-cpu or gate-cuda; what is slow or fast is drawn a second time. Exit codes: 0 nothing is
+    slower, 1 slower, 3 something is missing or failed, 4 no verdict is possible, 5 wrong results.
+    """
+    from resblock_bench.bench.compare import compare as comparing
+    from resblock_bench.bench.findings.report import destination
+
+    to = destination(format, output)
+    console, here, paths = result_console(), Path.cwd(), measured or []
+    if base is None:
+        _refuse(context, _OF_TIMING, "goes with --base: what is stored is compared as it is")
+    elif paths or relative:
+        raise UsageError(
+            "--base measures two revisions: leave out the run folders and --relative, or --base"
+        )
+    if base is not None:
+        plan = _gate_plan(axis, preset, config, device, threads, seed)
+        request = _base_request(base, plan, source, timeout, telemetry)
+        outcome = comparing.against_base(request, progress_console())
+    elif len(paths) == 2:
+        outcome = comparing.of_stored(paths[0], paths[1], here, relative=relative)
+    elif len(paths) == 1 and not relative:
+        outcome = comparing.of_variants(paths[0], here)
+    else:
+        raise UsageError(
+            f"{len(paths)} runs were named{' with --relative' if relative else ''}: name two run "
+            "folders or baselines, one to compare its fused cells with the reference, or a "
+            "revision with --base"
+        )
+    raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
+
+
+def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Raises UsageError for an option that was given and would be ignored."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option} {why}")
+
+
+def _gate_plan(
+    axis: list[str] | None,
+    preset: str | None,
+    config: Path | None,
+    device: str | None,
+    threads: int | None,
+    seed: int | None,
+) -> Plan:
+    """The cells that a gate times: those of gate-cpu or gate-cuda unless others are named."""
+    from resblock_bench.bench.grid.plan import Plan
+    from resblock_bench.bench.grid.presets import choose
+    from resblock_bench.bench.measure.devices import default_kind, device_kind
+
+    kind = default_kind() if device is None else device_kind(device)
+    if not (axis or preset or config):
+        preset = f"gate-{kind}"
+    sweep = choose(axis or [], preset, config, kind)
+    measured = (None if device is None else kind) or sweep.device or kind
+    return Plan(
+        device=measured,
+        rule=sweep.settings.rule(),
+        seed=seed or 0,
+        threads=threads or (1 if measured == "cpu" else None),
+        memory_limit_bytes=None,
+        cells=_selected(sweep),
+    )
+
+
+def _selected(sweep: Preset) -> list[PlannedCell]:
+    """A gate that compares nothing has not passed."""
+    from resblock_bench.bench.grid.grid import plan
+
+    try:
+        return plan(sweep.grids)
+    except NothingSelectedError as error:
+        raise InvalidError(str(error)) from None
+
+
+def _base_request(
+    base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
+) -> BaseRequest:
+    from resblock_bench.bench.compare.compare import BaseRequest
+    from resblock_bench.bench.compare.source_tree import repository_around, require_sources, resolve
+    from resblock_bench.bench.measure.telemetry import Replay
+    from resblock_bench.bench.units import parse_duration_s
+
+    # What is wrong with these is found before anything is measured.
+    repository = repository_around(Path.cwd())
+    resolve(repository, base)
+    require_sources(str(repository), repository, source or ())
+    if telemetry is not None:
+        Replay(telemetry)
+    return BaseRequest(
+        base=base,
+        plan=plan,
+        start=Path.cwd(),
+        timeout_s=parse_duration_s(timeout),
+        sources=tuple(source or ()),
+        telemetry=telemetry,
+    )
+
+
+@app.command()
+def calibrate(
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    rounds: Annotated[
+        int, typer.Option(min=5, metavar="15", help="Rounds of every cell against itself.")
+    ] = 15,
+    timeout: TimeoutOption = "5m",
+    threads: GateThreadsOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Measure how far two runs of the same code lie apart here, and store the tolerance.
+
+    The cells of gate-cpu or gate-cuda unless others are named. Verdicts take the tolerance from
+    results/baselines/MACHINE/calibration-DEVICE-THREADS.json and say so when it is missing or
+    stale.
+    """
+    from resblock_bench.bench.compare import calibrate as calibrating
+    from resblock_bench.bench.units import parse_duration_s
+
+    plan = _gate_plan(axis, preset, config, device, threads, seed)
+    request = calibrating.Request(plan, Path.cwd(), rounds, parse_duration_s(timeout))
+    raise typer.Exit(calibrating.carry_out(request, result_console()))
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    static: StaticOption = False,
+    memory: MemoryOption = False,
+    accuracy: AccuracyOption = False,
+    timing: TimingOption = False,
+    pins: PinsOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REV", help="Time against this revision. Default: this machine's baseline."
+        ),
+    ] = None,
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    source: SourceOption = None,
+    timeout: TimeoutOption = "5m",
+    telemetry: TelemetryOption = None,
+    threads: GateThreadsOption = None,
+    seed: SeedOption = None,
+    format: FormatOption = "table",
+    output: OutputOption = None,
+) -> None:
+    """The gate: what the kernels cost against what is pinned, in all parts that can be done here.
+
+    Exit codes: 0 as expected, 1 worse, 3 missing, damaged or crashed, 4 better or changed (save
+    it, or take it back) or no verdict, 5 wrong. Axes, preset, config, device, source, telemetry,
+    threads and seed are those of the timing.
+    """
+    from resblock_bench.bench.findings.report import destination
+    from resblock_bench.bench.gate import check as checking
+
+    names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
+    if names and not timing:
+        _refuse(context, _OF_TIMING, "goes with --timing: name it too, or no part at all")
+    if pins is not None and not pins.is_dir():
+        raise UsageError(f"--pins {pins} is no folder: name the one that holds static/ and memory/")
+    request = checking.Request(names, pins, destination(format, output))
+    plan = _gate_plan(axis, preset, config, device, threads, seed)
+    how = _timing(base, plan, source, timeout, telemetry)
+    # A report on the standard output stands alone there.
+    alone = format != "table" and output is None
+    console = result_console()
+    progress = progress_console() if alone else console
+    raise typer.Exit(checking.carry_out(request, how, console, progress))
+
+
+def _named(**parts: bool) -> list[str]:
+    """The parts whose option was given."""
+    return [name for name, given in parts.items() if given]
+
+
+def _timing(
+    base: str | None, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
+) -> Timing:
+    from resblock_bench.bench.gate import timing as check_timing
+    from resblock_bench.bench.gate.check import Timing
+
+    request: BaseRequest | Request
+    if base is None:
+        if source:
+            raise UsageError(
+                "--source goes with --base: without it there is one tree, as installed"
+            )
+        request = _baseline_request(plan, timeout, telemetry)
+    else:
+        request = _base_request(base, plan, source, timeout, telemetry)
+    reason = check_timing.cannot(base, Path.cwd())
+    return Timing(reason, lambda console: check_timing.check(request, console))
+
+
+def _baseline_request(plan: Plan, timeout: str, telemetry: Path | None = None) -> Request:
+    from resblock_bench.bench.gate.timing_baseline import Request
+    from resblock_bench.bench.units import parse_duration_s
+
+    return Request(plan, Path.cwd(), parse_duration_s(timeout), telemetry)
+
+
+baseline = typer.Typer(
+    help="Save what is expected, show it, and compare with it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(baseline, name="baseline")
+
+
+@baseline.command()
+def save(
+    context: typer.Context,
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", help="Why, for those who review it; required.")
+    ] = "",
+    static: StaticOption = False,
+    memory: MemoryOption = False,
+    accuracy: AccuracyOption = False,
+    timing: TimingOption = False,
+    pins: PinsOption = None,
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    timeout: TimeoutOption = "5m",
+    threads: GateThreadsOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Measure the parts named and save what they find; what is wrong or invalid is not saved.
+
+    Pins hold everywhere and go to results/pins, a timing baseline to results/baselines/MACHINE.
+    """
+    from resblock_bench.bench.gate import baseline as baseline_pins
+    from resblock_bench.bench.gate import timing_baseline as baseline_timing
+
+    names = _named(static=static, memory=memory, accuracy=accuracy)
+    baseline_pins.require(names, timing, reason)
+    if not timing:
+        _refuse(context, _OF_TIMING, "goes with --timing: name it, too")
+    if not names:
+        _refuse(context, ["pins"], "is where pins go: name a part that has some")
+    # What is wrong with the axes is found before anything is measured.
+    plan = _gate_plan(axis, preset, config, device, threads, seed)
+    console, code = result_console(), 0
+    if names:
+        code = baseline_pins.save(names, reason.strip(), pins, console)
+    if timing:
+        request = _baseline_request(plan, timeout)
+        code = baseline_timing.save(request, reason.strip(), console) or code
+    raise typer.Exit(code)
+
+
+@baseline.command()
+def show(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[PART|SUBJECT]", help="Default: all pins; 'timing' for times."),
+    ] = None,
+    pins: PinsOption = None,
+) -> None:
+    """When and why each was saved; of a subject, its figures."""
+    from resblock_bench.bench.gate import baseline as baseline_pins
+    from resblock_bench.bench.gate import check as checking
+    from resblock_bench.bench.gate import timing as check_timing
+    from resblock_bench.bench.gate import timing_baseline as baseline_timing
+
+    console, file = result_console(), check_timing.baseline_file(Path.cwd())
+    if name == checking.TIMING:
+        raise typer.Exit(baseline_timing.show(file, console))
+    code = baseline_pins.show_pins(name, pins, console)
+    if name is None and file.exists():
+        code = baseline_timing.show(file, console) or code
+    raise typer.Exit(code)
+
+
+@baseline.command()
+def diff(
+    static: StaticOption = False,
+    memory: MemoryOption = False,
+    accuracy: AccuracyOption = False,
+    timing: TimingOption = False,
+    pins: PinsOption = None,
+) -> None:
+    """Measure, and show what saving would change; the exit code does not judge it."""
+    from resblock_bench.bench.gate import baseline as baseline_pins
+
+    names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
+    plan = _gate_plan(None, None, None, None, None, None)
+    how = _timing(None, plan, None, "5m", None)
+    raise typer.Exit(baseline_pins.diff(names, pins, how, result_console()))

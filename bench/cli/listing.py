@@ -1,0 +1,123 @@
+"""What `list`, `run --dry-run` and `env` show: choices, the cells of a selection, the machine."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from resblock_bench.bench.grid.axes import axes, models
+from resblock_bench.bench.grid.grid import PlannedCell
+from resblock_bench.bench.grid.presets import presets
+from resblock_bench.bench.machine.checkup import Finding
+from resblock_bench.bench.measure.devices import default_kind
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.records import Environment, cell_name
+from resblock_bench.bench.units import format_bytes, format_mib
+from resblock_bench.reference import PUBLISHED, resblock_sites
+
+
+def choices() -> RenderableType:
+    """Presets, axes with their values, implementations and models."""
+    return Group(_presets(), "", _axes(), "", _implementations(), "", _models())
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _presets() -> Table:
+    table = _table("presets (--preset NAME)", "name", "device", "what it measures")
+    for preset in presets().values():
+        table.add_row(preset.name, preset.device or "any", preset.description)
+    return table
+
+
+def _axes() -> Table:
+    table = _table("axes (-a NAME=VALUES)", "name", "default", "values")
+    for axis in axes().values():
+        default = ",".join(map(str, axis.default)) or "–"
+        allowed = "see below" if axis.name == "model" else axis.allowed()
+        table.add_row(axis.name, default, f"{axis.help}: {allowed}")
+    return table
+
+
+def _implementations() -> Table:
+    table = _table("implementations (-a impl=NAMES)", "name", "usable here", "what it is")
+    device = default_kind()
+    for name, implementation in IMPLEMENTATIONS.items():
+        reason = implementation.unusable(device)
+        usable = f"on {device}" if reason is None else f"no: {reason}"
+        table.add_row(name, usable, implementation.description)
+    return table
+
+
+def _models() -> Table:
+    table = _table("published models (-a model=NAMES)", "name", "image size", "residual blocks")
+    for name in map(str, models()):
+        count = sum(site.count for site in resblock_sites(name))
+        table.add_row(name, str(PUBLISHED[name].image_size), str(count))
+    return table
+
+
+def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
+    """The cells with the bytes that one step of each is predicted to need."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("cell", overflow="fold")
+    for heading in ("×model", "peak MiB", "above base", "saved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    largest = 0
+    unpredicted: Counter[tuple[str, str]] = Counter()
+    for item in planned:
+        try:
+            memory = predict_memory(item.cell)
+        except Exception as error:  # an implementation's; the list is of use without it
+            memory = None
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            unpredicted[item.cell.impl, first_line] += 1
+        numbers = ["–", "–", "–"]
+        if memory is not None:
+            largest = max(largest, memory.peak_bytes)
+            numbers = [
+                format_mib(memory.peak_bytes),
+                format_mib(memory.peak_above_baseline_bytes),
+                format_mib(memory.saved_for_backward_bytes),
+            ]
+        count = str(item.multiplicity) if item.cell.model else ""
+        table.add_row(Text(cell_name(item.cell)), count, *numbers)
+    notes = [
+        f"no prediction for {impl} ({count} cell{'s' if count > 1 else ''}): {reason}"
+        for (impl, reason), count in unpredicted.items()
+    ]
+    count = f"{len(planned)} cell(s)"
+    notes.append(f"{count}; the largest is predicted to need {format_bytes(largest)}.")
+    return Group(table, *map(Text, notes))
+
+
+def machine(found: Environment, findings: Sequence[Finding]) -> RenderableType:
+    """The environment as a run would record it, then what would spoil a measurement."""
+    facts = _table("environment")
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    for name, value in msgspec.to_builtins(found).items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {version}" for key, version in value.items() if version)
+        facts.add_row(name, Text("unknown or absent" if value is None else str(value)))
+    checks = _table("before trusting a measurement")
+    checks.add_column()
+    checks.add_column(overflow="fold")
+    for finding in findings:
+        text = Text(finding.found)
+        if finding.advice is not None:
+            text.append(f"\n{finding.advice}", style="yellow")
+        if finding.command is not None:
+            text.append(f"\n$ {finding.command}", style="bold")
+        checks.add_row(finding.topic, text)
+    count = sum(finding.advice is not None for finding in findings)
+    return Group(facts, "", checks, "", f"{count} to mend." if count else "Nothing to mend.")

@@ -1,0 +1,361 @@
+"""The command line: `resblock-bench VERB`, also `python -m resblock_bench.bench VERB`.
+
+Verbs import what they need themselves, so that --help does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from resblock_bench.bench import exitcodes
+from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.terminal import terminable
+
+from . import gate  # noqa: F401  adds its verbs
+from .app import (
+    AxisOption,
+    ConfigOption,
+    DeviceOption,
+    PresetOption,
+    SeedOption,
+    TelemetryOption,
+    ThreadsOption,
+    app,
+    result_console,
+)
+
+
+@app.command()
+def run(
+    axis: AxisOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Default: results/runs/MACHINE/RUN under the checkout."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="8m", help="Stop between two cells once this is spent (code 3)."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Measure what the run in --output lacks, and nothing else."),
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="With --resume: again what has no measurement."),
+    ] = False,
+    ignore_oom_record: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-oom-record",
+            help="Try cells larger than one that ran out of memory; on resuming, that one, too.",
+        ),
+    ] = False,
+    timeout: Annotated[
+        str, typer.Option(metavar="5m", help="What a cell may take before it is ended.")
+    ] = "5m",
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="4GiB", help="What a CPU cell may allocate. Default: what is free."),
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1", help="GPUs, by position or UUID, a lane each. Default: all visible."
+        ),
+    ] = None,
+    telemetry: TelemetryOption = None,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Take exactly this many samples of each cell.")
+    ] = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="csv,parquet,md", help="Write the rows in these formats, too."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="This machine, or the nodes of a Ray cluster.")
+    ] = "local",
+    accelerator: Annotated[
+        str | None,
+        typer.Option(metavar="H100", help="With --engine ray: the type of GPU, as Ray names it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cells and predicted bytes; run nothing.")
+    ] = False,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no figures.")] = False,
+) -> None:
+    """Measure a grid of residual blocks; with no argument, the default preset of this machine.
+
+    Writes a run folder (cells.jsonl, environment.json, figures), prints a table. Ctrl-C keeps
+    what was measured and exits with 3.
+    """
+    import dataclasses
+
+    from resblock_bench.bench.grid.grid import plan
+    from resblock_bench.bench.grid.plan import Plan
+    from resblock_bench.bench.grid.presets import choose
+    from resblock_bench.bench.measure.devices import default_kind, device_kind
+    from resblock_bench.bench.measure.telemetry import Replay
+    from resblock_bench.bench.runs.export import parse_formats
+    from resblock_bench.bench.runs.folder import read_plan
+    from resblock_bench.bench.sweep.sweep import Request, carry_out, folder_to_resume
+    from resblock_bench.bench.units import parse_bytes, parse_duration_s
+
+    from .listing import planned_cells
+
+    if retry_failed and not resume:
+        raise UsageError("--retry-failed goes with --resume: it looks at the rows of that run")
+    if telemetry is not None:
+        Replay(telemetry)  # a bad trace is found before anything is measured
+    budget_s = None if time_budget is None else parse_duration_s(time_budget)
+    asked: Plan | None = None
+    # An earlier run knows its own cells, unless some are named.
+    if not resume or axis or preset or config:
+        kind = None if device is None else device_kind(device)
+        sweep = choose(axis or [], preset, config, kind or default_kind())
+        rule = sweep.settings.rule()
+        if max_time is not None:
+            rule = dataclasses.replace(rule, max_time_s=parse_duration_s(max_time))
+        if samples is not None:
+            rule = dataclasses.replace(rule, min_samples=samples, max_samples=samples)
+        asked = Plan(
+            device=kind or sweep.device or default_kind(),
+            rule=rule,
+            seed=seed or 0,
+            threads=threads,
+            memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
+            cells=plan(sweep.grids, by_value=budget_s is not None),
+        )
+    else:
+        settings = {
+            "--device": device,
+            "--seed": seed,
+            "--samples": samples,
+            "--max-time": max_time,
+            "--threads": threads,
+            "--memory-limit": memory_limit,
+        }
+        for flag, given in settings.items():
+            if given is not None:
+                raise UsageError(f"{flag} is set by the run that is resumed: leave it out")
+    console = result_console()
+    if dry_run:
+        shown = asked or read_plan(folder_to_resume(output))
+        console.print(planned_cells(shown.cells))
+        return
+    request = Request(
+        plan=asked,
+        output=output,
+        resume=resume,
+        retry=retry_failed,
+        ignore_oom=ignore_oom_record,
+        timeout_s=parse_duration_s(timeout),
+        budget_s=budget_s,
+        telemetry=telemetry,
+        devices=devices.split(",") if devices else (),
+        plots=not no_plots,
+        formats=parse_formats(formats) if formats else (),
+        engine=engine,
+        accelerator=accelerator,
+    )
+    raise typer.Exit(carry_out(request, console))
+
+
+@app.command("list")
+def list_(
+    axis: AxisOption = None, preset: PresetOption = None, config: ConfigOption = None
+) -> None:
+    """Show presets, axes, implementations and models; with a selection, its cells and bytes."""
+    from resblock_bench.bench.grid.grid import plan
+    from resblock_bench.bench.grid.presets import choose
+    from resblock_bench.bench.measure.devices import default_kind
+
+    from .listing import choices, planned_cells
+
+    console = result_console()
+    if axis or preset or config:
+        sweep = choose(axis or [], preset, config, default_kind())
+        console.print(planned_cells(plan(sweep.grids)))
+    else:
+        console.print(choices())
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+) -> None:
+    """Draw the figures of run folders again, into their figures/."""
+    from resblock_bench.bench.runs.folder import read_run
+    from resblock_bench.bench.runs.plots import draw_all
+
+    for run_ in [read_run(folder) for folder in runs]:
+        for note in run_.notes:
+            typer.echo(note, err=True)
+        paths = draw_all(run_)
+        if not paths:
+            raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")
+        for path in paths:
+            typer.echo(path)
+
+
+@app.command()
+def cost(
+    axis: AxisOption = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="80,90,100",
+            help="NVIDIA architectures, as compute capability·10: all, or 90 with --published.",
+        ),
+    ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(metavar="A|B|C|D", help="Cost this tier, not the one that would be chosen."),
+    ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="All blocks of all published models, EDM's as well, at a batch, dtype and layout: "
+            "their share of the floor, and what loses most.",
+        ),
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every number here, too.")
+    ] = None,
+) -> None:
+    """Show what the kernels cost, with no GPU: bytes, sectors, registers, spills, instructions.
+
+    And a predicted time beside eager's and torch.compile's, with what bounds it. Both norms of the
+    selected blocks, at a batch of 8 by default; without axes, one site a tier.
+    """
+    from resblock_bench.bench.cost import cost as costs
+    from resblock_bench.bench.grid.axes import parse_arguments
+
+    archs = (arch or ("90" if published else "80,90,100")).replace("sm_", "").split(",")
+    for name in archs:
+        if not name.strip().isdigit():
+            raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
+    selection = parse_arguments(axis or [])
+    default = costs.MODELS_DEFAULT if published or "model" in selection else costs.DEFAULT
+    request = costs.Request(
+        selection={**default, **selection},
+        published=published,
+        archs=list(dict.fromkeys(map(int, archs))),
+        tier=None if tier is None else costs.tier_named(tier),
+        json=json,
+    )
+    raise typer.Exit(costs.carry_out(request, result_console()))
+
+
+@app.command()
+def tune(
+    axis: AxisOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Default: the table that the kernels read."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="3m", help="Stop once this is spent, keeping the table (code 3)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+) -> None:
+    """Measure launch choices on this GPU, and write the table that the kernels read.
+
+    The norms of the selected blocks, heaviest first; by default those of the published models in
+    bf16. Wrong choices are refused; the table is written after every bucket.
+    """
+    from resblock_bench.bench.tune import tune as tuning
+    from resblock_bench.bench.tune.choices import select
+    from resblock_bench.bench.units import parse_duration_s
+
+    request = tuning.Request(
+        planned=select(axis or []),
+        output=output,
+        budget_s=None if time_budget is None else parse_duration_s(time_budget),
+        seed=seed,
+    )
+    raise typer.Exit(tuning.tune(request, result_console()))
+
+
+@app.command()
+def env(
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Record the machine's counters, too: a trace for run --telemetry."
+        ),
+    ] = None,
+    duration: Annotated[str, typer.Option(metavar="10s", help="How long to record.")] = "10s",
+) -> None:
+    """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
+    from resblock_bench.bench.machine import environment
+    from resblock_bench.bench.machine.checkup import cpu_findings, versions_finding
+    from resblock_bench.bench.machine.checkup_gpu import gpu_findings
+    from resblock_bench.bench.measure import telemetry
+    from resblock_bench.bench.measure.devices import default_kind
+    from resblock_bench.bench.units import parse_duration_s
+
+    from .listing import machine
+
+    found = [versions_finding(), *cpu_findings(), *gpu_findings(os.environ)]
+    console = result_console()
+    gathered = environment.gather(environment.usable_cpus())
+    console.print(machine(gathered, found))
+    if record is not None:
+        kind = default_kind()
+        probe = telemetry.open_probe(kind, gathered.gpu_uuid, None)
+        with contextlib.closing(probe):
+            count = telemetry.record(probe, record, parse_duration_s(duration))
+        typer.echo(f"{count} readings are in {record}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: one sentence and exit code 2 for what the user can mend.
+
+    Ctrl-C and SIGTERM end with INCOMPLETE wherever they strike; 130 is typer's code for them. So
+    does a fault of this program, whose traceback is shown, and a reader who has gone: the code that
+    Python and typer have for these, 1, means a regression here.
+    """
+    try:
+        with terminable():
+            app(args=None if arguments is None else list(arguments))
+    except UsageError as error:
+        print(f"resblock-bench: {error}", file=sys.stderr)
+        sys.exit(exitcodes.USAGE)
+    except InvalidError as error:
+        print(f"resblock-bench: {error}", file=sys.stderr)
+        sys.exit(exitcodes.INCOMPLETE)
+    except SystemExit as ending:
+        if ending.code == 130:
+            text = "interrupted: nothing is stored but what is said above"
+        elif ending.code == 1 and not isinstance(ending.__context__, typer.Exit):
+            text = "ended before it was done, since its output was closed: have it read to the end"
+        else:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"resblock-bench: {text}", file=sys.stderr)
+        sys.exit(exitcodes.INCOMPLETE)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(exitcodes.INCOMPLETE)
+    sys.exit(exitcodes.OK)

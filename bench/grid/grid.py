@@ -1,0 +1,162 @@
+"""From the values asked for to the cells that are measured, in a fixed order.
+
+Without `model` the axes multiply. With it, the sites are the model's own residual blocks, equal
+ones merged with their multiplicity, and resolution, channels, out_channels and conditioning pick
+among them; dropout overrides the model's. Checkpointing exists in train mode only. All variants
+(checkpoint × implementation) of one site stand next to each other, so that what is compared is
+measured close in time.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from resblock_bench.bench.errors import NothingSelectedError, UsageError
+from resblock_bench.bench.records import Cell
+from resblock_bench.reference import resblock_sites
+
+from .axes import Selection, Value, axes
+
+GROUPS = 32
+EMB_CHANNELS = 512
+"""Width of the embedding without a model: 4·128, that of the IDDPM models."""
+
+_PICKS = ("resolution", "channels", "out_channels", "conditioning")
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell, and how many blocks of its model it stands for (1 without a model)."""
+
+    cell: Cell
+    multiplicity: int
+
+
+def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[PlannedCell]:
+    """The cells of several selections, in order, each cell once.
+
+    by_value    within each selection the heaviest sites first: by activation elements, times how
+                often the site occurs in its model. The selections stay in the order given.
+
+    Raises UsageError where nothing is selected.
+    """
+    planned: dict[Cell, PlannedCell] = {}
+    given = list(selections)
+    for selection in given:
+        items = list(_expand(selection))
+        if by_value:
+            items.sort(key=weight, reverse=True)  # stable: the variants of a site stay together
+        for item in items:
+            planned.setdefault(item.cell, item)
+    if not planned:
+        asked = "; ".join(_describe(selection) for selection in given)
+        raise NothingSelectedError(
+            f"the selection ({asked}) has no cell: checkpoint=selective and checkpoint=full exist "
+            "only in mode=train, so add mode=train or checkpoint=none"
+        )
+    return list(planned.values())
+
+
+def weight(item: PlannedCell) -> int:
+    """Activation elements, times how often the site occurs in its model."""
+    cell = item.cell
+    positions: int = cell.resolution**cell.dims
+    return item.multiplicity * cell.batch * positions * (cell.channels + cell.out_channels)
+
+
+def _describe(selection: Selection) -> str:
+    return " ".join(f"{name}={','.join(map(str, values))}" for name, values in selection.items())
+
+
+def _expand(selection: Selection) -> Iterator[PlannedCell]:
+    defaults = {name: axis.default for name, axis in axes().items()}
+    chosen = {**defaults, **selection}
+    variants = [
+        {"mode": mode, "checkpoint": checkpoint, "impl": impl}
+        for mode in chosen["mode"]
+        for checkpoint in chosen["checkpoint"]
+        for impl in chosen["impl"]
+        if mode == "train" or checkpoint == "none"
+    ]
+    sites = list(_model_sites(selection) if chosen["model"] else _free_sites(chosen))
+    names = ("batch", "dtype", "layout")
+    for (site, multiplicity), *values in itertools.product(sites, *(chosen[n] for n in names)):
+        for variant in variants:
+            fields = {**site, **dict(zip(names, values, strict=True)), **variant}
+            yield PlannedCell(msgspec.convert(fields, Cell), multiplicity)
+
+
+def _free_sites(chosen: dict[str, tuple[Value, ...]]) -> Iterator[tuple[dict[str, Any], int]]:
+    for name in ("channels", "out_channels"):
+        for channels in chosen[name]:
+            if int(channels) % GROUPS:
+                raise UsageError(
+                    f"{name}={channels} cannot be split into the {GROUPS} groups of the block's "
+                    f"norm: give a multiple of {GROUPS}"
+                )
+    names = ("dims", "resolution", "channels", "conditioning", "dropout")
+    for values in itertools.product(*(chosen[name] for name in names)):
+        site: dict[str, Any] = dict(zip(names, values, strict=True))
+        for out_channels in chosen["out_channels"] or (site["channels"],):
+            fixed = {"model": None, "emb_channels": EMB_CHANNELS, "updown": "none"}
+            yield {**site, **fixed, "out_channels": out_channels}, 1
+
+
+def _model_sites(selection: Selection) -> Iterator[tuple[dict[str, Any], int]]:
+    if selection.get("dims", (2,)) != (2,):
+        raise UsageError("published models are two-dimensional: leave out dims, or leave out model")
+    for model in selection["model"]:
+        sites = list(_sites_of(str(model)))
+        for name in _PICKS:
+            _check_pick(str(model), name, selection, sites)
+        kept = [
+            (site, count)
+            for site, count in sites
+            if all(site[name] in selection.get(name, (site[name],)) for name in _PICKS)
+        ]
+        if not kept:
+            asked = {name: selection[name] for name in _PICKS if name in selection}
+            raise UsageError(
+                f"no block of {model} has all of {_describe(asked)}: see its blocks with "
+                f"'resblock-bench list -a model={model}'"
+            )
+        for site, count in kept:
+            for dropout in selection.get("dropout", (site["dropout"],)):
+                yield {**site, "dropout": dropout}, count
+
+
+def _check_pick(
+    model: str, name: str, selection: Selection, sites: list[tuple[dict[str, Any], int]]
+) -> None:
+    """A value that no block of the model has is a mistake, not an empty filter."""
+    present = sorted({site[name] for site, _ in sites})
+    for value in selection.get(name, ()):
+        if value not in present:
+            raise UsageError(
+                f"no block of {model} has {name}={value}: it is one of "
+                f"{', '.join(map(str, present))}"
+            )
+
+
+def _sites_of(model: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """The model's blocks in the order they run, those of equal shape merged."""
+    counts: dict[tuple[tuple[str, Any], ...], int] = {}
+    for site in resblock_sites(model):
+        fields = {
+            "model": model,
+            "dims": 2,
+            "resolution": site.h,
+            "channels": site.c_in,
+            "out_channels": site.c_out,
+            "emb_channels": site.emb_channels,
+            "conditioning": "scale_shift" if site.use_scale_shift_norm else "add",
+            "dropout": site.dropout,
+            "updown": site.updown,
+        }
+        key = tuple(fields.items())
+        counts[key] = counts.get(key, 0) + site.count
+    for key, count in counts.items():
+        yield dict(key), count

@@ -1,0 +1,75 @@
+"""What a run set out to measure: written beside its rows, so that it can be resumed."""
+
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.measure.cell import Task
+from resblock_bench.bench.measure.devices import Kind
+from resblock_bench.bench.measure.timing import Rule
+from resblock_bench.bench.records import SCHEMA_VERSION, Count, Environment, Positive, Record
+
+from .grid import PlannedCell
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """The cells of a run and how they are measured; `threads` None are the usable CPUs."""
+
+    schema_version: int = SCHEMA_VERSION
+    device: Kind
+    rule: Rule
+    seed: int
+    threads: Positive | None
+    memory_limit_bytes: Count | None
+    cells: list[PlannedCell]
+
+    def joined(self, later: "Plan") -> "Plan":
+        """This plan with the cells of a later request added.
+
+        Raises UsageError where the two would be measured differently.
+        """
+        for field in ("device", "rule", "seed", "threads", "memory_limit_bytes"):
+            mine, asked = getattr(self, field), getattr(later, field)
+            if mine != asked:
+                raise UsageError(
+                    f"the run was begun with {field} {mine}, and {asked} was asked for: resume it "
+                    "with the options it was begun with, or with --output and --resume alone"
+                )
+        cells = {item.cell: item for item in [*self.cells, *later.cells]}
+        return replace(self, cells=list(cells.values()))
+
+    def tasks(
+        self, environment: Environment, *, folder: Path | None = None, telemetry: Path | None = None
+    ) -> list[Task]:
+        """The first attempt at every cell; `folder` and `telemetry` as in Task."""
+        return [
+            Task(
+                cell=item.cell,
+                multiplicity=item.multiplicity,
+                attempt=1,
+                device=self.device,
+                rule=self.rule,
+                seed=self.seed,
+                environment=environment,
+                memory_limit_bytes=self.memory_limit_bytes,
+                folder=None if folder is None else str(folder.resolve()),
+                telemetry=None if telemetry is None else str(telemetry.resolve()),
+            )
+            for item in self.cells
+        ]
+
+
+_FINGERPRINT = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
+_PACKAGES = ("python", "torch", "triton", "numpy", "cuda", "cudnn")
+
+
+def difference(before: Environment, now: Environment) -> str | None:
+    """The first thing in which two environments differ that changes what a cell costs, or None."""
+    for field in _FINGERPRINT:
+        if getattr(before, field) != getattr(now, field):
+            return f"{field} was {getattr(before, field)} and is {getattr(now, field)}"
+    for name in _PACKAGES:
+        if before.versions.get(name) != now.versions.get(name):
+            return f"{name} was {before.versions.get(name)} and is {now.versions.get(name)}"
+    return None

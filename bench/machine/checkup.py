@@ -1,0 +1,172 @@
+"""What about this machine would spoil a measurement, and what to do about it.
+
+Reads only files that need no privilege; changes nothing.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from resblock_bench.bench.units import format_bytes
+from resblock_bench.kernels import versions
+
+from . import environment
+
+
+class Finding(NamedTuple):
+    """One fact; `advice` and the `command` that follows it are None where nothing is to mend."""
+
+    topic: str
+    found: str
+    advice: str | None = None
+    command: str | None = None
+
+
+def versions_finding() -> Finding:
+    """Whether the kernels were tested with the torch and the Triton that are installed."""
+    pair = versions.installed()
+    advice = None if versions.tested(pair) else versions.advice()
+    return Finding("versions", versions.describe(pair), advice)
+
+
+def cpu_findings(root: Path = Path("/")) -> list[Finding]:
+    """What is found of the processor, its load and its limits; `root` holds /sys and /proc."""
+    found = [
+        Finding("CPU", environment.cpu_model(root) or "model unknown"),
+        _governor(root),
+        _turbo(root),
+        _smt(root),
+        _load(root),
+        _threads(root),
+        _power(root),
+        _memory(root),
+    ]
+    return [finding for finding in found if finding is not None]
+
+
+def _governor(root: Path) -> Finding:
+    folder = root / "sys/devices/system/cpu"
+    governors = {
+        path.read_text().strip() for path in folder.glob("cpu[0-9]*/cpufreq/scaling_governor")
+    }
+    if not governors:
+        return Finding("CPU governor", "not visible here (a virtual machine or container)")
+    text = ", ".join(sorted(governors))
+    if governors == {"performance"}:
+        return Finding("CPU governor", text)
+    return Finding(
+        "CPU governor",
+        text,
+        "clocks follow the load: set it to 'performance' while measuring",
+        "sudo cpupower frequency-set -g performance",
+    )
+
+
+def _turbo(root: Path) -> Finding | None:
+    folder = root / "sys/devices/system/cpu"
+    for name, on, off in (("intel_pstate/no_turbo", "0", "1"), ("cpufreq/boost", "1", "0")):
+        state = _read(folder / name)
+        if state == on:
+            return Finding(
+                "turbo",
+                "on",
+                "clocks vary with heat and busy cores: switch it off to compare runs",
+                f"echo {off} | sudo tee /sys/devices/system/cpu/{name}",
+            )
+        if state == off:
+            return Finding("turbo", "off")
+    return None
+
+
+def _smt(root: Path) -> Finding | None:
+    active = _read(root / "sys/devices/system/cpu/smt/active")
+    if active not in ("0", "1"):
+        return None
+    cores = environment.physical_cores(root)
+    if active == "0" or cores is None or environment.usable_cpus(root) <= cores:
+        return Finding("SMT", "on" if active == "1" else "off")
+    return Finding(
+        "SMT",
+        f"on, {cores} cores",
+        "two threads on a core slow each other: measure with one a core",
+        f"resblock-bench run --threads {cores}",
+    )
+
+
+def _load(root: Path) -> Finding | None:
+    try:
+        minute = float(_read(root / "proc/loadavg").split()[0])
+    except (ValueError, IndexError):
+        return None
+    found = f"{minute:.2f} on {os.cpu_count() or 1} CPUs"
+    # Half a CPU of background work is what an idle desktop shows.
+    if minute <= 0.5:
+        return Finding("load average", found)
+    return Finding(
+        "load average",
+        found,
+        "other work competes for the CPUs: stop it, or expect wide intervals",
+        "ps -eo pid,user,pcpu,args --sort=-pcpu | head",
+    )
+
+
+def _threads(root: Path) -> Finding:
+    usable, default = environment.usable_cpus(root), torch.get_num_threads()
+    quota = environment.cgroup_quota(root)
+    granted = "no cgroup quota" if quota is None else f"cgroup quota {quota:g}"
+    found = f"{usable} usable CPUs ({granted}); PyTorch would start {default} threads"
+    if default <= usable:
+        return Finding("threads", found)
+    return Finding(
+        "threads",
+        found,
+        "more threads than CPUs wait for each other in your own programs; run takes care of it",
+        f"export OMP_NUM_THREADS={usable}",
+    )
+
+
+def _power(root: Path) -> Finding | None:
+    supplies = root / "sys/class/power_supply"
+    states = {path.parent.name: path.read_text().strip() for path in supplies.glob("*/online")}
+    if not states:
+        return None
+    if "1" in states.values():
+        return Finding("power", "mains")
+    return Finding("power", "battery", "a laptop on battery lowers its clocks: plug it in")
+
+
+def _memory(root: Path) -> Finding | None:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        available, total = fields["MemAvailable"], fields["MemTotal"]
+    except (OSError, ValueError, IndexError, KeyError):
+        return None
+    found = f"{format_bytes(available)} available of {format_bytes(total)}"
+    limit = _memory_limit(root)
+    if limit is not None and limit < total:
+        found += f", cgroup limit {format_bytes(limit)}"
+    if available >= 0.25 * total:
+        return Finding("memory", found)
+    return Finding(
+        "memory",
+        found,
+        "little is free: close what holds it",
+        "ps -eo pid,user,rss,args --sort=-rss | head",
+    )
+
+
+def _memory_limit(root: Path) -> int | None:
+    """Bytes that the cgroup (version 2 or 1) grants, None without a limit."""
+    folder = root / "sys/fs/cgroup"
+    text = _read(folder / "memory.max") or _read(folder / "memory/memory.limit_in_bytes")
+    return int(text) if text.isdecimal() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

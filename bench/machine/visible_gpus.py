@@ -1,0 +1,86 @@
+"""Which GPUs CUDA_VISIBLE_DEVICES lets a program see, found without starting CUDA."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from resblock_bench.bench.errors import UsageError, unknown
+
+from . import nvml
+
+
+class VisibleGpu(NamedTuple):
+    """A GPU, or the MIG slice that is named in its place."""
+
+    uuid: str
+    name: str | None
+    memory_bytes: int | None
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[VisibleGpu]:
+    """The GPUs that a program with these environment variables sees, in CUDA's order.
+
+    Without CUDA_VISIBLE_DEVICES these are all of them. With it, the list ends at the first entry
+    that names no GPU, such as -1, and is empty when a GPU is named twice, as CUDA has it. Indices
+    follow PCI bus addresses. CUDA counts so with CUDA_DEVICE_ORDER=PCI_BUS_ID; by default it puts
+    the fastest first, which is the same where all GPUs are alike. Where they are not, name UUIDs.
+    A GPU in MIG mode is listed whole unless a slice is named, though CUDA sees one slice of it.
+
+    Raises NvmlError without a driver.
+    """
+    with nvml.session():
+        everyone = nvml.all_uuids()
+        entries = environ.get("CUDA_VISIBLE_DEVICES")
+        uuids = everyone if entries is None else _named(entries.split(","), everyone)
+        gpus = map(nvml.Gpu, uuids)
+        return [VisibleGpu(gpu.uuid, gpu.name(), gpu.memory_bytes()) for gpu in gpus]
+
+
+def chosen_gpus(wanted: Sequence[str]) -> list[VisibleGpu]:
+    """Of the visible GPUs those named by position or UUID; all where none is named.
+
+    Raises UsageError for a name that fits none, and where no GPU is visible.
+    """
+    try:
+        visible = visible_gpus(os.environ)
+    except nvml.NvmlError as error:
+        raise UsageError(f"no GPU can be used: {error}; use --device cpu") from None
+    if not visible:
+        raise UsageError("no GPU is visible: mend CUDA_VISIBLE_DEVICES, or use --device cpu")
+    known = {str(position): gpu for position, gpu in enumerate(visible)}
+    known |= {gpu.uuid: gpu for gpu in visible}
+    for name in wanted:
+        if name.strip() not in known:
+            raise unknown("GPU", name, known)
+    chosen = [known[name.strip()] for name in wanted] or visible
+    kinds = {gpu.name for gpu in chosen}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"the GPUs are of several kinds ({', '.join(sorted(map(str, kinds)))}), and one run "
+            "compares cells on one: choose with --devices or CUDA_VISIBLE_DEVICES"
+        )
+    return list(dict.fromkeys(chosen))
+
+
+def _named(entries: list[str], everyone: list[str]) -> list[str]:
+    uuids: list[str] = []
+    for entry in map(str.strip, entries):
+        uuid = _one(entry, everyone)
+        if uuid is None:
+            break
+        if uuid in uuids:
+            return []
+        uuids.append(uuid)
+    return uuids
+
+
+def _one(entry: str, everyone: list[str]) -> str | None:
+    if entry.isdecimal():
+        return everyone[int(entry)] if int(entry) < len(everyone) else None
+    if entry.startswith("MIG-"):
+        try:
+            return nvml.Gpu(entry).uuid
+        except nvml.NvmlError:
+            return None
+    matches = [uuid for uuid in everyone if entry.startswith("GPU-") and uuid.startswith(entry)]
+    return matches[0] if len(matches) == 1 else None

@@ -1,0 +1,153 @@
+"""Right before fast: a cell's output and gradients against reference.ResBlock in float64.
+
+    error(t) = ‖t − t64‖ / ‖t64‖          limit(t) = max(2 · error of the eager reference, floor)
+
+with the eager reference at the cell's own dtype on the same inputs. The floor keeps a lucky
+reference from failing an equally good implementation: 4 eps of float32, since sums are taken in
+another order, or 1 eps of a 16-bit dtype, since a result is rounded to it.
+
+Some gradients vanish mathematically: a bias before a norm with one channel a group cannot change
+the output. Their relative error has no meaning, so where ‖t64‖ is below 1e-9 of what the root mean
+square of all the block's gradients would give a tensor of that size, that size is the denominator.
+"""
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+
+from resblock_bench.bench.records import Cell, Correctness
+
+from .out_of_memory import is_out_of_memory
+from .workload import DTYPES, Inputs, Workload, draw_inputs, draw_weights
+
+FLOOR_EPS = {"fp32": 4, "bf16": 1, "fp16": 1}
+EAGER_FACTOR = 2.0
+_VANISHES = 1e-9
+# Blocks treat images independently, so the truth is computed a few images at a time: float64
+# activations of a whole batch may not fit where the cell itself does.
+_PART_ELEMENTS = 2**22
+_PER_IMAGE = ("out", "grad x", "grad emb")
+
+
+@dataclass
+class Truth:
+    """What a site's variants are held against. Tensors are float64 on the CPU."""
+
+    tensors: dict[str, Tensor]
+    scales: dict[str, float]
+    limits: dict[str, float]
+
+
+def checked_cell(cell: Cell) -> Cell:
+    """The cell as it is checked: without dropout, whose masks differ between implementations."""
+    return msgspec.structs.replace(cell, dropout=0.0)
+
+
+def compute_truth(site: Cell, device: torch.device, seed: int) -> Truth:
+    """The float64 results of a site, and the limits that the eager reference's errors set."""
+    weights = draw_weights(site, seed)
+    inputs = draw_inputs(site, device, seed)
+    # The truth starts from the values that the cell starts from: rounded to its dtype.
+    rounded = Workload(site, weights, inputs, device).block.state_dict()
+    tensors = _results_in_parts(site, rounded, inputs, device, torch.float64)
+    scales = _scales(tensors)
+    try:
+        eager = Workload(site, weights, inputs, device).results()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # A block that needs less memory may fit where eager does not, and still needs a limit.
+        eager = _results_in_parts(site, rounded, inputs, device, DTYPES[site.dtype])
+    floor = FLOOR_EPS[site.dtype] * torch.finfo(DTYPES[site.dtype]).eps
+    limits = {
+        name: max(EAGER_FACTOR * error, floor) if math.isfinite(error) else floor
+        for name, error in relative_errors(eager, tensors, scales).items()
+    }
+    return Truth(tensors, scales, limits)
+
+
+def _results_in_parts(
+    site: Cell,
+    weights: dict[str, Tensor],
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Workload.results of the reference in `dtype`, a few images at a time, as float64 on the CPU.
+
+    Parameter gradients of the parts are summed in float64.
+    """
+    elements = max(inputs.x[0].numel(), inputs.cotangent[0].numel())
+    size = max(1, _PART_ELEMENTS // elements)
+    parts: list[dict[str, Tensor]] = []
+    for x, emb, cotangent in zip(
+        *(torch.split(t, size) for t in (inputs.x, inputs.emb, inputs.cotangent)), strict=True
+    ):
+        if dtype == torch.float64:
+            x, emb, cotangent = x.double(), emb.double(), cotangent.double()
+        workload = Workload(site, weights, Inputs(x, emb, cotangent), device)
+        if dtype == torch.float64:
+            workload.block.double()
+            workload.block.load_state_dict(weights)
+        parts.append({name: part.double().cpu() for name, part in workload.results().items()})
+    joined: dict[str, Tensor] = {}
+    for name in parts[0]:
+        pieces = [part[name] for part in parts]
+        joined[name] = torch.cat(pieces) if name in _PER_IMAGE else torch.stack(pieces).sum(0)
+    return joined
+
+
+def _scales(truth: dict[str, Tensor]) -> dict[str, float]:
+    """The denominators: each tensor's norm, or its share of the block's where it vanishes."""
+    gradients = [tensor for name, tensor in truth.items() if name != "out"]
+    squares = sum(float(tensor.square().sum()) for tensor in gradients)
+    rms = math.sqrt(squares / max(1, sum(tensor.numel() for tensor in gradients)))
+    scales = {}
+    for name, tensor in truth.items():
+        norm, typical = float(tensor.norm()), rms * math.sqrt(tensor.numel())
+        scales[name] = typical if name != "out" and norm < _VANISHES * typical else norm
+    return scales
+
+
+def relative_errors(
+    results: dict[str, Tensor], truth: dict[str, Tensor], scales: dict[str, float]
+) -> dict[str, float]:
+    """‖t − t64‖ / scale for each tensor; infinite where a result is missing or misshapen."""
+    errors = {}
+    for name, expected in truth.items():
+        got = results.get(name)
+        if got is None or got.shape != expected.shape:
+            errors[name] = math.inf
+            continue
+        # Piece by piece, so that no second float64 copy of a large tensor is needed.
+        squares = sum(
+            float((part.double() - wanted.to(part.device)).square().sum())
+            for part, wanted in zip(torch.split(got, 1), torch.split(expected, 1), strict=True)
+        )
+        errors[name] = math.sqrt(squares) / scales[name] if scales[name] else math.sqrt(squares)
+    return errors
+
+
+def check(results: dict[str, Tensor], truth: Truth) -> tuple[bool, Correctness]:
+    """Whether every error is within its limit (NaN is not), and the record of the check."""
+    errors = relative_errors(results, truth.tensors, truth.scales)
+    # NaN compares false both ways; counting it as infinite makes it the worst and over any limit.
+    shares = {
+        name: math.inf if math.isnan(error) else error / truth.limits[name]
+        for name, error in errors.items()
+    }
+    right = all(errors[name] <= truth.limits[name] for name in errors)
+    record = Correctness(
+        errors={name: _finite(error) for name, error in errors.items()},
+        limits={name: _finite(limit) for name, limit in truth.limits.items()},
+        worst=max(shares, key=lambda name: shares[name]),
+        dropout=0.0,
+    )
+    return right, record
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,85 @@
+"""What the processes of a sweep are asked to do; JSON in, JSON out."""
+
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.process import Announce
+from resblock_bench.bench.records import Environment, Status, site_of
+
+from .ceilings import measure_ceilings
+from .cell import Task, measure, reason_of, status_of
+from .correctness import checked_cell, compute_truth
+from .devices import Kind, open_device
+from .memory_limit import available_bytes, limit_memory
+from .truth_file import write_truth
+
+
+class CellJob(msgspec.Struct):
+    """Measure a task, or write the truth of its site; `truth` is the file."""
+
+    task: Task
+    truth: str
+
+
+class SurveyJob(msgspec.Struct):
+    """Find out about the machine, and measure its ceilings where they are wanted."""
+
+    device: Kind
+    threads: int
+    ceilings: bool = True
+
+
+class Survey(msgspec.Struct):
+    """The machine, or the sentence that says why the device cannot be used."""
+
+    environment: Environment | None = None
+    refusal: str | None = None
+
+
+def measure_cell(argument: bytes, announce: Announce) -> bytes:
+    """CellJob -> Row."""
+    job = msgspec.json.decode(argument, type=CellJob)
+    return msgspec.json.encode(measure(job.task, Path(job.truth), announce))
+
+
+class TruthReply(msgspec.Struct):
+    """Whether the truth was written; status and reason are those of a row where it was not."""
+
+    status: Status
+    reason: str | None = None
+
+
+def compute_site_truth(argument: bytes, announce: Announce) -> bytes:
+    """CellJob -> TruthReply."""
+    announce("truth")
+    job = msgspec.json.decode(argument, type=CellJob)
+    task = job.task
+    reply = TruthReply("ok")
+    try:
+        device = open_device(task.device, task.environment.threads)
+        free = available_bytes() if task.device == "cpu" else None
+        if free is not None:
+            limit_memory(free)
+        truth = compute_truth(checked_cell(site_of(task.cell)), device.torch_device, task.seed)
+        write_truth(Path(job.truth), truth)
+    except Exception as error:
+        reply = TruthReply(status_of(error), reason_of(error))
+    return msgspec.json.encode(reply)
+
+
+def survey(argument: bytes, announce: Announce) -> bytes:
+    """SurveyJob -> Survey."""
+    announce("survey")
+    job = msgspec.json.decode(argument, type=SurveyJob)
+    try:
+        device = open_device(job.device, job.threads)
+    except UsageError as error:
+        return msgspec.json.encode(Survey(refusal=str(error)))
+    found = environment.gather(job.threads)
+    if job.ceilings:
+        found = replace(found, ceilings=measure_ceilings(device))
+    return msgspec.json.encode(Survey(found))

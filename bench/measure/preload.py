@@ -1,0 +1,21 @@
+"""Imported by the process server, and by nothing else: what every cell's process would import.
+
+Nothing here may create a tensor, ask for a GPU or start a thread pool: processes forked from the
+server must find the allocator, the device and the pools untouched.
+"""
+
+import gc
+
+import torch.distributed._tools.mem_tracker
+import torch.utils.flop_counter  # noqa: F401
+
+import resblock_bench.bench.measure.jobs
+import resblock_bench.kernels  # noqa: F401
+
+from .fingerprint import code_fingerprint
+
+# What is imported by now stays: without this each of the collections that a memory measurement
+# needs would walk through all of it, and copy its pages.
+code_fingerprint()
+gc.collect()
+gc.freeze()

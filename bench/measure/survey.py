@@ -1,0 +1,36 @@
+"""Asks a process of its own about the machine: who waits for cells never touches the device."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.machine.process import Processes
+from resblock_bench.bench.records import Environment
+
+from . import jobs
+
+_LIMIT_S = 300.0  # A driver that hangs must not hold a run for ever.
+
+
+def survey(
+    processes: Processes, job: jobs.SurveyJob, variables: Mapping[str, str] | None = None
+) -> Environment:
+    """The machine; `variables` decide which GPU is looked at.
+
+    Raises UsageError where the device cannot be used.
+    """
+    ending = processes.run(
+        jobs.survey, msgspec.json.encode(job), limit_s=_LIMIT_S, environment=variables
+    )
+    if ending.reply is None:
+        how = "did not answer" if ending.exit_code is None else f"ended with {ending.exit_code}"
+        last = (ending.output.strip().splitlines() or ["it printed nothing"])[-1]
+        raise UsageError(
+            f"the device {job.device!r} cannot be used: the process that looked at it {how} "
+            f"({last}); try 'resblock-bench env'"
+        )
+    reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
+    if reply.environment is None:
+        raise UsageError(str(reply.refusal))
+    return reply.environment

@@ -1,0 +1,201 @@
+"""The machine around a measurement: probes that read it, and what two readings say together."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+import torch
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.machine.nvml import Gpu, NvmlError, session
+from resblock_bench.bench.machine.processor import is_relative, read_cpu
+from resblock_bench.bench.records import Count, NonNegative, Record
+
+
+class Reading(Record, frozen=True, kw_only=True):
+    """One moment: gauges, and counters that only grow; null where unknown.
+
+    `t_s` is a monotonic clock's. `energy_j` and `throttled_us` count from the driver's start, the
+    CPU seconds from the machine's (`busy`: neither idle nor stolen) or the process's (`own`: with
+    the children that have ended). `foreign_processes` compute on the GPU and are neither this
+    process nor its ancestors or descendants.
+    """
+
+    t_s: float
+    sm_clock_mhz: NonNegative | None = None
+    memory_clock_mhz: NonNegative | None = None
+    temperature_c: float | None = None
+    power_w: NonNegative | None = None
+    energy_j: NonNegative | None = None
+    throttled_us: dict[str, Count] | None = None
+    foreign_processes: Count | None = None
+    cpu_mhz: NonNegative | None = None
+    busy_cpu_s: NonNegative | None = None
+    own_cpu_s: NonNegative | None = None
+    stolen_cpu_s: NonNegative | None = None
+    notes: list[str] = msgspec.field(default_factory=list)
+
+
+class Probe(Protocol):
+    """Reads the machine in the process that computes. `source` says where from.
+
+    `read` never raises: what fails becomes None and a note.
+    """
+
+    source: str
+
+    def read(self) -> Reading: ...
+
+    def close(self) -> None: ...
+
+
+def open_probe(kind: Literal["cpu", "cuda"], uuid: str | None, trace: Path | None) -> Probe:
+    """The probe for this device, or one that plays back a recorded trace.
+
+    `uuid` is the GPU's, with or without its prefix. Raises UsageError for a bad trace only.
+    """
+    if trace is not None:
+        return Replay(trace)
+    return CpuProbe() if kind == "cpu" else GpuProbe(uuid)
+
+
+class CpuProbe:
+    """The processor, from /proc and /sys below `root`."""
+
+    source = "proc"
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
+    def read(self) -> Reading:
+        cpu = read_cpu(self._root)
+        return Reading(
+            t_s=time.monotonic(),
+            cpu_mhz=cpu.mhz,
+            busy_cpu_s=cpu.busy_s,
+            own_cpu_s=cpu.own_s,
+            stolen_cpu_s=cpu.stolen_s,
+            notes=cpu.notes,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class GpuProbe:
+    """One GPU from NVML, and the processor beside it."""
+
+    source = "nvml, proc"
+
+    def __init__(self, uuid: str | None, root: Path = Path("/")) -> None:
+        self._root = root
+        self._processor = CpuProbe(root)
+        self._gpu: Gpu | None = None
+        self._failure = "the GPU's UUID is unknown"
+        self._opened = ExitStack()
+        if uuid is not None:
+            try:
+                self._opened.enter_context(session())
+                self._gpu = Gpu(uuid)
+            except NvmlError as error:
+                self._failure = f"NVML failed: {error}"
+
+    def read(self) -> Reading:
+        found = self._processor.read()
+        if self._gpu is None:
+            return msgspec.structs.replace(found, notes=[*found.notes, self._failure])
+        questions = {
+            "sm_clock_mhz": self._gpu.sm_clock_mhz,
+            "memory_clock_mhz": self._gpu.memory_clock_mhz,
+            "temperature_c": self._gpu.temperature_c,
+            "power_w": self._gpu.power_w,
+            "energy_j": self._gpu.energy_j,
+            "throttled_us": self._gpu.throttled_us,
+        }
+        answers: dict[str, object] = {}
+        failures: dict[str, list[str]] = {}
+        for name, question in questions.items():
+            try:
+                answers[name] = question()
+            except NvmlError as error:
+                failures.setdefault(str(error), []).append(name)
+        notes: list[str] = []
+        try:
+            answers["foreign_processes"], notes = self._foreign(self._gpu)
+        except NvmlError as error:
+            failures.setdefault(str(error), []).append("foreign_processes")
+        notes += [f"NVML failed: {error} ({', '.join(names)})" for error, names in failures.items()]
+        return msgspec.structs.replace(found, **answers, notes=[*found.notes, *notes])
+
+    def _foreign(self, gpu: Gpu) -> tuple[int | None, list[str]]:
+        listed = gpu.processes()
+        if listed is None:
+            return None, []
+        computing = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if computing and os.getpid() not in listed:
+            # In a container the driver may list host ids, where this process looks like another.
+            return None, ["the driver does not list this process: others cannot be told from it"]
+        return sum(not is_relative(pid, self._root) for pid in listed), []
+
+    def close(self) -> None:
+        self._gpu, self._failure = None, "the probe is closed"
+        self._opened.close()
+
+
+class Replay:
+    """The readings of a trace, one JSON object a line, in order; then the last one again and again.
+
+    Raises UsageError that names the file and the line where it is not a reading.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.source = f"replay of {path.name}"
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        self._readings: list[Reading] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._readings.append(msgspec.json.decode(line, type=Reading))
+            except msgspec.DecodeError as error:
+                raise UsageError(f"{path}, line {number} is not a reading: {error}") from error
+        if not self._readings:
+            raise UsageError(f"{path} holds no readings: it has one JSON object a line")
+        self._next = 0
+
+    def read(self) -> Reading:
+        reading = self._readings[min(self._next, len(self._readings) - 1)]
+        self._next += 1
+        return reading
+
+    def close(self) -> None:
+        pass
+
+
+def record(
+    probe: Probe, path: Path, seconds: float, sleep: Callable[[float], object] = time.sleep
+) -> int:
+    """Write a trace that `Replay` reads: a reading a second, for so many seconds; their number.
+
+    Raises UsageError where the file cannot be written.
+    """
+    count = 0
+    try:
+        with path.open("xb") as file:
+            while True:
+                file.write(msgspec.json.encode(probe.read()) + b"\n")
+                file.flush()
+                count += 1
+                if count > seconds:
+                    return count
+                sleep(1.0)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}; name a new file in a folder that is "
+            "writable"
+        ) from None

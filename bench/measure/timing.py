@@ -1,0 +1,255 @@
+"""Times a step: warm-up until the speed is steady, then bursts of samples.
+
+A measurement is a value; nothing is printed. What one sample covers is the timer's business:
+
+    CpuTimer    wall clock around the step
+    CudaTimer   device time between two events around the step, the L2 cache flushed before it
+
+Samples come in short bursts with gaps between them, since one long loop heats a device until it
+slows down, and since samples spread over time see more of what the machine does. Whether the median
+is known well enough is asked at the end of a burst only, and not before BURSTS of them: an interval
+that is looked at after every sample is narrow by luck sooner or later.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from resblock_bench.bench.records import StopRule
+
+from . import stats
+
+Step = Callable[[], object]
+BURSTS = 8
+"""The fewest bursts after which the precision may end a series."""
+
+
+class ClockError(RuntimeError):
+    """A sample that no step can have taken."""
+
+
+class Timer(Protocol):
+    """Times one call. `name` and `l2` stand in the contract; `close` frees what it holds."""
+
+    name: str
+    l2: str
+
+    def sample_ms(self, step: Step) -> float: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When to stop: warm-up, wanted precision of the median, and the limits.
+
+    warmup_s, warmup_min_steps   the least warm-up
+    steady, warmup_max_s         it goes on until two successive windows of half of that least
+                                 warm-up differ by at most this fraction, or until it took so long
+    burst_s, gap_s               a burst ends after burst_s; sleep before the next one
+    confidence, rel_half_width   stop once the median's interval is so narrow
+    min_samples                  taken whatever the limits below say; no burst is cut shorter for
+                                 max_samples, which else spreads over BURSTS bursts
+    max_time_s                   of sampling with its preparations and gaps, without the warm-up
+    """
+
+    warmup_s: float = 0.1
+    warmup_max_s: float = 1.0
+    warmup_min_steps: int = 2
+    steady: float = 0.02
+    burst_s: float = 0.2
+    gap_s: float = 0.05
+    confidence: float = 0.95
+    rel_half_width: float = 0.02
+    min_samples: int = 8
+    max_samples: int = 1000
+    max_time_s: float = 3.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The raw samples of one cell in order, which rule ended them, and the warm-up before.
+
+    `bursts` is the number of samples of each burst; `warmup_steady` whether the warm-up ended
+    because the speed was steady.
+    """
+
+    samples_ms: list[float]
+    stop_rule: StopRule
+    warmup_steps: int
+    warmup_s: float
+    warmup_steady: bool
+    bursts: list[int]
+
+
+def time_fn(
+    step: Step,
+    timer: Timer,
+    rule: Rule,
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    warm: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+    clock_mhz: Callable[[], float | None] | None = None,
+) -> Timing:
+    """Sample `step` until the rule stops it.
+
+    step        what is timed; what it returns is freed after the sample
+    prepare     called before every step, outside the timed span
+    warm        called once, between the warm-up and the first sample
+    clock       monotonic seconds, for the warm-up, the bursts and the time limit only
+    clock_mhz   the device's clock, or None where it cannot be read; the warm-up also waits for
+                it to be steady
+
+    Raises ClockError for a sample that is not above zero.
+    """
+
+    def sample_ms() -> float:
+        prepare()
+        sample = timer.sample_ms(step)
+        if not sample > 0:
+            raise ClockError(
+                f"the timer {timer.name} says that a step took {sample} ms: its clock went "
+                "backwards or is too coarse for this step, so no time can be trusted"
+            )
+        return sample
+
+    try:
+        warmup_steps, warmup_s, steady = warm_up(sample_ms, rule, clock, clock_mhz)
+        warm()
+        samples, bursts, stop = _sample(sample_ms, rule, clock, sleep)
+        return Timing(samples, stop, warmup_steps, warmup_s, steady, bursts)
+    finally:
+        timer.close()
+
+
+def warm_up(
+    sample_ms: Callable[[], float],
+    rule: Rule,
+    clock: Callable[[], float],
+    clock_mhz: Callable[[], float | None] | None,
+) -> tuple[int, float, bool]:
+    """Take samples until the speed is steady, as the rule has it.
+
+    Returns steps, seconds, and whether the last two windows agreed.
+    """
+    steps, steady = 0, False
+    window: list[float] = []
+    medians: list[float] = []
+    clocks: list[float] = []
+    started = opened = clock()
+    while True:
+        elapsed = clock() - started
+        least = steps >= rule.warmup_min_steps and elapsed >= rule.warmup_s
+        if least and (steady or elapsed >= rule.warmup_max_s):
+            return steps, elapsed, steady
+        window.append(sample_ms())
+        steps += 1
+        now = clock()
+        if now - opened >= rule.warmup_s / 2 and len(window) >= rule.warmup_min_steps / 2:
+            medians.append(statistics.median(window))
+            reading = clock_mhz() if clock_mhz is not None else None
+            if reading is not None:
+                clocks.append(reading)
+            steady = _agree(medians, rule.steady) and (not clocks or _agree(clocks, rule.steady))
+            window, opened = [], now
+
+
+def _agree(values: list[float], tolerance: float) -> bool:
+    """Whether the last two of them exist and differ by at most this fraction."""
+    last = values[-2:]
+    return len(last) == 2 and max(last) - min(last) <= tolerance * max(last)
+
+
+def _sample(
+    sample_ms: Callable[[], float],
+    rule: Rule,
+    clock: Callable[[], float],
+    sleep: Callable[[float], object],
+) -> tuple[list[float], list[int], StopRule]:
+    samples: list[float] = []
+    bursts: list[int] = []
+    longest = max(rule.min_samples, math.ceil(rule.max_samples / BURSTS))
+    started = clock()
+
+    def limit() -> StopRule | None:
+        if len(samples) < rule.min_samples:
+            return None
+        if len(samples) >= rule.max_samples:
+            return "samples"
+        return "time" if clock() - started >= rule.max_time_s else None
+
+    while True:
+        # A step that fills a burst alone is neither helped by a gap nor worth doing twice.
+        if bursts and bursts[-1] > 1:
+            sleep(rule.gap_s)
+            sample_ms()  # what the gap has let go idle is not part of a sample
+        opened, before, stop = clock(), len(samples), None
+        while stop is None and len(samples) - before < longest:
+            samples.append(sample_ms())
+            stop = limit()
+            if clock() - opened >= rule.burst_s:
+                break
+        bursts.append(len(samples) - before)
+        enough = len(bursts) >= BURSTS and len(samples) >= rule.min_samples
+        if enough and stats.relative_half_width(samples, rule.confidence) <= rule.rel_half_width:
+            stop = "precision"
+        if stop is not None:
+            return samples, bursts, stop
+
+
+class CpuTimer:
+    """Wall clock. Caches are in whatever state the previous step left them."""
+
+    name = "perf_counter"
+    l2 = "not flushed"
+
+    def sample_ms(self, step: Step) -> float:
+        start = time.perf_counter_ns()
+        result = step()  # held, so that the graph is freed after the clock was read
+        end = time.perf_counter_ns()
+        del result
+        return (end - start) / 1e6
+
+    def close(self) -> None:
+        pass
+
+
+class CudaTimer:
+    """CUDA events on the current stream; the cache is flushed before the first event.
+
+    The flush writes a buffer of exactly the L2 size, so it also keeps the device busy while the
+    step's first kernels are queued. It lives only during a series of samples: `close` frees it, so
+    that no memory measurement sees it.
+    """
+
+    name = "cuda_events"
+    l2 = "flushed"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffer: torch.Tensor | None = None
+
+    def sample_ms(self, step: Step) -> float:
+        if self._buffer is None:
+            size = torch.cuda.get_device_properties(self._device).L2_cache_size
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(self._device)
+        self._buffer.zero_()
+        start.record()
+        result = step()
+        end.record()
+        end.synchronize()
+        del result
+        return float(start.elapsed_time(end))
+
+    def close(self) -> None:
+        self._buffer = None

@@ -1,0 +1,54 @@
+"""Keeps the float64 truth of a site in a file, for the processes of its variants.
+
+Arrays in NumPy's own format and a JSON head; reading executes nothing.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from resblock_bench.bench.records import Cell, site_of
+
+from .correctness import Truth, checked_cell
+
+_HEAD = "head"
+
+
+class _Head(msgspec.Struct, forbid_unknown_fields=True):
+    names: list[str]
+    scales: dict[str, float]
+    limits: dict[str, float]
+
+
+def truth_path(folder: Path, cell: Cell, seed: int) -> Path:
+    """Where the truth of a cell's site lies in `folder`: the same for all its variants."""
+    site = checked_cell(site_of(cell))
+    content = msgspec.json.encode([site, seed], order="deterministic")
+    return folder / f"{hashlib.sha256(content).hexdigest()[:16]}.npz"
+
+
+def write_truth(path: Path, truth: Truth) -> None:
+    """Write it whole or not at all."""
+    head = _Head(list(truth.tensors), truth.scales, truth.limits)
+    arrays = {f"t{i}": tensor.numpy() for i, tensor in enumerate(truth.tensors.values())}
+    arrays[_HEAD] = np.frombuffer(msgspec.json.encode(head), dtype=np.uint8)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_truth(path: Path) -> Truth:
+    """The truth that `write_truth` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        head = msgspec.json.decode(arrays[_HEAD].tobytes(), type=_Head)
+        tensors = {name: torch.from_numpy(arrays[f"t{i}"]) for i, name in enumerate(head.names)}
+    return Truth(tensors, head.scales, head.limits)

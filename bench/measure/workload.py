@@ -1,0 +1,160 @@
+"""One cell made runnable: the block with its weights, its inputs, and the step that is measured.
+
+Every implementation of a site gets the same weights and the same inputs, drawn from the seed.
+16-bit cells follow the published recipe: convolutions and activations in 16 bits; norms, linears
+and the embedding in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resblock_bench.bench.records import Cell
+from resblock_bench.reference import ResBlock
+
+from .implementations import IMPLEMENTATIONS, Call, block_arguments
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+PRECISION = "convolutions and activations in dtype; norms, linears and embedding in float32"
+INPUTS = "standard normal"
+STEPS = {
+    "inference": "out = block(x, emb) in eval mode under no_grad",
+    "forward": "out = block(x, emb) in train mode, graph recorded",
+    "train": (
+        "out = block(x, emb) in train mode, then out.backward(cotangent): gradients of x, emb and "
+        "all parameters, each None before the step"
+    ),
+}
+
+
+def unsupported(cell: Cell) -> str | None:
+    """Why PyTorch has no such cell, or None."""
+    if cell.layout == "nhwc" and cell.dims == 1:
+        return "PyTorch has no channels-last layout for one spatial dimension"
+    return None
+
+
+@dataclass
+class Inputs:
+    """x: (N, C_in, *S) in the cell's dtype and layout; emb: (N, E) float32; cotangent like out."""
+
+    x: Tensor
+    emb: Tensor
+    cotangent: Tensor
+
+
+def draw_inputs(cell: Cell, device: torch.device, seed: int) -> Inputs:
+    """The inputs of a site, the same for every implementation."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    spatial = (cell.resolution,) * cell.dims
+    x = normal(cell.batch, cell.channels, *spatial)
+    emb = normal(cell.batch, cell.emb_channels)
+    cotangent = normal(cell.batch, cell.out_channels, *_output_size(cell))
+    return Inputs(_formatted(x, cell), emb, _formatted(cotangent, cell))
+
+
+def _output_size(cell: Cell) -> tuple[int, ...]:
+    size = cell.resolution
+    resampled = {"none": size, "up": 2 * size, "down": size // 2}[cell.updown]
+    kept = (size,) if cell.dims == 3 else ()  # in 3D the outermost size is never resampled
+    return kept + (resampled,) * (cell.dims - len(kept))
+
+
+def _formatted(tensor: Tensor, cell: Cell) -> Tensor:
+    """In the cell's dtype; images and kernels also in its layout, which a bias does not have."""
+    tensor = tensor.to(DTYPES[cell.dtype])
+    if cell.layout == "nhwc" and tensor.ndim == cell.dims + 2:
+        return tensor.contiguous(memory_format=_CHANNELS_LAST[cell.dims])
+    return tensor
+
+
+def draw_weights(cell: Cell, seed: int) -> dict[str, Tensor]:
+    """A state dict in which nothing is trivial.
+
+    A fresh block ends in a zeroed convolution and starts with identity norms, so every
+    implementation would agree; here convolutions and linears are normal with standard deviation
+    1/√fan_in, norms are 1 + 0.1·normal and biases 0.1·normal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = ResBlock(**block_arguments(cell)).state_dict()
+    for name, tensor in state.items():
+        normal = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1:
+            state[name] = normal / tensor[0].numel() ** 0.5
+        else:
+            state[name] = 0.1 * normal + float(name.endswith("weight"))
+    return state
+
+
+def _converted(
+    weights: dict[str, Tensor], block: nn.Module, cell: Cell, device: torch.device
+) -> dict[str, Tensor]:
+    """The weights on the device, those of convolutions in the cell's dtype and layout."""
+    convolutions = {
+        f"{prefix}.{name}"
+        for prefix, module in block.named_modules()
+        if isinstance(module, _CONVOLUTIONS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return {
+        name: (_formatted(tensor, cell) if name in convolutions else tensor).to(device)
+        for name, tensor in weights.items()
+    }
+
+
+class Workload:
+    """A block, its inputs and its step, ready to be run any number of times."""
+
+    def __init__(
+        self, cell: Cell, weights: dict[str, Tensor], inputs: Inputs, device: torch.device
+    ) -> None:
+        implementation = IMPLEMENTATIONS[cell.impl]
+        self.mode = cell.mode
+        block = implementation.build(cell)
+        # Assigned, not copied: fake parameters cannot be converted in place.
+        block.load_state_dict(_converted(weights, block, cell, device), assign=True)
+        block.train(cell.mode != "inference")
+        self.block = block
+        self.call: Call = implementation.wrap(block, cell)
+        self.x = inputs.x.detach().requires_grad_(cell.mode != "inference")
+        self.emb = inputs.emb.detach().requires_grad_(cell.mode != "inference")
+        self.cotangent = inputs.cotangent
+
+    def reset(self) -> None:
+        """Drop all gradients, as the contract has them before a step."""
+        for leaf in self.leaves().values():
+            leaf.grad = None
+
+    def step(self) -> Tensor:
+        """One step of the cell's mode; what it contains is in STEPS."""
+        if self.mode == "inference":
+            with torch.no_grad():
+                return self.call(self.x, self.emb)
+        out = self.call(self.x, self.emb)
+        if self.mode == "train":
+            torch.autograd.backward(out, self.cotangent)
+        return out
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What a training step differentiates by: x, emb and every parameter."""
+        return {"x": self.x, "emb": self.emb, **dict(self.block.named_parameters())}
+
+    def results(self) -> dict[str, Tensor]:
+        """One step's output and, in train mode, its gradients as 'grad NAME'."""
+        self.reset()
+        results = {"out": self.step().detach()}
+        if self.mode == "train":
+            for name, leaf in self.leaves().items():
+                if leaf.grad is None:
+                    raise RuntimeError(f"the backward pass left no gradient for {name}")
+                results[f"grad {name}"] = leaf.grad
+        self.reset()
+        return results

@@ -1,0 +1,229 @@
+"""Dot plots of one quantity: a panel a checkpoint mode, a line a site, a dot an implementation.
+
+A cell without a number has its status written in its place. Where the memory is drawn, one that ran
+out of it stands as a × at the wall: the limit that it ran into. The limit is on everything that a
+cell allocates, while the axis leaves out parameters and inputs, so a × says that the cell wanted
+more than the limit less those.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row
+from resblock_bench.bench.units import MIB, format_bytes
+
+from .folder import Run
+from .style import GREY, MODE_TITLES, colour_of, finish, handle, marker_of, site_labels
+from .table import by_site
+
+"""How the reason of a cell begins that was skipped because a smaller one had run out."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a dot plot shows of a row; `value` is None where the row has no such number."""
+
+    name: str
+    title: str
+    label: str
+    value: Callable[[Row], float | None]
+    interval: Callable[[Row], tuple[float, float] | None]
+    has_wall: bool
+
+
+def _throughput_interval(row: Row) -> tuple[float, float] | None:
+    if row.ci_low_ms is None or row.ci_high_ms is None:
+        return None
+    return row.axes.batch / row.ci_high_ms * 1e3, row.axes.batch / row.ci_low_ms * 1e3
+
+
+def _peak_mib(row: Row) -> float | None:
+    return row.memory.peak_above_baseline_bytes / MIB if row.memory else None
+
+
+QUANTITIES = (
+    Quantity(
+        "throughput",
+        "Throughput of one residual block",
+        "images / s (log scale; more is better)",
+        lambda row: row.throughput_images_per_s,
+        _throughput_interval,
+        has_wall=False,
+    ),
+    Quantity(
+        "memory",
+        "Peak memory of one residual block, above parameters and inputs",
+        "MiB (log scale; less is better)",
+        _peak_mib,
+        lambda row: None,
+        has_wall=True,
+    ),
+)
+
+
+def ran_out(row: Row) -> bool:
+    """Whether memory ran out, or would have: a smaller cell of the series could not run either."""
+    return row.status == "oom" or _is_expected(row)
+
+
+def _is_expected(row: Row) -> bool:
+    return row.status == "skipped" and (row.reason or "").startswith(OOM_EXPECTED)
+
+
+def walls(run: Run) -> dict[Cell, float]:
+    """The MiB of the limit that each cell without enough memory ran into, where known.
+
+    A row names its own limit; failing that it is the whole of the GPU's memory, or for a cell that
+    was never started the lowest limit that others ran into.
+    """
+    whole = run.environment.gpu_memory_bytes
+    known: dict[Cell, float] = {}
+    beyond = [row for row in run.rows if ran_out(row)]
+    for row in beyond:
+        limit = row.memory_limit_bytes or (whole if row.contract.device == "cuda" else None)
+        if limit:
+            known[row.axes] = limit / MIB
+    if known:
+        lowest = min(known.values())
+        known |= {row.axes: lowest for row in beyond if _is_expected(row) and row.axes not in known}
+    return known
+
+
+def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
+    """One panel a checkpoint mode, one line a site, one dot an implementation.
+
+    Beside a dot stands its ratio to the reference. None where no row has the quantity.
+    """
+    if all(_value(row, quantity) is None for row in run.rows):
+        return None
+    wall = walls(run) if quantity.has_wall else {}
+    sites = sorted(by_site(run.rows), key=_site_order)
+    impls = list(dict.fromkeys(row.axes.impl for row in run.rows))
+    modes = [mode for mode in MODE_TITLES if any(r.axes.checkpoint == mode for r in run.rows)]
+    lanes = len(sites) * (len(impls) + 1)
+    figure, grid = plt.subplots(
+        1,
+        len(modes),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        figsize=(2.2 + 3.0 * len(modes), 1.7 + 0.15 * lanes),
+        layout="constrained",
+    )
+    labels = site_labels(sites)
+    for mode, ax in zip(modes, grid[0], strict=True):
+        ax.set_title(MODE_TITLES[mode])
+        for line, site in enumerate(sites):
+            if line % 2 == 0:
+                ax.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", linewidth=0, zorder=0)
+            rows = [r for r in by_site(run.rows)[site] if r.axes.checkpoint == mode]
+            _draw_line(ax, line, rows, impls, quantity, wall)
+        ax.set_xscale("log")
+        ax.set_xlabel(quantity.label)
+        ax.set_yticks(range(len(sites)), [labels[site] for site in sites])
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", which="major", color="#cccccc", linewidth=0.6, zorder=0)
+        ax.set_axisbelow(True)
+    grid[0][0].set_ylim(len(sites) - 0.5, -0.5)
+    handles = [handle(impl, colour_of(impl, impls), marker_of(impl, impls)) for impl in impls]
+    note = ""
+    if wall:
+        _draw_wall(grid[0], len(sites), wall.values())
+        note = "×: out of memory; the limit is on everything, parameters and inputs included"
+        if any(_is_expected(row) for row in run.rows):
+            note += "; pale ×: not started, as a smaller cell ran out"
+    _widen(grid[0][0])
+    finish(figure, run, quantity.title, handles, note)
+    return figure
+
+
+def _value(row: Row, quantity: Quantity) -> float | None:
+    """Only a cell that is right, and ran to its end, has numbers to show."""
+    return quantity.value(row) if row.status == "ok" else None
+
+
+def _draw_wall(panels: Sequence[Axes], count: int, limits: Collection[float]) -> None:
+    """A line at the limit, the lowest if they differ; its label in a strip under the last site."""
+    low, high = (format_bytes(int(find(limits) * MIB)) for find in (min, max))
+    label = f"{low}, the limit" if low == high else f"{low} to {high}, the limits"
+    panels[0].set_ylim(count + 0.1, -0.5)  # shared by all panels
+    for ax in panels:
+        ax.axvline(min(limits), color=GREY, linewidth=1.2, zorder=1)
+        ax.annotate(
+            label,
+            (min(limits), count - 0.2),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+            color=GREY,
+        )
+
+
+def _draw_line(
+    ax: Axes,
+    line: int,
+    rows: Sequence[Row],
+    impls: Sequence[str],
+    quantity: Quantity,
+    wall: Mapping[Cell, float],
+) -> None:
+    values = {row.axes.impl: _value(row, quantity) for row in rows}
+    for row in rows:
+        impl = row.axes.impl
+        height = line + (impls.index(impl) - (len(impls) - 1) / 2) / (len(impls) + 1)
+        colour, value = colour_of(impl, impls), values[impl]
+        if row.axes in wall:
+            pale = 0.4 if _is_expected(row) else 1.0
+            ax.plot(
+                wall[row.axes], height, "x", color=colour, alpha=pale, markersize=6,
+                markeredgewidth=2, zorder=3,
+            )  # fmt: skip
+            continue
+        if value is None:
+            note = "not measured" if row.status == "ok" else row.status
+            ax.text(
+                0.01, height, note, color=colour, va="center", fontsize=7, style="italic",
+                transform=ax.get_yaxis_transform(),
+            )  # fmt: skip
+            continue
+        interval = quantity.interval(row) or (value, value)
+        ax.plot(interval, [height, height], color=colour, linewidth=2, alpha=0.4)
+        ax.plot(value, height, marker_of(impl, impls), color=colour, markersize=5, zorder=3)
+        reference = values.get("reference")
+        if impl != "reference" and reference:
+            ax.annotate(
+                f"{value / reference:.2f}×",
+                (max(value, interval[1]), height),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=colour,
+            )
+
+
+def _site_order(site: Cell) -> tuple[object, ...]:
+    return (
+        site.mode, site.dtype, site.layout, str(site.model), -site.resolution, site.channels,
+        site.out_channels, site.updown, site.batch,
+    )  # fmt: skip
+
+
+def _widen(ax: Axes) -> None:
+    """Room for the ratios on the right, and plain numbers on a log axis."""
+    low, high = ax.get_xlim()
+    span = math.log10(high / low)
+    ax.set_xlim(low, high * 10 ** (0.22 * max(span, 0.5)))
+    ticks = (1, 1.5, 2, 3, 5, 7) if span < 0.9 else (1, 2, 5) if span < 1.8 else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,75 @@
+"""The trade between speed and memory: every variant over the reference without checkpointing."""
+
+from collections import Counter
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from resblock_bench.bench.records import variant_name
+
+from .folder import Run
+from .style import GREY, MODE_MARKERS, MODE_TITLES, colour_of, finish, handle
+from .table import by_site, geometric_mean
+
+
+def draw_front(run: Run) -> Figure | None:
+    """Throughput against memory, each over that of the reference without checkpointing.
+
+    Left the step's peak, right what the block keeps for the backward pass, which is what adds up
+    over the blocks of a network. Small points are sites, large ones the geometric mean over the
+    sites of a variant. None where no site has a reference without checkpointing to divide by.
+    """
+    points: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    missing: Counter[str] = Counter()
+    sites = 0
+    for rows in by_site(run.rows).values():
+        base = next((row for row in rows if variant_name(row.axes) == "reference/none"), None)
+        if base is None or base.status != "ok" or base.memory is None or base.median_ms is None:
+            missing["without a reference"] += len(rows)
+            continue
+        sites += 1
+        for row in rows:
+            if row.status != "ok" or row.memory is None or row.median_ms is None:
+                missing["not measurable" if row.status == "ok" else row.status] += 1
+                continue
+            point = (
+                _over(row.memory.peak_above_baseline_bytes, base.memory.peak_above_baseline_bytes),
+                _over(row.memory.saved_for_backward_bytes, base.memory.saved_for_backward_bytes),
+                base.median_ms / row.median_ms,
+            )
+            points.setdefault((row.axes.impl, row.axes.checkpoint), []).append(point)
+    if len(points) < 2:
+        return None
+    impls = list(dict.fromkeys(row.axes.impl for row in run.rows))
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(9.5, 4.6), layout="constrained")
+    for side, (ax, title) in enumerate(
+        zip(panels, ("peak of a training step", "kept for the backward pass"), strict=True)
+    ):
+        ax.set_title(f"{title}   (↖ better)")
+        means: dict[str, list[tuple[float, float]]] = {}
+        ax.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+        ax.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+        for (impl, mode), triples in points.items():
+            style = {"color": colour_of(impl, impls), "marker": MODE_MARKERS[mode]}
+            xs, ys = [triple[side] for triple in triples], [triple[2] for triple in triples]
+            ax.scatter(xs, ys, s=16, alpha=0.3, linewidths=0, **style)
+            means.setdefault(impl, []).append((geometric_mean(xs), geometric_mean(ys)))
+            ax.scatter(*means[impl][-1], s=90, edgecolors="white", zorder=4, **style)
+        for impl, line in means.items():
+            ax.plot(*zip(*sorted(line), strict=True), color=colour_of(impl, impls), alpha=0.5)
+        ax.set_xlabel("memory, × reference (less is better)")
+    panels[0].set_ylabel("throughput, × reference (more is better)")
+    modes = [mode for mode in MODE_TITLES if any(key[1] == mode for key in points)]
+    drawn = [impl for impl in impls if any(key[0] == impl for key in points)]
+    handles = [handle(impl, colour_of(impl, impls), "o") for impl in drawn]
+    handles += [handle(MODE_TITLES[mode], GREY, MODE_MARKERS[mode]) for mode in modes]
+    note = f"reference: without checkpointing; small: each of {sites} blocks; large: geometric mean"
+    if missing:
+        note += "; not drawn: " + ", ".join(f"{n} {status}" for status, n in missing.items())
+    finish(figure, run, "Speed and memory of one residual block", handles, note, beside=True)
+    return figure
+
+
+def _over(value: int, base: int) -> float:
+    """A ratio that can stand in a geometric mean; nothing at all counts as a byte."""
+    return max(value, 1) / max(base, 1)

@@ -1,0 +1,29 @@
+"""Draws the figures of a run folder: throughput, peak memory, and the trade between the two."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from .dots import QUANTITIES, draw_dots
+from .folder import FIGURES, Run
+from .front import draw_front
+from .style import STYLE
+
+
+def draw_all(run: Run) -> list[Path]:
+    """Draw every figure that the run has data for into its folder, as PNG and SVG."""
+    folder = run.folder / FIGURES
+    folder.mkdir(exist_ok=True)
+    paths: list[Path] = []
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+        figures = {quantity.name: draw_dots(run, quantity) for quantity in QUANTITIES}
+        figures["front"] = draw_front(run)
+        for name, figure in figures.items():
+            if figure is None:
+                continue
+            for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
+                path = folder / f"{name}{suffix}"
+                figure.savefig(path, dpi=160, metadata=metadata)
+                paths.append(path)
+            plt.close(figure)
+    return paths

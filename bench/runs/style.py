@@ -1,0 +1,121 @@
+"""What the figures share: colours and markers, labels of sites, title, legend and caption.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers; every implementation and
+every checkpoint mode also has a marker of its own.
+"""
+
+import itertools
+import textwrap
+from collections.abc import Callable, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; must precede pyplot
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from resblock_bench.bench.records import Cell
+
+from .folder import Run
+from .table import source_of
+
+COLOURS = {"reference": "#000000", "compiled": "#0072B2", "fused": "#D55E00"}
+MARKERS = {"reference": "o", "compiled": "s", "fused": "D"}
+OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+OTHER_MARKERS = ("^", "v", "P", "X")
+MODE_MARKERS = {"none": "o", "selective": "s", "full": "^"}
+MODE_TITLES = {
+    "none": "no checkpointing",
+    "selective": "selective checkpointing",
+    "full": "full checkpointing",
+}
+GREY = "#595959"
+_CAPTION_CHARACTERS = 17  # that fit an inch of the caption's type
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "resblock-bench",  # the same data gives the same bytes
+}
+
+
+def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:
+    """Two lines a site: channels and resolution, then what else differs between sites.
+
+    What differs only because the model does is left to the model's name.
+    """
+    extra: dict[str, Callable[[Cell], str]] = {
+        "model": lambda cell: str(cell.model),
+        "updown": lambda cell: "" if cell.updown == "none" else cell.updown,
+        "conditioning": lambda cell: cell.conditioning,
+        "dropout": lambda cell: f"p={cell.dropout:g}",
+        "emb_channels": lambda cell: f"E={cell.emb_channels}",
+        "batch": lambda cell: f"b{cell.batch}",
+        "dtype": lambda cell: cell.dtype,
+        "layout": lambda cell: cell.layout,
+        "mode": lambda cell: cell.mode,
+    }
+    varying = [
+        name
+        for name in extra
+        if any(
+            a.model == b.model or name == "model"
+            for a, b in itertools.combinations(sites, 2)
+            if getattr(a, name) != getattr(b, name)
+        )
+    ]
+    labels = {}
+    for site in sites:
+        channels = f"{site.channels}"
+        if site.out_channels != site.channels:
+            channels += f"→{site.out_channels}"
+        rest = ", ".join(text for name in varying if (text := extra[name](site)))
+        labels[site] = f"{channels}, {site.resolution}{'¹²³'[site.dims - 1]}\n{rest}".strip()
+    return labels
+
+
+def colour_of(impl: str, impls: Sequence[str]) -> str:
+    others = [name for name in impls if name not in COLOURS]
+    return COLOURS.get(impl) or OTHER_COLOURS[others.index(impl) % len(OTHER_COLOURS)]
+
+
+def marker_of(impl: str, impls: Sequence[str]) -> str:
+    others = [name for name in impls if name not in MARKERS]
+    return MARKERS.get(impl) or OTHER_MARKERS[others.index(impl) % len(OTHER_MARKERS)]
+
+
+def handle(label: str, colour: str, marker: str) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
+
+
+def finish(
+    figure: Figure,
+    run: Run,
+    title: str,
+    handles: list[Line2D],
+    note: str = "",
+    *,
+    beside: bool = False,
+) -> None:
+    """Title, caption, and the legend outside the data: in the title's line, or beside it."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    where = "outside right center" if beside else "outside upper right"
+    columns = 1 if beside else len(handles)
+    figure.legend(handles=handles, loc=where, ncols=columns, frameon=False)  # type: ignore[call-overload]
+    width = int(_CAPTION_CHARACTERS * figure.get_figwidth())
+    caption = "\n".join(textwrap.fill(line, width) for line in _caption(run, note) if line)
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color=GREY)
+
+
+def _caption(run: Run, note: str) -> list[str]:
+    """What all rows share and the labels therefore leave out; where the numbers are from."""
+    cells = [row.axes for row in run.rows]
+    shared = []
+    for name in ("model", "mode", "dtype", "layout", "batch"):
+        values = {getattr(cell, name) for cell in cells}
+        if len(values) == 1 and (value := values.pop()) is not None:
+            shared.append(f"batch {value}" if name == "batch" else str(value))
+    return ["; ".join(filter(None, [", ".join(shared), note])), source_of(run)]

@@ -1,0 +1,131 @@
+"""Engines carry tasks out: an engine takes cells and yields rows.
+
+local   a lane for each visible GPU, or one on the CPU, each cell in a process of its own
+ray     the same on the nodes of a Ray cluster (ray_engine.py)
+"""
+
+import fcntl
+import os
+import queue
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.machine.process import Processes
+from resblock_bench.bench.machine.scratch import scratch_folder
+from resblock_bench.bench.measure.cell import Task
+from resblock_bench.bench.records import Row
+
+from .lane import Lane
+
+
+class Engine(Protocol):
+    """Measures up to `lanes` tasks at a time. `close` ends what still runs; its rows are lost."""
+
+    @property
+    def lanes(self) -> int: ...
+
+    def submit(self, task: Task) -> Future[Row]: ...
+
+    def close(self) -> None: ...
+
+
+class LocalEngine:
+    """This machine. Two cells never share a GPU, also not with another run of this suite.
+
+    gpus        UUIDs of the GPUs to use, a lane each; empty for one lane on the CPU
+    limit_s     the time limit of a cell, seconds
+
+    Raises UsageError where another run uses one of the GPUs.
+    """
+
+    def __init__(self, gpus: Sequence[str], *, limit_s: float) -> None:
+        self._open = ExitStack()
+        self._processes = Processes()
+        self._open.callback(self._processes.close)
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self.lanes = max(1, len(gpus))
+        try:
+            for gpu in gpus:
+                self._open.enter_context(only_user(gpu))
+            each: Sequence[str | None] = gpus or (None,)
+            for own in each:
+                folder = self._open.enter_context(scratch_folder())
+                self._lanes.put(Lane(self._processes, folder, limit_s=limit_s, gpu=own))
+        except BaseException:
+            self._open.close()
+            raise
+        self._threads = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")
+        self._open.callback(self._threads.shutdown, wait=True, cancel_futures=True)
+        # Last in, first out: the processes must end before their lanes can.
+        self._open.callback(self._processes.close)
+
+    @property
+    def processes(self) -> Processes:
+        """For what is to be run beside the cells, such as the survey of the machine."""
+        return self._processes
+
+    def submit(self, task: Task) -> Future[Row]:
+        return self._threads.submit(self._measure, task)
+
+    def _measure(self, task: Task) -> Row:
+        lane = self._lanes.get()
+        try:
+            return lane.measure(task)
+        finally:
+            self._lanes.put(lane)
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> "LocalEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def only_user(gpu: str) -> Iterator[None]:
+    """Holds the lock of a GPU, named by its UUID; it goes with the process, however that ends.
+
+    Raises UsageError where another run of this suite holds it.
+    """
+    name = re.sub(r"[^A-Za-z0-9-]", "-", re.sub("^(GPU|MIG)-", "", gpu))
+    path = Path(tempfile.gettempdir()) / f"resblock-bench-{name}.lock"
+    try:
+        # Opened before it is created: what somebody else made there may refuse O_CREAT.
+        file = os.open(path, os.O_RDONLY) if path.exists() else _created(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(file)
+            raise
+    except BlockingIOError:
+        raise UsageError(
+            f"another run of this suite measures on {gpu}: wait for it, or name another GPU "
+            "with --devices or CUDA_VISIBLE_DEVICES"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be locked ({error.strerror}): remove it") from None
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def _created(path: Path) -> int:
+    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    os.fchmod(file, 0o644)  # whatever the umask: other users must be able to lock it
+    return file
