@@ -1,0 +1,21 @@
+"""Measures, compares and profiles the blocks of `reference` and `kernels`.
+
+Rooms, each of which imports only from those above it in this list:
+
+    machine    the machine that measures: hardware, driver, processes
+    measure    one cell in, one row out; all that can change a number
+    grid       which cells there are to measure
+    lockstep   several processes, measured in turns
+    runs       a run folder: written, read, shown
+    compiled   what a kernel is on a GPU that is absent: bytes, machine code
+    cost       what a call costs there: the verb `cost`, predicted times, the host's time
+    sweep      the verb `run`: cells become rows, by an engine
+    findings   what is not as expected, and how it is reported
+    compare    is it slower? the verbs `compare` and `calibrate`
+    tune       which launch is fastest? the verb `tune`
+    gate       expected against found: the verbs `check` and `baseline`
+    cli        the command line
+
+Below them all lie the modules beside the rooms: `records` (the schema of what is written),
+`errors`, `exitcodes`, `units`, `terminal`, `progress`, `versioned`, `git`.
+"""

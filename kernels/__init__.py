@@ -5,11 +5,11 @@ residual blocks built on it, `fuse_` the way to put them into a model, `explain`
 On CUDA the operator runs in Triton, elsewhere in PyTorch's own kernels; `prefer` overrides that.
 """
 
-from resblock_bench.kernels.blocks import CheckpointMode, EDMBlock, ResBlock
-from resblock_bench.kernels.dispatch import prefer
-from resblock_bench.kernels.functional import explain, group_norm_silu, norm_act_conv
-from resblock_bench.kernels.fuse import FuseReport, fuse_
-from resblock_bench.kernels.modules import GroupNormSiLU
+from .blocks import CheckpointMode, EDMBlock, ResBlock
+from .dispatch import prefer
+from .functional import explain, group_norm_silu, norm_act_conv
+from .fuse import FuseReport, fuse_
+from .modules import GroupNormSiLU
 
 __all__ = [
     "CheckpointMode",

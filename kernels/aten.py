@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels.spec import Modulation, Spec, dense, memory_format, spread
+from .spec import Modulation, Spec, dense, memory_format, spread
 
 aten = torch.ops.aten
 

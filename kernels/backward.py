@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resblock_bench.kernels.tiles import (
+from .tiles import (
     activation_gradient,
     arrive,
     corner_of,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from resblock_bench import reference
-from resblock_bench.kernels.dispatch import choose_backend
-from resblock_bench.kernels.functional import group_norm_silu, norm_act_conv
-from resblock_bench.kernels.op import residual_add
-from resblock_bench.kernels.resample import Resample
+
+from .dispatch import choose_backend
+from .functional import group_norm_silu, norm_act_conv
+from .op import residual_add
+from .resample import Resample
 
 CheckpointMode = Literal["none", "selective", "full"]
 ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels import dispatch, launch, tuned
-from resblock_bench.kernels.spec import Modulation, Spec, memory_format
+from . import dispatch, launch, tuned
+from .spec import Modulation, Spec, memory_format
 
 T = TypeVar("T")
 

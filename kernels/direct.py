@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from resblock_bench.kernels import calls, dispatch, op
-from resblock_bench.kernels.calls import Call
-from resblock_bench.kernels.launch import Rows
-from resblock_bench.kernels.launcher import current_device
-from resblock_bench.kernels.spec import Gradients, Modulation, Spec, dense
+from . import calls, dispatch, op
+from .calls import Call
+from .launch import Rows
+from .launcher import current_device
+from .spec import Gradients, Modulation, Spec, dense
 
 _known: dict[Any, Call] = {}
 _modes = torch._C._len_torch_dispatch_stack

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels import tuned
-from resblock_bench.kernels.spec import memory_format
-from resblock_bench.kernels.tiers import (
+from . import tuned
+from .spec import memory_format
+from .tiers import (
     Direction,
     Launch,
     Machine,

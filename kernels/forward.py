@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resblock_bench.kernels.tiles import (
+from .tiles import (
     activate,
     arrive,
     corner_of,

@@ -11,23 +11,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.kernels import transforms, versions
-from resblock_bench.kernels.dispatch import choose_backend, launch_for, triton_installed
-from resblock_bench.kernels.op import (
+from resblock_bench.reference import arguments
+from resblock_bench.reference.checkpoint import under_transforms
+
+from . import transforms, versions
+from .dispatch import choose_backend, launch_for, triton_installed
+from .op import (
     Convolution,
     GroupNormSiLUFunction,
     NormActConvFunction,
     convolve,
 )
-from resblock_bench.kernels.resample import Resample
-from resblock_bench.kernels.spec import Modulation, Spec, dense, memory_format
-from resblock_bench.kernels.tiers import Direction, ceil_div
-from resblock_bench.reference import arguments
-from resblock_bench.reference.checkpoint import under_transforms
+from .resample import Resample
+from .spec import Modulation, Spec, dense, memory_format
+from .tiers import Direction, ceil_div
 
 _HAS_TRITON = triton_installed()
 if _HAS_TRITON:
-    from resblock_bench.kernels import direct
+    from . import direct
 
 Activation = Literal["silu"] | None
 

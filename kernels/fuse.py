@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from resblock_bench import reference
-from resblock_bench.kernels.blocks import CheckpointMode, EDMBlock, ResBlock, check_mode
-from resblock_bench.kernels.modules import GroupNormSiLU
 from resblock_bench.reference import arguments
+
+from .blocks import CheckpointMode, EDMBlock, ResBlock, check_mode
+from .modules import GroupNormSiLU
 
 _FUSED: dict[type[nn.Module], type[ResBlock] | type[EDMBlock]] = {
     reference.ResBlock: ResBlock,

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels.backward import backward_kernel
-from resblock_bench.kernels.forward import forward_kernel
-from resblock_bench.kernels.launcher import Launcher
-from resblock_bench.kernels.launcher import Recorded as Recorded
-from resblock_bench.kernels.launcher import recording as recording
-from resblock_bench.kernels.residual import residual_kernel
-from resblock_bench.kernels.spec import Gradients, Modulation, Spec, memory_format
-from resblock_bench.kernels.tiers import (
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .launcher import Launcher
+from .launcher import Recorded as Recorded
+from .launcher import recording as recording
+from .residual import residual_kernel
+from .spec import Gradients, Modulation, Spec, memory_format
+from .tiers import (
     STREAM_ELEMENTS,
     THREAD_ELEMENTS,
     Launch,
@@ -27,7 +27,7 @@ from resblock_bench.kernels.tiers import (
     power_of_2,
     warps_for,
 )
-from resblock_bench.kernels.words import words
+from .words import words
 
 # Of partial sums, what a warp folds at once: four to a thread.
 FOLD_ELEMENTS = 128

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.kernels.functional import Activation, group_norm_silu
 from resblock_bench.reference import arguments
+
+from .functional import Activation, group_norm_silu
 
 
 class GroupNormSiLU(nn.GroupNorm):

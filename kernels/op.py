@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from resblock_bench.kernels import aten
-from resblock_bench.kernels.dispatch import choose_backend, triton_installed
-from resblock_bench.kernels.resample import Resample
-from resblock_bench.kernels.spec import (
+from resblock_bench.reference.checkpoint import under_transforms
+
+from . import aten
+from .dispatch import choose_backend, triton_installed
+from .resample import Resample
+from .spec import (
     GRADS_BATCHED,
     SECOND_DERIVATIVE,
     Gradients,
@@ -28,10 +30,9 @@ from resblock_bench.kernels.spec import (
     memory_format,
     spread,
 )
-from resblock_bench.reference.checkpoint import under_transforms
 
 if triton_installed():
-    from resblock_bench.kernels import registry
+    from . import registry
 
 
 def forward(

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels import calls
-from resblock_bench.kernels.calls import plain
-from resblock_bench.kernels.dispatch import triton_obstacle
-from resblock_bench.kernels.spec import SECOND_DERIVATIVE, Modulation, Spec, dense, memory_format
+from . import calls
+from .calls import plain
+from .dispatch import triton_obstacle
+from .spec import SECOND_DERIVATIVE, Modulation, Spec, dense, memory_format
 
 _CALL = (
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? pre_shift, Tensor? seed, "

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from resblock_bench.kernels import op
-from resblock_bench.kernels.spec import (
+from . import op
+from .spec import (
     FORWARD_MODE,
     SECOND_DERIVATIVE,
     Gradients,

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from resblock_bench.kernels.tiers import (
+from .tiers import (
     QUAD,
     Choice,
     Direction,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from resblock_bench.kernels.dispatch import triton_installed
+from .dispatch import triton_installed
 
 
 class Pair(NamedTuple):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resblock_bench.kernels import dispatch
-from resblock_bench.kernels.launcher import current_stream
+from . import dispatch
+from .launcher import current_stream
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 

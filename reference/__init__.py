@@ -4,20 +4,20 @@ IDDPM's and ADM's residual block and U-Nets (improved-diffusion, guided-diffusio
 the constructor keywords and state-dict keys of the originals, so that released weights load.
 """
 
-from resblock_bench.reference.attention import AttentionBlock
-from resblock_bench.reference.blocks import (
+from .attention import AttentionBlock
+from .blocks import (
     Downsample,
     ResBlock,
     TimestepBlock,
     TimestepEmbedSequential,
     Upsample,
 )
-from resblock_bench.reference.checkpoint import checkpoint
-from resblock_bench.reference.configs import PUBLISHED, UNetConfig, build
-from resblock_bench.reference.edm import EDMUNet
-from resblock_bench.reference.edm_block import EDMBlock
-from resblock_bench.reference.encoder import EncoderUNetModel
-from resblock_bench.reference.layers import (
+from .checkpoint import checkpoint
+from .configs import PUBLISHED, UNetConfig, build
+from .edm import EDMUNet
+from .edm_block import EDMBlock
+from .encoder import EncoderUNetModel
+from .layers import (
     GroupNorm32,
     SiLU,
     avg_pool_nd,
@@ -27,8 +27,8 @@ from resblock_bench.reference.layers import (
     timestep_embedding,
     zero_module,
 )
-from resblock_bench.reference.sites import Site, resblock_sites
-from resblock_bench.reference.unet import SuperResModel, UNetModel
+from .sites import Site, resblock_sites
+from .unet import SuperResModel, UNetModel
 
 __all__ = [
     "PUBLISHED",

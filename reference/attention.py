@@ -11,10 +11,10 @@ Shapes: N batch, C channels, T positions (the spatial sizes flattened), heads ·
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.blocks import check_channels
-from resblock_bench.reference.checkpoint import checkpoint
-from resblock_bench.reference.layers import conv_nd, normalization, zero_module
+from . import arguments
+from .blocks import check_channels
+from .checkpoint import checkpoint
+from .layers import conv_nd, normalization, zero_module
 
 
 def qkv_attention(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:

@@ -12,9 +12,9 @@ In three dimensions only the inner two sizes are ever resampled.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.checkpoint import checkpoint
-from resblock_bench.reference.layers import (
+from . import arguments
+from .checkpoint import checkpoint
+from .layers import (
     SiLU,
     avg_pool_nd,
     conv_nd,

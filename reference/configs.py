@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.edm import EDMUNet
-from resblock_bench.reference.encoder import EncoderUNetModel
-from resblock_bench.reference.unet import SuperResModel, UNetModel
+from . import arguments
+from .edm import EDMUNet
+from .encoder import EncoderUNetModel
+from .unet import SuperResModel, UNetModel
 
 Family = Literal["unet", "super_res", "encoder", "edm_adm", "edm_ddpmpp"]
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.blocks import TimestepBlock
-from resblock_bench.reference.edm_block import EDMBlock, edm_group_norm
-from resblock_bench.reference.layers import timestep_embedding, zero_module
+from . import arguments
+from .blocks import TimestepBlock
+from .edm_block import EDMBlock, edm_group_norm
+from .layers import timestep_embedding, zero_module
 
 Variant = Literal["adm", "ddpmpp"]
 

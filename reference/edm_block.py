@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.blocks import TimestepBlock, check_channels, check_embedding
-from resblock_bench.reference.checkpoint import checkpoint
-from resblock_bench.reference.layers import zero_module
+from . import arguments
+from .blocks import TimestepBlock, check_channels, check_embedding
+from .checkpoint import checkpoint
+from .layers import zero_module
 
 
 def edm_group_norm(channels: int, eps: float) -> nn.GroupNorm:

@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.attention import AttentionPool
-from resblock_bench.reference.layers import (
+from . import arguments
+from .attention import AttentionPool
+from .layers import (
     SiLU,
     conv_nd,
     linear,
@@ -20,7 +20,7 @@ from resblock_bench.reference.layers import (
     timestep_embedding,
     zero_module,
 )
-from resblock_bench.reference.torso import Torso, cast_convolutions
+from .torso import Torso, cast_convolutions
 
 _HIDDEN = 2048  # width between the two Linears of the spatial pools
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
+from . import arguments
 
 ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 AvgPoolNd: TypeAlias = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from resblock_bench.reference.configs import UNetConfig, published
+from .configs import UNetConfig, published
 
 
 @dataclass(frozen=True, slots=True)

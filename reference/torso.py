@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.attention import AttentionBlock
-from resblock_bench.reference.blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
-from resblock_bench.reference.layers import SiLU, conv_nd, linear
+from . import arguments
+from .attention import AttentionBlock
+from .blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
+from .layers import SiLU, conv_nd, linear
 
 
 @dataclass(frozen=True)

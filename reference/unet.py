@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.reference import arguments
-from resblock_bench.reference.layers import (
+from . import arguments
+from .layers import (
     SiLU,
     conv_nd,
     normalization,
     timestep_embedding,
     zero_module,
 )
-from resblock_bench.reference.torso import Torso, cast_convolutions
+from .torso import Torso, cast_convolutions
 
 
 class UNetModel(nn.Module):

@@ -3,13 +3,24 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("reference", "kernels", "bench")
 NAMESPACE = "resblock_bench"
+ROOMS = (
+    "machine", "measure", "grid", "lockstep", "runs", "compiled", "cost", "sweep", "findings",
+    "compare", "tune", "gate", "cli",
+)  # fmt: skip
+"""The rooms of bench/, lower first; below them all is what lies beside them."""
 
 
 def imported_modules(source, package):
@@ -43,7 +54,7 @@ def imports_of(folder):
     """(file, imported name) of every module in a folder."""
     found = []
     for path in sorted((ROOT / folder).rglob("*.py")):
-        package = f"{NAMESPACE}.{folder}"
+        package = ".".join([NAMESPACE, *path.parent.relative_to(ROOT).parts])
         for name in imported_modules(path.read_text(encoding="utf-8"), package):
             found.append((str(path.relative_to(ROOT)), name))
     return found
@@ -83,6 +94,62 @@ def test_nobody_imports_the_bare_names(folder):
     """From the repository root they resolve too, to a second copy of every function."""
     wrong = [pair for pair in imports_of(folder) for bare in FOLDERS if is_or_in(pair[1], bare)]
     assert not wrong, f"import {NAMESPACE}.{wrong[0][1]} instead: {wrong}"
+
+
+def room_of(name):
+    """The room of a module of bench/ by its dotted name; None for what lies beside the rooms."""
+    parts = name.split(".")
+    return parts[2] if len(parts) > 2 and parts[2] in ROOMS else None
+
+
+def test_every_room_is_listed_and_packaged():
+    assert {path.parent.name for path in ROOT.glob("bench/*/*.py")} == set(ROOMS)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = set(project["tool"]["setuptools"]["packages"])
+    modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    needed = {".".join([NAMESPACE, *path.parent.relative_to(ROOT).parts]) for path in modules}
+    assert packages == needed, "a package that is not listed is missing from the wheel"
+
+
+def test_a_room_imports_from_lower_rooms_only():
+    """So there is no circle of rooms. `__main__` only starts the command line."""
+    order = {room: number for number, room in enumerate(ROOMS)}
+    wrong = []
+    for file, name in imports_of("bench"):
+        here = file.split("/")[1] if file.count("/") == 2 else None
+        there = room_of(name) if is_or_in(name, f"{NAMESPACE}.bench") else None
+        if file != "bench/__main__.py" and order.get(there, -1) > order.get(here, -1):
+            wrong.append(f"{file} imports {name}")
+    assert not wrong
+
+
+def test_no_circle_within_a_room():
+    """Also none by an import within a function."""
+    modules = {
+        ".".join([NAMESPACE, *path.relative_to(ROOT).with_suffix("").parts]): path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    graph = {}
+    for module, path in modules.items():
+        package = module.rpartition(".")[0]
+        found = imported_modules(path.read_text(encoding="utf-8"), package)
+        known = {prefix for name in found for prefix in (name, name.rpartition(".")[0])}
+        graph[module] = {name for name in known if name in modules and name != module}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_are_relative_within_a_room_and_absolute_across(folder):
+    wrong = []
+    for path in (ROOT / folder).rglob("*.py"):
+        package = ".".join([NAMESPACE, *path.parent.relative_to(ROOT).parts])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                inside = node.module is not None and node.module.rpartition(".")[0] == package
+                if node.level > 1 or (not node.level and (inside or node.module == package)):
+                    wrong.append(f"{path.relative_to(ROOT)}, line {node.lineno}")
+    assert not wrong
 
 
 def test_reference_imports_torch_and_the_standard_library_only():

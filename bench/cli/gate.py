@@ -28,8 +28,8 @@ from .app import (
 
 if TYPE_CHECKING:
     from resblock_bench.bench.compare.compare import BaseRequest
+    from resblock_bench.bench.compare.timing_baseline import Request
     from resblock_bench.bench.gate.check import Timing
-    from resblock_bench.bench.gate.timing_baseline import Request
     from resblock_bench.bench.grid.grid import PlannedCell
     from resblock_bench.bench.grid.plan import Plan
     from resblock_bench.bench.grid.presets import Preset
@@ -309,7 +309,7 @@ def _timing(
 
 
 def _baseline_request(plan: Plan, timeout: str, telemetry: Path | None = None) -> Request:
-    from resblock_bench.bench.gate.timing_baseline import Request
+    from resblock_bench.bench.compare.timing_baseline import Request
     from resblock_bench.bench.units import parse_duration_s
 
     return Request(plan, Path.cwd(), parse_duration_s(timeout), telemetry)
@@ -346,8 +346,8 @@ def save(
 
     Pins hold everywhere and go to results/pins, a timing baseline to results/baselines/MACHINE.
     """
+    from resblock_bench.bench.compare import timing_baseline as baseline_timing
     from resblock_bench.bench.gate import baseline as baseline_pins
-    from resblock_bench.bench.gate import timing_baseline as baseline_timing
 
     names = _named(static=static, memory=memory, accuracy=accuracy)
     baseline_pins.require(names, timing, reason)
@@ -375,10 +375,10 @@ def show(
     pins: PinsOption = None,
 ) -> None:
     """When and why each was saved; of a subject, its figures."""
+    from resblock_bench.bench.compare import timing_baseline as baseline_timing
     from resblock_bench.bench.gate import baseline as baseline_pins
     from resblock_bench.bench.gate import check as checking
     from resblock_bench.bench.gate import timing as check_timing
-    from resblock_bench.bench.gate import timing_baseline as baseline_timing
 
     console, file = result_console(), check_timing.baseline_file(Path.cwd())
     if name == checking.TIMING:

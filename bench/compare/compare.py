@@ -12,13 +12,13 @@ from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import Finding, of_part
 from resblock_bench.bench.findings.report import Checked, Destination, Report, write
 from resblock_bench.bench.grid.plan import Plan
+from resblock_bench.bench.lockstep.progress import round_progress
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule, measure_pair
 from resblock_bench.bench.lockstep.testbed import opened
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind, device_kind
 from resblock_bench.bench.records import Environment, cell_name
-from resblock_bench.bench.sweep.progress import round_progress
 
 from . import stored_verdicts as compare_stored
 from .calibration import Calibration, read_calibration, stale, tolerance_by

@@ -20,7 +20,7 @@ from resblock_bench.bench.records import Ceilings, Cell, Row, site_name, variant
 from resblock_bench.bench.runs.table import by_site
 from resblock_bench.kernels.tiers import Launch
 
-from .cost import Cost, norms_of_cell, survey
+from .costs import Cost, norms_of_cell, survey
 from .gpu_figures import Gpu, architecture, gpu_that_copies
 from .predictions import Predicted, predict
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from resblock_bench.bench.compiled.norms import Norm
 
-from .cost import Cost
+from .costs import Cost
 from .table import name_of
 
 WORST = 10

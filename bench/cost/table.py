@@ -12,7 +12,7 @@ from rich.text import Text
 from resblock_bench.bench.compiled.machine_code import MachineCode
 from resblock_bench.bench.compiled.norms import KernelCode, Norm
 
-from .cost import Cost
+from .costs import Cost
 
 WIDTH = 100
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import msgspec
@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from resblock_bench.bench import exitcodes
-from resblock_bench.bench.compare.comparison import Compared
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.records import Record
 from resblock_bench.bench.runs.export import escaped
@@ -66,7 +65,7 @@ class Report(Record, frozen=True, kw_only=True):
     checked: list[Checked]
     findings: list[Finding]
     notes: list[str]
-    cells: list[Compared] = msgspec.field(default_factory=list)
+    cells: list[Any] = msgspec.field(default_factory=list)
 
 
 class Document(Record, frozen=True, kw_only=True):

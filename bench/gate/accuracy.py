@@ -21,9 +21,9 @@ from rich.console import Console
 from resblock_bench.bench.findings.findings import Finding, Level
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
+from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Conditioning, DType, Layout
 from resblock_bench.bench.runs.folder import in_checkout
-from resblock_bench.bench.sweep.progress import task_progress
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
 
@@ -69,7 +69,7 @@ def measure_cases(wanted: Sequence[Case], console: Console) -> Found:
     answers: dict[Case, Answer] = {}
     workers = max(1, min(environment.usable_cpus(), len(wanted)))
     jobs = [Job(True, measure, (case,)) for case in wanted]
-    with task_progress(console, "errors against float64", len(wanted)) as advance:
+    with counted(console, "errors against float64", len(wanted)) as advance:
         for job, answer in run(jobs, workers, _SAME_EVERYWHERE):
             answers[job.arguments[0]] = answer
             advance()

@@ -20,9 +20,9 @@ from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
 from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Cell, Memory, cell_name
 from resblock_bench.bench.runs.folder import in_checkout
-from resblock_bench.bench.sweep.progress import task_progress
 from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 
 from .pins import Found, PinnedPart, Rule
@@ -85,7 +85,7 @@ def measure_cells(wanted: Iterable[Cell], console: Console) -> Found:
     jobs = [Job(True, predict, item) for item in items(wanted)]
     count = max(1, min(environment.usable_cpus(), len(jobs)))
     answers: dict[Job, Answer] = {}
-    with task_progress(console, "memory on fake tensors", len(jobs)) as advance:
+    with counted(console, "memory on fake tensors", len(jobs)) as advance:
         for job, answer in run(jobs, count):
             answers[job] = answer
             advance()

@@ -25,7 +25,7 @@ from resblock_bench.bench.compiled.machine_code import (
     SM_SHARED_BYTES,
     MachineCode,
 )
-from resblock_bench.bench.cost.cost import answers, calls_of
+from resblock_bench.bench.cost.costs import answers, calls_of
 from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.grid import GROUPS
 from resblock_bench.bench.machine import workers

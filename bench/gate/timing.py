@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from resblock_bench.bench.compare import timing_baseline as baseline_timing
 from resblock_bench.bench.compare.compare import BaseRequest, Outcome, against_base, findings_of
 from resblock_bench.bench.compare.machine_store import TIMING, machine_folder
 from resblock_bench.bench.compare.report import line, summary
@@ -14,7 +15,6 @@ from resblock_bench.bench.machine import environment
 from resblock_bench.bench.records import cell_name
 
 from . import check as checking
-from . import timing_baseline as baseline_timing
 
 
 def cannot(base: str | None, start: Path) -> str | None:

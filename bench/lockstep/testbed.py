@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
@@ -20,7 +21,6 @@ from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.measure.truth_file import truth_path
 from resblock_bench.bench.records import Environment
-from resblock_bench.bench.sweep.engines import only_user
 from resblock_bench.bench.units import format_duration
 
 from .rounds import RoundError

@@ -1,0 +1,7 @@
+"""One cell in, one row out: all that can change a number, and therefore the code fingerprint.
+
+Begin with `cell`: a cell is made runnable (`workload`, `implementations`), checked against float64
+(`correctness`), measured (`memory`, `timing` on `devices`, `cuda_graph`) and held against what the
+machine allows (`floor`, `ceilings`) and did meanwhile (`telemetry`, `conditions`). `jobs` is what a
+process of its own is asked to do.
+"""

@@ -4,19 +4,14 @@ local   a lane for each visible GPU, or one on the CPU, each cell in a process o
 ray     the same on the nodes of a Ray cluster (ray_engine.py)
 """
 
-import fcntl
-import os
 import queue
-import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure.cell import Task
@@ -94,38 +89,3 @@ class LocalEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-@contextmanager
-def only_user(gpu: str) -> Iterator[None]:
-    """Holds the lock of a GPU, named by its UUID; it goes with the process, however that ends.
-
-    Raises UsageError where another run of this suite holds it.
-    """
-    name = re.sub(r"[^A-Za-z0-9-]", "-", re.sub("^(GPU|MIG)-", "", gpu))
-    path = Path(tempfile.gettempdir()) / f"resblock-bench-{name}.lock"
-    try:
-        # Opened before it is created: what somebody else made there may refuse O_CREAT.
-        file = os.open(path, os.O_RDONLY) if path.exists() else _created(path)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            os.close(file)
-            raise
-    except BlockingIOError:
-        raise UsageError(
-            f"another run of this suite measures on {gpu}: wait for it, or name another GPU "
-            "with --devices or CUDA_VISIBLE_DEVICES"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be locked ({error.strerror}): remove it") from None
-    try:
-        yield
-    finally:
-        os.close(file)
-
-
-def _created(path: Path) -> int:
-    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-    os.fchmod(file, 0o644)  # whatever the umask: other users must be able to lock it
-    return file

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine.environment import machine_name
+from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure import jobs
@@ -25,7 +26,6 @@ from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.records import Environment
 
-from .engines import only_user
 from .lane import Lane
 
 _POLL_S = 0.2

@@ -18,7 +18,8 @@ from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task, id_of
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.survey import survey
-from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row
+from resblock_bench.bench.progress import TaskProgress
+from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row, cell_name
 from resblock_bench.bench.runs.folder import (
     RunWriter,
     default_output,
@@ -30,7 +31,6 @@ from resblock_bench.bench.terminal import say
 
 from .engines import Engine, LocalEngine
 from .outcome import derive, exit_code, show
-from .progress import RunProgress
 from .ray_engine import RayEngine
 from .runner import OomRecord, run_tasks
 
@@ -224,12 +224,12 @@ def _measure_all(
     """Why the sweep ended before its last cell, or None."""
     running: dict[Future[Row], Task] = {}
     try:
-        with RunProgress(console, len(todo)) as progress:
+        with TaskProgress(console, len(todo)) as progress:
             rows = run_tasks(
                 todo,
                 engine,
                 oom=oom,
-                began=progress.begin,
+                began=lambda cell: progress.begin(cell_name(cell)),
                 budget_s=request.budget_s,
                 running=running,
             )
@@ -238,7 +238,7 @@ def _measure_all(
                     writer.append(row)
                 except OSError as error:
                     return f"stopped, since {writer.folder} cannot be written ({error.strerror})"
-                progress.finish(row)
+                progress.finish(_finished(row))
     except KeyboardInterrupt:
         # Several lanes may have ended cells whose rows were not handed out yet.
         for future in [future for future in running if future.done() and not future.exception()]:
@@ -246,6 +246,13 @@ def _measure_all(
                 writer.append(future.result())
         return "interrupted"
     return None
+
+
+def _finished(row: Row) -> str:
+    result: str = row.status
+    if row.throughput_images_per_s is not None:
+        result = f"{row.throughput_images_per_s:,.1f} images/s"
+    return f"{cell_name(row.axes)}: {result}"
 
 
 def missing(

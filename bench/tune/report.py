@@ -1,26 +1,16 @@
-"""What `tune` shows: progress, the table of buckets, what was refused and why."""
+"""What `tune` shows: a line a bucket, the table of buckets, what was refused and why."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as Grid
 
 from resblock_bench.bench.runs import table
 from resblock_bench.bench.terminal import say
-from resblock_bench.bench.units import format_duration
 
 from .bucket import Outcome
-from .choices import Work, bucket_name, choice_name
+from .choices import bucket_name, choice_name
 
 
 def results_table(outcomes: Iterable[Outcome]) -> Grid:
@@ -97,61 +87,19 @@ def show(console: Console, outcomes: Sequence[Outcome], planned: int) -> None:
     say(console, summary(outcomes, planned))
 
 
-class TuneProgress:
-    """A live bar on a terminal, one line a bucket elsewhere."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._console = console
-        self._total = total
-        self._done = 0
-        self._started = time.monotonic()
-        self._bar = Progress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+def finished(outcome: Outcome) -> str:
+    """What came of a bucket, in a line."""
+    entry = outcome.entry
+    if entry is None:
+        found = outcome.problem or "out of time"
+    elif entry.choice == outcome.rules:
+        found = f"the rules' {choice_name(entry.choice)}, {entry.time_us:,.1f} µs"
+    else:
+        found = (
+            f"{choice_name(entry.choice)}, {entry.time_us:,.1f} µs; "
+            f"the rules' takes {entry.rules_us:,.1f} µs"
         )
-        self._task = self._bar.add_task("", total=total)
-
-    def begin(self, work: Work) -> None:
-        """The bucket that is measured next."""
-        self._bar.update(self._task, description=bucket_name(work.bucket))
-
-    def finish(self, outcome: Outcome) -> None:
-        """What came of it."""
-        self._done += 1
-        self._bar.advance(self._task)
-        if self._console.is_terminal:
-            return
-        left_s = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-        entry = outcome.entry
-        if entry is None:
-            found = outcome.problem or "out of time"
-        elif entry.choice == outcome.rules:
-            found = f"the rules' {choice_name(entry.choice)}, {entry.time_us:,.1f} µs"
-        else:
-            found = (
-                f"{choice_name(entry.choice)}, {entry.time_us:,.1f} µs; "
-                f"the rules' takes {entry.rules_us:,.1f} µs"
-            )
-        say(
-            self._console,
-            f"[{self._done}/{self._total}] {bucket_name(outcome.work.bucket)}: {found}; "
-            f"{outcome.tried} of {outcome.planned} launches tried, {len(outcome.refused)} refused "
-            f"({format_duration(left_s)} left)",
-        )
-
-    def __enter__(self) -> "TuneProgress":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.__exit__(kind, error, trace)
+    return (
+        f"{bucket_name(outcome.work.bucket)}: {found}; "
+        f"{outcome.tried} of {outcome.planned} launches tried, {len(outcome.refused)} refused"
+    )

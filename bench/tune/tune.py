@@ -24,15 +24,16 @@ from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.machine import environment
+from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.terminal import say
 from resblock_bench.kernels import tuned
 from resblock_bench.kernels.tiers import QUAD
 from resblock_bench.kernels.tuned import Bucket, Entry
 
 from .bucket import Outcome, measure
-from .choices import buckets
+from .choices import bucket_name, buckets
 from .gpu import Bench, DeviceLost, open_gpu
-from .report import TuneProgress, show
+from .report import finished, show
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,11 @@ def tune(
         return request.budget_s is not None and clock() - started >= request.budget_s
 
     try:
-        with TuneProgress(console, len(works)) as progress:
+        with TaskProgress(console, len(works)) as progress:
             for work in works:
                 if expired():
                     break
-                progress.begin(work)
+                progress.begin(bucket_name(work.bucket))
                 before = entries.get(work.bucket)
                 outcome = measure(
                     bench,
@@ -144,7 +145,7 @@ def tune(
                 if _enter(entries, outcome):
                     write_table(path, _table(head, entries))
                 outcomes.append(outcome)
-                progress.finish(outcome)
+                progress.finish(finished(outcome))
     except KeyboardInterrupt:
         ending = "interrupted"
     except OSError as error:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from resblock_bench.bench.compiled.norms import DIRECTIONS
 from resblock_bench.bench.cost import predicted_run
-from resblock_bench.bench.cost.cost import norms_of_cell
+from resblock_bench.bench.cost.costs import norms_of_cell
 from resblock_bench.bench.cost.gpu_figures import GPUS, architecture, gpu_that_copies
 from resblock_bench.bench.cost.predictions import Predicted
 from resblock_bench.bench.machine.workers import JobFailed

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from resblock_bench.bench.compare import calibrate, compare, comparison
+from resblock_bench.bench.compare import timing_baseline as baseline_timing
 from resblock_bench.bench.compare.comparison import Comparison
 from resblock_bench.bench.compare.machine_store import (
     calibration_file,
@@ -31,7 +32,6 @@ from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE, Verdict
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import timing as check_timing
-from resblock_bench.bench.gate import timing_baseline as baseline_timing
 from resblock_bench.bench.lockstep import rounds
 from resblock_bench.bench.lockstep.rounds import (
     Round,

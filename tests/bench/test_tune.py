@@ -933,16 +933,6 @@ def test_choices_are_named_by_what_their_tier_reads() -> None:
     assert tune_choices.choice_name(Choice("C", 512, 4, 3, 16)) == "C 512 w4 ×3 t16"
 
 
-def test_a_terminal_sees_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = Outcome(work(), None, choices()[0], cut_short=True)
-    console = Console(force_terminal=True, width=WIDTH)
-    with tune_report.TuneProgress(console, 2) as progress:
-        progress.begin(outcome.work)
-        progress.finish(outcome)
-    out = capsys.readouterr().out
-    assert "1/2" in out and "forward nchw" in out and "[1/2]" not in out
-
-
 # The GPU, by a scripted torch.cuda
 
 

@@ -7,10 +7,10 @@
 
 With each benchmark (`extra_info`): `bytes` is the least that the operation must move, `gb_per_s`
 these bytes over the median, `floor_share` the share of the median that the machine's ceilings need
-(bench/measure/floor.py), `peak_bytes` the most that is alive during a step, parameters and inputs included,
-and `peak_above_baseline_bytes` without them. `predicted_us` is a prediction of the operator's
-device time, null for blocks and for devices without figures (docs/prediction.md). The step whose
-memory is measured for the operator's backward includes its forward.
+(bench/measure/floor.py), `peak_bytes` the most that is alive during a step, parameters and inputs
+included, and `peak_above_baseline_bytes` without them. `predicted_us` is a prediction of the
+operator's device time, null for blocks and for devices without figures (docs/prediction.md). The
+step whose memory is measured for the operator's backward includes its forward.
 """
 
 import math

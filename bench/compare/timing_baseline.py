@@ -18,8 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
-from resblock_bench.bench.compare.calibration import tolerance_by
-from resblock_bench.bench.compare.compare import (
+from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.grid.plan import Plan, difference
+from resblock_bench.bench.lockstep.draws import Draw, fill, refuse_few, strict
+from resblock_bench.bench.lockstep.progress import round_progress
+from resblock_bench.bench.lockstep.rounds import Round, RoundError, RoundRule, take_bursts
+from resblock_bench.bench.lockstep.testbed import Testbed, opened
+from resblock_bench.bench.measure.cell import Task, contract_of
+from resblock_bench.bench.records import Cell, cell_name
+from resblock_bench.bench.terminal import say
+
+from .calibration import tolerance_by
+from .compare import (
     HEAD,
     Outcome,
     of_others,
@@ -27,32 +37,23 @@ from resblock_bench.bench.compare.compare import (
     unknowns,
     usable_calibration,
 )
-from resblock_bench.bench.compare.comparison import STAGES, Comparison
-from resblock_bench.bench.compare.machine_store import (
+from .comparison import STAGES, Comparison
+from .machine_store import (
     TIMING,
     history,
     machine_folder,
     writable,
     write,
 )
-from resblock_bench.bench.compare.source_tree import require_own_code
-from resblock_bench.bench.compare.stored import (
+from .source_tree import require_own_code
+from .stored import (
     BASELINE_VERSION,
     Baseline,
     Series,
     contract_fields,
     read_baseline,
 )
-from resblock_bench.bench.compare.verdict import Estimate, unpaired
-from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.grid.plan import Plan, difference
-from resblock_bench.bench.lockstep.draws import Draw, fill, refuse_few, strict
-from resblock_bench.bench.lockstep.rounds import Round, RoundError, RoundRule, take_bursts
-from resblock_bench.bench.lockstep.testbed import Testbed, opened
-from resblock_bench.bench.measure.cell import Task, contract_of
-from resblock_bench.bench.records import Cell, cell_name
-from resblock_bench.bench.sweep.progress import round_progress
-from resblock_bench.bench.terminal import say
+from .verdict import Estimate, unpaired
 
 _CANNOT = "is no baseline"
 ROUNDS = 9
