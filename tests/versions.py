@@ -92,7 +92,7 @@ def steps(newest_triton: str, short: bool, processes: int) -> Iterator[Step]:
             run = partial(compiled, pair, arch, short, processes)
             yield Step(f"compile for sm_{arch}", under, packages, run)
         if not short:
-            run = partial(tested, ["tests/bench/test_machine_code.py"], pair, processes)
+            run = partial(tested, ["tests/bench/compiled/test_machine_code.py"], pair, processes)
             yield Step("read machine code", under, packages, run)
     for pair in [SHORT_PAIR] if short else PAIRS:
         # The reference imports no Triton: with the locked torch `make test` has run its tests.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import torch
-from cells import TINY
+from support.cells import TINY
 from torch import nn
 
 from resblock_bench.bench.cli import main as cli

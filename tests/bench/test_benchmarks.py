@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import device_time
 import pytest
 import torch
-from device_time import DeviceTime, UnknownVersionError
 from pytest_benchmark import plugin
 from pytest_benchmark.fixture import BenchmarkFixture
+from support import device_time
+from support.device_time import DeviceTime, UnknownVersionError
 
 ROOT = Path(__file__).parents[2]
 FLUSH_MS, PREPARE_MS = 7.0, 3.0

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from device_time import DeviceTime
 from pytest_benchmark.fixture import BenchmarkFixture
+from support.device_time import DeviceTime
 
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.measure.ceilings import measure_ceilings

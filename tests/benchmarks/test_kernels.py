@@ -11,10 +11,10 @@ from typing import Literal
 
 import pytest
 import torch
-from device_time import DeviceTime
-from oracle import Problem, eager
-from oracle import check as check_operator
-from running import run_operator
+from support.device_time import DeviceTime
+from support.oracle import Problem, eager
+from support.oracle import check as check_operator
+from support.running import run_operator
 from torch import Tensor, nn
 
 from resblock_bench.bench.cost.gpu_figures import architecture, gpu_that_copies

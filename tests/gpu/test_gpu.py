@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import NAMES, Problem, check, error, gradients, problem
-from running import run_operator
+from support.oracle import NAMES, Problem, check, error, gradients, problem
+from support.running import run_operator
 from torch import Tensor
 
 from resblock_bench.bench.measure.cuda_graph import capture

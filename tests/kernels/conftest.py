@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from running import Runner, run_operator
+from support.running import Runner, run_operator
 
 from resblock_bench.kernels import dispatch
 

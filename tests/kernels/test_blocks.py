@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error
+from support.oracle import error
 from torch import Tensor, nn
 
 from resblock_bench import kernels, reference

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import NAMES, Problem, eager, error, gradients, problem
-from running import Runner
+from support.oracle import NAMES, Problem, eager, error, gradients, problem
+from support.running import Runner
 
 SHAPES = {"map": (2, 32, 7, 7), "even map": (1, 16, 8, 8), "one position": (2, 8, 1, 1)}
 

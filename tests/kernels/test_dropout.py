@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import gradients, problem
-from running import Runner, run_operator
+from support.oracle import gradients, problem
+from support.running import Runner, run_operator
 
 from resblock_bench.kernels import dispatch, group_norm_silu
 from resblock_bench.kernels.aten import keep_mask

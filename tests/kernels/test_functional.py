@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import problem
+from support.oracle import problem
 from torch import nn
 
 from resblock_bench.kernels import explain, group_norm_silu, norm_act_conv, prefer

@@ -13,7 +13,7 @@ from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.dispatch import standing_for_gpu
 
 pytest.importorskip("triton")
-launched = pytest.importorskip("launched")
+launched = pytest.importorskip("support.launched")
 
 CHECKS = (
     "repeated", "values", "alignment", "scratch", "device_and_stream", "hooks", "debugging",

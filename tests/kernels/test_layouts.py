@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import Problem, check, error, problem
-from running import Runner, run_operator
+from support.oracle import Problem, check, error, problem
+from support.running import Runner, run_operator
 from torch import Tensor, nn
 
 from resblock_bench import kernels, reference

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import check, eager, error, gradients, problem
-from running import Runner, run_operator
+from support.oracle import check, eager, error, gradients, problem
+from support.running import Runner, run_operator
 
 from resblock_bench.kernels import dispatch, tiers
 

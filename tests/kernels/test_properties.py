@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import Problem, check, problem
-from running import run_operator
+from support.oracle import Problem, check, problem
+from support.running import run_operator
 
 from resblock_bench.kernels import prefer
 from resblock_bench.kernels.dispatch import Backend

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import problem
+from support.oracle import problem
 from torch import Tensor, nn
 
 from resblock_bench.kernels import ResBlock, fuse_, group_norm_silu, prefer

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ticket_model import (
+from support.ticket_model import (
     TICKETS,
     Add,
     Barrier,

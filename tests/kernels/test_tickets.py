@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ticket_model import (
+from support.ticket_model import (
     Add,
     Barrier,
     If,

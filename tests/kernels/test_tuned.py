@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import check, problem
-from running import run_operator
+from support.oracle import check, problem
+from support.running import run_operator
 
 from resblock_bench.kernels import dispatch, tuned
 from resblock_bench.kernels.tiers import Choice, Machine, Problem, plan_launch, shape

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import process_functions
 import pytest
 import torch
+from support import process_functions
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")

@@ -21,7 +21,7 @@ from resblock_bench.bench.gate import static as check_static
 from resblock_bench.bench.gate.pins import Entries, Found, PinFile
 from resblock_bench.bench.gate.static import PART
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def point(value: str, name: str = "seeded") -> metadata.EntryPoint:
@@ -31,7 +31,7 @@ def point(value: str, name: str = "seeded") -> metadata.EntryPoint:
 @pytest.fixture(scope="module")
 def found() -> Found:
     """The cases of static_kernels.py, measured as those of another package are."""
-    items, wrong = check_static.case_items([point("static_kernels:cases")])
+    items, wrong = check_static.case_items([point("support.static_kernels:cases")])
     assert not wrong
     return check_static.measure_items(items, Console(quiet=True))
 
@@ -176,13 +176,13 @@ def test_pins_that_say_nothing(
 
 def test_bad_registrations_are_named() -> None:
     wrong = {
-        "static_kernels:absent": "AttributeError",
+        "support.static_kernels:absent": "AttributeError",
         "no_such_package:cases": "No module named",
-        "static_kernels:NUMBER": "no function that returns KernelCases",
-        "static_kernels:numbers": "offers a int, not a KernelCase",
-        "static_kernels:unnameable": "'no/name' is no name",
-        "static_kernels:twins": "two of its cases",
-        "process_functions:leave": "its process died (exit code 0)",
+        "support.static_kernels:NUMBER": "no function that returns KernelCases",
+        "support.static_kernels:numbers": "offers a int, not a KernelCase",
+        "support.static_kernels:unnameable": "'no/name' is no name",
+        "support.static_kernels:twins": "two of its cases",
+        "support.process_functions:leave": "its process died (exit code 0)",
     }
     items, said = check_static.case_items([point(value, value) for value in wrong])
     assert not items
@@ -202,7 +202,7 @@ def items_measured(monkeypatch: pytest.MonkeyPatch) -> list[check_static.Item]:
         measured.extend(items)
         return Found()
 
-    two = [point("static_kernels:cases"), point("static_kernels:cases", "other")]
+    two = [point("support.static_kernels:cases"), point("support.static_kernels:cases", "other")]
     monkeypatch.setattr(kernel_cases, "registered", lambda: two)
     monkeypatch.setattr(check_static, "measure_items", measure_items)
     return measured

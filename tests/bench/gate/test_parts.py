@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import process_functions
 import pytest
 import torch
 from rich.console import Console
+from support import process_functions
 
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import accuracy as check_accuracy
@@ -22,7 +22,7 @@ from resblock_bench.bench.measure.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
 from resblock_bench.kernels.spec import Spec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = Case(None, "fp32", "nchw", "scale_shift", 0.0, 2, 8)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from oracle import Problem
 from torch import Tensor
 
 from resblock_bench.kernels import functional
+
+from .oracle import Problem
 
 Runner = Callable[[Problem], Tensor]
 

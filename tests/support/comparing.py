@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import msgspec
-from cells import TINY
 from rich.console import Console
 
 from resblock_bench.bench.gate import check
@@ -12,6 +11,8 @@ from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.rounds import RoundRule
 from resblock_bench.bench.measure.timing import Rule
+
+from .cells import TINY
 
 FAST = RoundRule(burst_s=0.0, bursts=3, seconds=0.0)
 COLD = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1)

@@ -2,7 +2,7 @@ import os
 
 import pynvml
 import pytest
-from fake_nvml import FakeGpu, FakeNvml, processes
+from support.fake_nvml import FakeGpu, FakeNvml, processes
 
 from resblock_bench.bench.machine import nvml
 from resblock_bench.bench.machine.visible_gpus import visible_gpus

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from pinned import finding
 from rich.console import Console
+from support.pinned import finding
 
 from resblock_bench.bench.findings.findings import LEVELS, Finding, exit_code
 from resblock_bench.bench.findings.report import (

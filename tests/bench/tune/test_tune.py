@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import oracle
 import pytest
 import torch
 from rich.console import Console
+from support import oracle
 from torch import Tensor
 
 from resblock_bench.bench.errors import UsageError
@@ -38,7 +38,7 @@ from resblock_bench.kernels.tiers import Choice, Direction, Launch, Machine, Pro
 from resblock_bench.kernels.tuned import Bucket
 
 CPU = torch.device("cpu")
-SHAPES = Path(__file__).parents[1] / "data" / "resblock_shapes.csv"
+SHAPES = Path(__file__).parents[2] / "data" / "resblock_shapes.csv"
 H100 = Machine(sms=132, l2_bytes=50 * 2**20)
 # Large enough for every tier, small enough for the interpreter.
 SMALL = Machine(sms=6, l2_bytes=2**20)

@@ -9,9 +9,9 @@ import types
 from pathlib import Path
 
 import pytest
-from comparing import FAST, checked, plan_of
 from rich.console import Console
-from sweeps import TINY, spawned
+from support.comparing import FAST, checked, plan_of
+from support.sweeps import TINY, spawned
 
 from resblock_bench.bench.compare import compare
 from resblock_bench.bench.compare.source_tree import (
@@ -26,7 +26,7 @@ from resblock_bench.bench.gate import check
 from resblock_bench.bench.lockstep import side
 from resblock_bench.bench.machine.scratch import SUFFIX
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Appended to the fused block of one side: what it does depends on the batch.
 SPOILED = """

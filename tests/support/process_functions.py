@@ -93,7 +93,7 @@ def predict_one_more(cell: Cell, backend: Backend) -> Memory | None:
 
 def measure_naively(case: Case) -> Errors:
     """The errors of kernels that lose digits; imported where they are interpreted."""
-    import naive_kernels
+    from . import naive_kernels
 
     return naive_kernels.measure(case)
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from sweeps import children_of, wait_for_death
+from support.sweeps import children_of, wait_for_death
 
 from resblock_bench.bench.machine.workers import Job, JobFailed, WorkerDied, run
 

@@ -8,7 +8,7 @@ from resblock_bench.bench.grid.axes import models, parse_arguments
 from resblock_bench.bench.grid.grid import PlannedCell, plan
 from resblock_bench.bench.records import variant_name
 
-SHAPES = Path(__file__).parents[1] / "data" / "resblock_shapes.csv"
+SHAPES = Path(__file__).parents[2] / "data" / "resblock_shapes.csv"
 
 
 def planned(text: str) -> list[PlannedCell]:

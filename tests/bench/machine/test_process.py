@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import process_functions as functions
 import pytest
+from support import process_functions as functions
 
 from resblock_bench.bench.machine.process import OUTPUT_BYTES, Processes, ProcessesClosed
 
@@ -161,7 +161,7 @@ def test_an_interrupt_at_any_point_of_a_start_is_quiet(tmp_path: Path, number: s
     code = f"""
 import signal, sys
 from multiprocessing import reduction, forkserver
-import process_functions as functions
+from support import process_functions as functions
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.terminal import terminable
 
@@ -186,7 +186,7 @@ processes.close()
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{Path(functions.__file__).parent}"},
+        env={**os.environ, "PYTHONPATH": str(Path(functions.__file__).parents[1])},
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout == "interrupted\n" * 2

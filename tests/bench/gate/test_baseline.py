@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pinned import finding, part_of
+from support.pinned import finding, part_of
 
 from resblock_bench.bench.gate import baseline as baseline_pins
 from resblock_bench.bench.gate import check

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-import compiled_text
-from compiled_text import Compiled, Statement, statements
+from support import compiled_text
+from support.compiled_text import Compiled, Statement, statements
 
 from resblock_bench.bench.compiled import machine_code
 from resblock_bench.bench.compiled.machine_code import Sass, opcode

@@ -3,8 +3,8 @@ import re
 
 import pynvml
 import pytest
-from fake_nvml import FakeGpu, FakeNvml, processes
 from rich.console import Console
+from support.fake_nvml import FakeGpu, FakeNvml, processes
 
 from resblock_bench.bench.cli.listing import machine
 from resblock_bench.bench.machine import environment, nvml

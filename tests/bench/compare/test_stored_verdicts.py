@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cells import TINY
 from msgspec.structs import replace
-from sweeps import spawned
+from support.cells import TINY
+from support.sweeps import spawned
 
 from resblock_bench.bench.compare import compare
 from resblock_bench.bench.compare import report as compare_report

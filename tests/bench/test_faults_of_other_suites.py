@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pynvml
 import pytest
-from fake_nvml import FakeGpu, FakeNvml
+from support.fake_nvml import FakeGpu, FakeNvml
 from torch import Tensor, nn
 
 from resblock_bench.bench.machine import nvml

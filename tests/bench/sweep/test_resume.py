@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sweeps import QUICK, TINY, children_of, rows_of, started, wait_for_death, wait_for_rows
+from support.sweeps import QUICK, TINY, children_of, rows_of, started, wait_for_death, wait_for_rows
 
 from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.errors import UsageError

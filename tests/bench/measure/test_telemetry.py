@@ -6,7 +6,7 @@ import msgspec
 import pynvml
 import pytest
 import torch
-from fake_nvml import FakeGpu, FakeNvml, processes
+from support.fake_nvml import FakeGpu, FakeNvml, processes
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine import nvml

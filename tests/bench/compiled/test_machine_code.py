@@ -15,7 +15,7 @@ import torch
 from resblock_bench.bench.compiled import machine_code
 from resblock_bench.bench.compiled.machine_code import Sass, parse_sass
 
-SCRIPT = Path(__file__).parents[1] / "machine_code_kernels.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "machine_code_kernels.py"
 
 PTXAS_LOG = """\
 ptxas-blackwell info    : 0 bytes gmem
@@ -295,7 +295,7 @@ def test_normalised_sass_holds_instructions_and_where_branches_lead() -> None:
 
 def test_an_interpreted_kernel_cannot_be_compiled() -> None:
     pytest.importorskip("triton")
-    from machine_code_kernels import copy_kernel
+    from support.machine_code_kernels import copy_kernel
 
     with pytest.raises(RuntimeError, match=r"copy_kernel cannot be compiled: .*TRITON_INTERPRET=1"):
         machine_code.specialise(copy_kernel, {})

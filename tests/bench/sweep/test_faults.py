@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sweeps import (
+from support.sweeps import (
     QUICK,
     TINY,
     children_of,

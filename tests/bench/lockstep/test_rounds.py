@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from comparing import FAST, checked, plan_of
 from gate_rates import spinning
 from msgspec.structs import replace
 from rich.console import Console
+from support.comparing import FAST, checked, plan_of
 
 from resblock_bench.bench.compare import calibrate, compare, comparison
 from resblock_bench.bench.compare import timing_baseline as baseline_timing
@@ -116,7 +116,7 @@ def test_a_side_that_starts_anew_is_the_same_code(bed, monkeypatch):
 
 def test_nor_may_the_code_of_another_repository_change_before_a_new_start(bed, tmp_path):
     packages = tmp_path / "packages"
-    shutil.copytree(Path(__file__).parents[1] / "faults", packages)
+    shutil.copytree(Path(__file__).parents[2] / "faults", packages)
     task = tasks_of(bed, "fused")[0]
     task = replace(task, cell=replace(task.cell, impl="printing"))
     (tmp_path / "side").mkdir()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pinned import finding, part_of
+from support.pinned import finding, part_of
 
 from resblock_bench.bench.gate import check
 from resblock_bench.bench.gate.pins import write_pins
