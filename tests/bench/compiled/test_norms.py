@@ -58,6 +58,20 @@ def test_passes_of_each_tier(
         assert found.sector_efficiency == 1.0
 
 
+@pytest.mark.parametrize(
+    ("channels", "positions"),
+    [(192, 2048), (256, 2044), (192, 2044)],
+    ids=["channels beside the slab", "a part of a tile", "both"],
+)
+def test_a_tile_loaded_ahead_is_one_of_the_part(channels: int, positions: int) -> None:
+    """Nothing past a part is read, whichever mask the loads have."""
+    n = norm(channels=channels, positions=positions, layout="nhwc")
+    launch = launch_of(n, "backward", 90, "C")
+    assert counted(n, "backward", "C").requested == pytest.approx(5.0)
+    assert (positions % launch.block_hw == 0) == (positions == 2048)
+    assert (launch.slab % launch.block_c == 0) == (channels == 256)
+
+
 def test_rewriting_is_one_read_and_one_write() -> None:
     found = counted(norm(positions=64), "rewrite")
     assert found.requested == found.dram == pytest.approx(2.0)
