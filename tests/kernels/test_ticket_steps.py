@@ -203,6 +203,7 @@ def merged(program: Program) -> Program:
 KERNELS = {
     # A slab of one group, in blocks of channels and splits; of several groups; whole units.
     "divided group": tiers.Launch("C", 2, 1, 4, 2, 1, 5, 1, ""),
+    "group beside a power of two": tiers.Launch("C", 3, 4, 4, 2, 1, 2, 1, ""),
     "several groups": tiers.Launch("C", 4, 4, 4, 2, 1, 2, 1, ""),
     "two reads": tiers.Launch("B", 2, 2, 4, 1, 2, 0, 1, ""),
     "in registers": tiers.Launch("A", 4, 4, 8, 1, 1, 0, 1, ""),
@@ -216,7 +217,7 @@ def test_the_kernels_take_the_steps_of_the_model(
 ) -> None:
     """Every barrier, what every atomic orders and for whom a program waits, one after the other."""
     how = KERNELS[kind]
-    N, C, HW = 2, 4, 8
+    N, C, HW = 2, 6 if how.slab == 3 else 4, 8
     x, rows = torch.randn(N, C, HW), torch.randn(N, C)
     m = Modulation(torch.randn(C), torch.randn(C), rows, rows.clone(), rows.clone())
     spec = Spec(2, 1e-5, True, 0.0, torch.float32)
