@@ -138,6 +138,14 @@ def test_a_known_kind_hides_no_error(wrong: dict[str, Any], error: Any, text: st
         run(inputs(), **wrong)
 
 
+def test_rows_of_another_length_are_no_known_kind() -> None:
+    """With the same strides: a launch would read as many as there should be."""
+    for _ in range(2):
+        run(inputs())
+    with pytest.raises(ValueError, match="weight"):
+        run({**inputs(), "weight": torch.ones(17)})
+
+
 def test_without_gradients_there_is_no_graph(taken: list[calls.Call]) -> None:
     given = inputs()
     expected = run(given)[0]
