@@ -15,6 +15,12 @@ from resblock_bench.bench.measure.timing import Rule
 
 FAST = RoundRule(burst_s=0.0, bursts=3, seconds=0.0)
 COLD = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1)
+UNDISTURBED = """
+import pretended as _pretended
+
+_pretended.pretend(_pretended.quiet)
+"""
+"""Appended to a side's own code: its rounds count, whatever else runs on this machine."""
 
 
 def plan_of(*changes):

@@ -19,7 +19,6 @@ from .app import (
     OutputOption,
     PresetOption,
     SeedOption,
-    TelemetryOption,
     TimeoutOption,
     app,
     progress_console,
@@ -61,7 +60,7 @@ PinsOption = Annotated[
 
 _OF_TIMING = (
     *("base", "axis", "preset", "config", "device"),
-    *("source", "timeout", "telemetry", "threads", "seed"),
+    *("source", "timeout", "threads", "seed"),
 )
 """Options that say what is timed, and how."""
 
@@ -97,7 +96,6 @@ def compare(
         bool, typer.Option("--explain", help="Say of every cell which rules decided.")
     ] = False,
     timeout: TimeoutOption = "5m",
-    telemetry: TelemetryOption = None,
     threads: GateThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
@@ -122,7 +120,7 @@ def compare(
         )
     if base is not None:
         plan = _gate_plan(axis, preset, config, device, threads, seed)
-        request = _base_request(base, plan, source, timeout, telemetry)
+        request = _base_request(base, plan, source, timeout)
         outcome = comparing.against_base(request, progress_console())
     elif len(paths) == 2:
         outcome = comparing.of_stored(paths[0], paths[1], here, relative=relative)
@@ -183,27 +181,21 @@ def _selected(sweep: Preset) -> list[PlannedCell]:
         raise InvalidError(str(error)) from None
 
 
-def _base_request(
-    base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
-) -> BaseRequest:
+def _base_request(base: str, plan: Plan, source: list[Path] | None, timeout: str) -> BaseRequest:
     from resblock_bench.bench.compare.compare import BaseRequest
     from resblock_bench.bench.compare.source_tree import repository_around, require_sources, resolve
-    from resblock_bench.bench.measure.telemetry import Replay
     from resblock_bench.bench.units import parse_duration_s
 
     # What is wrong with these is found before anything is measured.
     repository = repository_around(Path.cwd())
     resolve(repository, base)
     require_sources(str(repository), repository, source or ())
-    if telemetry is not None:
-        Replay(telemetry)
     return BaseRequest(
         base=base,
         plan=plan,
         start=Path.cwd(),
         timeout_s=parse_duration_s(timeout),
         sources=tuple(source or ()),
-        telemetry=telemetry,
     )
 
 
@@ -254,7 +246,6 @@ def check(
     device: DeviceOption = None,
     source: SourceOption = None,
     timeout: TimeoutOption = "5m",
-    telemetry: TelemetryOption = None,
     threads: GateThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
@@ -263,7 +254,7 @@ def check(
     """The gate: what the kernels cost against what is pinned, in all parts that can be done here.
 
     Exit codes: 0 as expected, 1 worse, 3 missing, damaged or crashed, 4 better or changed (save
-    it, or take it back) or no verdict, 5 wrong. Axes, preset, config, device, source, telemetry,
+    it, or take it back) or no verdict, 5 wrong. Axes, preset, config, device, source,
     threads and seed are those of the timing.
     """
     from resblock_bench.bench.findings.report import destination
@@ -276,7 +267,7 @@ def check(
         raise UsageError(f"--pins {pins} is no folder: name the one that holds static/ and memory/")
     request = checking.Request(names, pins, destination(format, output))
     plan = _gate_plan(axis, preset, config, device, threads, seed)
-    how = _timing(base, plan, source, timeout, telemetry)
+    how = _timing(base, plan, source, timeout)
     # A report on the standard output stands alone there.
     alone = format != "table" and output is None
     console = result_console()
@@ -289,9 +280,7 @@ def _named(**parts: bool) -> list[str]:
     return [name for name, given in parts.items() if given]
 
 
-def _timing(
-    base: str | None, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
-) -> Timing:
+def _timing(base: str | None, plan: Plan, source: list[Path] | None, timeout: str) -> Timing:
     from resblock_bench.bench.gate import timing as check_timing
     from resblock_bench.bench.gate.check import Timing
 
@@ -301,18 +290,18 @@ def _timing(
             raise UsageError(
                 "--source goes with --base: without it there is one tree, as installed"
             )
-        request = _baseline_request(plan, timeout, telemetry)
+        request = _baseline_request(plan, timeout)
     else:
-        request = _base_request(base, plan, source, timeout, telemetry)
+        request = _base_request(base, plan, source, timeout)
     reason = check_timing.cannot(base, Path.cwd())
     return Timing(reason, lambda console: check_timing.check(request, console))
 
 
-def _baseline_request(plan: Plan, timeout: str, telemetry: Path | None = None) -> Request:
+def _baseline_request(plan: Plan, timeout: str) -> Request:
     from resblock_bench.bench.compare.timing_baseline import Request
     from resblock_bench.bench.units import parse_duration_s
 
-    return Request(plan, Path.cwd(), parse_duration_s(timeout), telemetry)
+    return Request(plan, Path.cwd(), parse_duration_s(timeout))
 
 
 baseline = typer.Typer(
@@ -402,5 +391,5 @@ def diff(
 
     names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
     plan = _gate_plan(None, None, None, None, None, None)
-    how = _timing(None, plan, None, "5m", None)
+    how = _timing(None, plan, None, "5m")
     raise typer.Exit(baseline_pins.diff(names, pins, how, result_console()))

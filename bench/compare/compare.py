@@ -45,7 +45,6 @@ class BaseRequest:
     start: Path
     timeout_s: float
     sources: Sequence[Path] = ()
-    telemetry: Path | None = None
     rule: RoundRule = field(default_factory=RoundRule)
 
 
@@ -103,7 +102,6 @@ def in_lockstep(
                 request.plan,
                 sides,
                 limit_s=request.timeout_s,
-                telemetry=request.telemetry,
                 root=root,
             )
         )

@@ -67,7 +67,6 @@ class Request:
     plan: Plan
     start: Path
     timeout_s: float = 300.0
-    telemetry: Path | None = None
     rule: RoundRule = field(default_factory=RoundRule)
 
 
@@ -180,7 +179,6 @@ def _bed(request: Request) -> AbstractContextManager[Testbed]:
         request.plan,
         {HEAD: ()},
         limit_s=request.timeout_s,
-        telemetry=request.telemetry,
     )
 
 

@@ -39,10 +39,8 @@ class Plan(Record, frozen=True, kw_only=True):
         cells = {item.cell: item for item in [*self.cells, *later.cells]}
         return replace(self, cells=list(cells.values()))
 
-    def tasks(
-        self, environment: Environment, *, folder: Path | None = None, telemetry: Path | None = None
-    ) -> list[Task]:
-        """The first attempt at every cell; `folder` and `telemetry` as in Task."""
+    def tasks(self, environment: Environment, *, folder: Path | None = None) -> list[Task]:
+        """The first attempt at every cell; `folder` as in Task."""
         return [
             Task(
                 cell=item.cell,
@@ -54,7 +52,6 @@ class Plan(Record, frozen=True, kw_only=True):
                 environment=environment,
                 memory_limit_bytes=self.memory_limit_bytes,
                 folder=None if folder is None else str(folder.resolve()),
-                telemetry=None if telemetry is None else str(telemetry.resolve()),
             )
             for item in self.cells
         ]

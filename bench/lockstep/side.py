@@ -111,8 +111,7 @@ def _serve(socket: Connection, order: Open) -> None:
         _answer(socket, Opened("wrong", checked.wrong))
         return
     workload = checked.workload
-    trace = None if task.telemetry is None else Path(task.telemetry)
-    probe = open_probe(device.kind, device.uuid, trace)
+    probe = open_probe(device.kind, device.uuid)
 
     def sample_ms() -> float:
         workload.reset()

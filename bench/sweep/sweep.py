@@ -47,7 +47,6 @@ class Request:
     resume       measure what the folder lacks
     retry        and again what failed there
     ignore_oom   try cells that are larger than one which ran out of memory
-    telemetry    a recorded trace in place of the machine's counters
     devices      of the visible GPUs these, by position or UUID; empty for all
     engine       "local" or "ray"
     accelerator  with "ray", the type of GPU; None where the cluster has one type only
@@ -60,7 +59,6 @@ class Request:
     ignore_oom: bool = False
     timeout_s: float = TIMEOUT_S
     budget_s: float | None = None
-    telemetry: Path | None = None
     devices: Sequence[str] = ()
     plots: bool = True
     formats: Sequence[str] = ()
@@ -166,7 +164,7 @@ def _sweep(
     earlier: list[Row],
     console: Console,
 ) -> int:
-    tasks = plan.tasks(found, folder=writer.folder, telemetry=request.telemetry)
+    tasks = plan.tasks(found, folder=writer.folder)
     asked = {id_of(task) for task in tasks}
     rows = {row.id: row for row in earlier if row.id in asked}
     todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)

@@ -67,7 +67,6 @@ def tiny_task(found: Environment, **changes: object) -> Task:
         environment=found,
         memory_limit_bytes=None,
         folder=None,
-        telemetry=None,
     )
     own = {name: changes.pop(name) for name in list(changes) if name in Task.__struct_fields__}
     return msgspec.structs.replace(task, cell=msgspec.structs.replace(TINY, **changes), **own)
@@ -183,11 +182,3 @@ def run_cli(
         return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory):
-    """A trace of an undisturbed machine."""
-    path = tmp_path_factory.mktemp("trace") / "quiet.jsonl"
-    path.write_text('{"t_s": 0}\n{"t_s": 1}\n')
-    return path

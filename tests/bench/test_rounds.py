@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from comparing import FAST, checked, plan_of
+from comparing import FAST, UNDISTURBED, checked, plan_of
 from gate_rates import spinning
 from msgspec.structs import replace
 from rich.console import Console
@@ -44,8 +44,6 @@ from resblock_bench.bench.lockstep.rounds import (
 from resblock_bench.bench.lockstep.sides import Side, SideError
 from resblock_bench.bench.lockstep.testbed import opened
 
-THROTTLED = '{"t_s": 0, "throttled_us": {"heat": 0}}\n{"t_s": 1, "throttled_us": {"heat": 500}}\n'
-
 A_ROUND = Round(
     base_ms=10.0,
     head_ms=10.0,
@@ -61,12 +59,13 @@ AMBIGUOUS = Verdict(
 
 
 @pytest.fixture(scope="module")
-def bed(quiet):
-    """Cells by name: those of a faulty implementation, or fused ones of batches 1 to 20."""
-    faulty = [{"impl": impl} for impl in ("segfaulting", "wrong", "raising", "hanging")]
-    fused = [{"impl": "fused", "batch": batch} for batch in range(1, 21)]
-    plan = plan_of(*faulty, *fused)
-    with opened(plan, {"A": (), "B": ()}, limit_s=8.0, telemetry=quiet) as found:
+def bed():
+    """Cells by name: those of a faulty implementation, or good ones of batches 1 to 20."""
+    impls = ("segfaulting", "wrong", "raising", "hanging", "overheated")
+    faulty = [{"impl": impl} for impl in impls]
+    good = [{"impl": "undisturbed", "batch": batch} for batch in range(1, 21)]
+    plan = plan_of(*faulty, *good)
+    with opened(plan, {"A": (), "B": ()}, limit_s=8.0) as found:
         yield found
 
 
@@ -77,7 +76,7 @@ def tasks_of(bed, impl):
 def test_a_round_of_two_sides_and_of_one(bed):
     base, head = bed.sides
     assert base.code == head.code
-    task = tasks_of(bed, "fused")[0]
+    task = tasks_of(bed, "undisturbed")[0]
     taken = measure_pair(task, bed.truth(task), base, head, FAST, random.Random(0))
     assert min(taken.base_samples, taken.head_samples) >= FAST.bursts
     assert taken.base_ms > 0 < taken.head_ms
@@ -105,7 +104,7 @@ def test_what_goes_wrong_on_a_side_ends_the_round(bed, impl, status, reason):
 
 
 def test_a_side_that_starts_anew_is_the_same_code(bed, monkeypatch):
-    task = tasks_of(bed, "fused")[0]
+    task = tasks_of(bed, "undisturbed")[0]
     base, head = bed.sides
     head.kill()
     monkeypatch.setattr(head, "code", "as it was before")
@@ -117,7 +116,7 @@ def test_a_side_that_starts_anew_is_the_same_code(bed, monkeypatch):
 def test_nor_may_the_code_of_another_repository_change_before_a_new_start(bed, tmp_path):
     packages = tmp_path / "packages"
     shutil.copytree(Path(__file__).parents[1] / "faults", packages)
-    task = tasks_of(bed, "fused")[0]
+    task = tasks_of(bed, "undisturbed")[0]
     task = replace(task, cell=replace(task.cell, impl="printing"))
     (tmp_path / "side").mkdir()
     side = Side("head", [packages], tmp_path / "side", limit_s=60.0, root=tmp_path)
@@ -135,7 +134,7 @@ def test_nor_may_the_code_of_another_repository_change_before_a_new_start(bed, t
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_whoever_fails_at_a_reading_is_blamed(bed, monkeypatch, number):
-    task, side = tasks_of(bed, "fused")[0], bed.sides[number]
+    task, side = tasks_of(bed, "undisturbed")[0], bed.sides[number]
 
     def read():
         raise SideError(side, "crashed", "gone")
@@ -159,7 +158,7 @@ def compared(bed, tasks, rule=FAST):
 
 def test_no_change_twenty_times(bed, monkeypatch):
     monkeypatch.setattr(comparison, "STAGES", (3,))
-    items, code = compared(bed, tasks_of(bed, "fused"))
+    items, code = compared(bed, tasks_of(bed, "undisturbed"))
     assert len(items) == 20
     assert [item.failed for item in items] == [None] * 20
     assert not {"SLOW", "FAST"} & {item.verdict.word for item in items}
@@ -167,27 +166,27 @@ def test_no_change_twenty_times(bed, monkeypatch):
     assert statistics.median(item.verdict.ratio for item in items) == pytest.approx(1, abs=0.1)
 
 
-def test_five_per_cent_more_never_pass(bed, quiet, tmp_path, monkeypatch):
+def test_five_per_cent_more_never_pass(bed, tmp_path, monkeypatch):
     """Really spun in. A loaded machine may leave it open; what it must not do is pass."""
     monkeypatch.setattr(comparison, "STAGES", (5,))
     sides = {name: spinning(tmp_path / name, share) for name, share in (("A", 0.0), ("B", 0.05))}
+    for name in sides:
+        with (tmp_path / name / "tree" / "kernels" / "blocks.py").open("a") as file:
+            file.write(UNDISTURBED)
     plan = plan_of({"impl": "fused", "mode": "inference", "channels": 64, "out_channels": 64})
     rule = RoundRule(bursts=30, seconds=0.2)
-    with opened(plan, sides, limit_s=60.0, telemetry=quiet) as slowed:
+    with opened(plan, sides, limit_s=60.0) as slowed:
         items, code = compared(slowed, slowed.tasks, rule)
     assert [item.failed for item in items] == [None]
     assert items[0].verdict.word in ("SLOW", "AMBIGUOUS")
     assert code in (1, 4)
 
 
-def test_a_throttled_machine_allows_no_verdict(bed, tmp_path, monkeypatch):
+def test_a_throttled_machine_allows_no_verdict(bed, monkeypatch):
     monkeypatch.setattr(comparison, "STAGES", (5,))
-    trace = tmp_path / "throttled.jsonl"
-    trace.write_text(THROTTLED)
-    task = msgspec.structs.replace(tasks_of(bed, "fused")[0], telemetry=str(trace))
-    (item,), code = compared(bed, [task])
+    (item,), code = compared(bed, tasks_of(bed, "overheated"))
     assert (item.verdict.word, len(item.disturbed)) == ("AMBIGUOUS", 10)
-    assert "heat held the clocks back" in item.verdict.reasons[0]
+    assert "thermal slowdown held the clocks back" in item.verdict.reasons[0]
     assert code == 4
 
 
@@ -209,7 +208,7 @@ def test_the_same_code_is_said_of_this_project_alone(bed, tmp_path, monkeypatch,
 @pytest.fixture
 def stage(bed, tmp_path, monkeypatch):
     """Requests for two fused cells, measured on the sides that are there."""
-    tasks = tasks_of(bed, "fused")[:2]
+    tasks = tasks_of(bed, "undisturbed")[:2]
     alone = dataclasses.replace(bed, sides=bed.sides[:1], tasks=tasks)
     both = dataclasses.replace(bed, tasks=tasks)
     monkeypatch.setattr(baseline_timing, "_bed", lambda request: contextlib.nullcontext(alone))
@@ -390,7 +389,7 @@ def test_a_calibration_is_stored_and_used(stage, bed, tmp_path, monkeypatch):
     assert note is None
     assert [noise.rounds for noise in found.cells] == [6, 6]
     assert found.tolerance.relative == 0.01
-    other = tasks_of(bed, "fused")[2]
+    other = tasks_of(bed, "undisturbed")[2]
     assert "1 of 1 cells were not calibrated" in compare.of_others(found, [other])[0]
     assert compare.of_others(found, bed.tasks[:0]) == []
     _, note = compare.usable_calibration(bed.environment, "cpu", RoundRule(), tmp_path)
@@ -400,13 +399,8 @@ def test_a_calibration_is_stored_and_used(stage, bed, tmp_path, monkeypatch):
 
 
 def test_a_throttled_machine_is_neither_calibrated_nor_a_baseline(stage, bed, tmp_path):
-    trace = tmp_path / "throttled.jsonl"
-    trace.write_text(THROTTLED)
     with pytest.MonkeyPatch.context() as patch:
-        throttled = [
-            msgspec.structs.replace(task, telemetry=str(trace)) for task in tasks_of(bed, "fused")
-        ][:1]
-        both = dataclasses.replace(bed, tasks=throttled)
+        both = dataclasses.replace(bed, tasks=tasks_of(bed, "overheated"))
         alone = dataclasses.replace(both, sides=bed.sides[:1])
         patch.setattr(calibrate, "opened", lambda *a, **k: contextlib.nullcontext(both))
         patch.setattr(baseline_timing, "_bed", lambda request: contextlib.nullcontext(alone))
