@@ -1,6 +1,6 @@
 """What tests of rounds and comparisons begin with: quick rules, tiny plans, the gate about them."""
 
-from pathlib import Path
+import functools
 
 import msgspec
 from cells import TINY
@@ -31,6 +31,6 @@ def plan_of(*changes):
 
 def checked(request):
     """What `check --timing` finds."""
-    timing = check.Timing(None, lambda console: check_timing.check(request, console))
-    (outcome,) = check.check(["timing"], Path("absent"), timing, Console(quiet=True))
+    timing = functools.partial(check_timing.check, request, Console(quiet=True))
+    (outcome,) = check.check(["timing"], {"timing": timing})
     return outcome

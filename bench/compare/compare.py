@@ -1,4 +1,4 @@
-"""`compare`: a revision and the working tree, two stored measurements, or the variants of one."""
+"""`compare`: a revision and the working tree, two run folders, or the variants of one."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,12 @@ from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind, device_kind
 from resblock_bench.bench.records import Environment, cell_name
 
-from . import stored_verdicts as compare_stored
+from . import stored
 from .calibration import Calibration, read_calibration, stale, tolerance_by
 from .comparison import Compared, Comparison
 from .machine_store import calibration_file
 from .report import COLUMNS, explanation, findings, row, summary
 from .source_tree import checked_out, python_paths, repository_around, resolve
-from .stored import Stored, load, refuse_different
 from .verdict import DEFAULT_TOLERANCE, Tolerance
 
 HEAD = "the working tree"
@@ -54,7 +53,6 @@ class Outcome:
 
     uncalibrated   sentences on the machines whose noise is not known
     ended          what ended it before its time, or None
-    stored         head was measured against this machine's baseline
     sudden         head is a later base, so that a great difference needs an explanation
     """
 
@@ -64,7 +62,6 @@ class Outcome:
     notes: list[str]
     uncalibrated: list[str]
     ended: str | None = None
-    stored: bool = False
     sudden: bool = True
 
 
@@ -190,42 +187,42 @@ def usable_calibration(
 
 
 def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome:
-    """Compare two run folders or baselines.
+    """Compare two run folders.
 
     Raises UsageError for paths that hold none, InvalidError where they cannot be compared.
     """
     if base.resolve() == head.resolve():
         raise UsageError(f"{base} and {head} are one and the same: name two")
-    before, after = load(base), load(head)
-    refuse_different(before, after, other_machine=relative)
+    before, after = stored.load(base), stored.load(head)
+    stored.refuse_different(before, after, other_machine=relative)
     (of_base, of_head), notes = _calibrations([before, after], start)
     tolerance = tolerance_by(of_head)
     if relative:
-        items = compare_stored.relative(before, after, tolerance, of_base, of_head)
+        items = stored.relative(before, after, tolerance, of_base, of_head)
         title = f"fused / reference of {head} against that of {base}"
     else:
-        items = compare_stored.plain(before, after, tolerance, of_head)
+        items = stored.plain(before, after, tolerance, of_head)
         title = f"{head} against {base}"
     return Outcome(title, items, tolerance, [], notes)
 
 
 def of_variants(folder: Path, start: Path) -> Outcome:
-    """Compare fused with reference within one run or baseline."""
-    stored = load(folder)
-    (calibration,), notes = _calibrations([stored], start)
+    """Compare fused with reference within one run folder."""
+    run = stored.load(folder)
+    (calibration,), notes = _calibrations([run], start)
     tolerance = tolerance_by(calibration)
-    items = compare_stored.within(stored, tolerance, calibration)
+    items = stored.within(run, tolerance, calibration)
     title = f"fused against reference in {folder}"
     return Outcome(title, items, tolerance, [], notes, sudden=False)
 
 
 def _calibrations(
-    stored: Sequence[Stored], start: Path
+    runs: Sequence[stored.Stored], start: Path
 ) -> tuple[list[Calibration | None], list[str]]:
     """The calibration of each, and notes on machines that have none."""
     found: list[Calibration | None] = []
     notes: dict[str, None] = {}
-    for item in stored:
+    for item in runs:
         device = device_kind(str(item.contract["device"]))
         calibration, note = usable_calibration(item.environment, device, RoundRule(), start)
         found.append(calibration)
@@ -257,7 +254,7 @@ def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
 
 def findings_of(outcome: Outcome, part: str) -> list[Finding]:
     """What a gate has to say of an outcome."""
-    found = findings(outcome.items, part, stored=outcome.stored, sudden=outcome.sudden)
+    found = findings(outcome.items, part, sudden=outcome.sudden)
     if outcome.ended is not None:
         text = f"{outcome.ended}: this is what the rounds taken so far say"
         found.append(of_part(part, "invalid", text))

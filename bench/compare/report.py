@@ -8,9 +8,6 @@ from resblock_bench.bench.records import cell_name
 from .comparison import SUSPICIOUS, Compared
 from .verdict import Tolerance
 
-SLACK = 0.10
-"""A stored baseline that is left behind by more than this asks to be saved again."""
-
 COLUMNS = ("cell", "base", "head", "ratio", "95 % bounds", "verdict", "rounds", "detects")
 
 
@@ -47,14 +44,11 @@ def _median(value: float | None, unit: str) -> str:
     return f"{value:.4g} ms" if unit == "ms" else f"{value:.3f}×"
 
 
-def findings(
-    items: Sequence[Compared], part: str, *, stored: bool = False, sudden: bool = True
-) -> list[Finding]:
-    """What the gate has to say; `stored` where the base is a stored baseline, `sudden` where a
-    great difference has to be explained."""
+def findings(items: Sequence[Compared], part: str, *, sudden: bool = True) -> list[Finding]:
+    """What the gate has to say; `sudden` where a great difference has to be explained."""
     found = []
     for item in items:
-        judged = _finding(item, stored, sudden)
+        judged = _finding(item, sudden)
         if judged is not None:
             level, text = judged
             name = cell_name(item.cell)
@@ -64,7 +58,7 @@ def findings(
     return found
 
 
-def _finding(item: Compared, stored: bool, sudden: bool) -> tuple[Level, str] | None:
+def _finding(item: Compared, sudden: bool) -> tuple[Level, str] | None:
     verdict = item.verdict
     if item.failed is not None:
         status, reason = item.failed
@@ -84,9 +78,6 @@ def _finding(item: Compared, stored: bool, sudden: bool) -> tuple[Level, str] | 
     if verdict.word == "AMBIGUOUS":
         return "inconclusive", f"{times}: {because}"
     if verdict.word == "FAST":
-        if stored and verdict.ratio * (1 + SLACK) < 1:
-            slack = 1 / verdict.ratio - 1
-            return "better", f"the baseline has {slack:.0%} slack: save it again"
         return "note", f"FAST: {times}"
     return None
 

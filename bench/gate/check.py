@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
@@ -23,16 +22,8 @@ from resblock_bench.bench.runs.folder import repository_root
 from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 
 TIMING = "timing"
+_NO_BASE = "no revision is named to compare the time with: add --base REV"
 COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "invalid", "seconds"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to check: parts by name (none: all that this machine can do), where, and the report."""
-
-    parts: Sequence[str]
-    pins: Path | None
-    to: Destination
 
 
 @dataclass(frozen=True)
@@ -47,11 +38,19 @@ class Outcome:
     cells: list[Compared] = field(default_factory=list)
 
 
-class Timing(NamedTuple):
-    """The timing part: why it cannot be done here, or None, and how it is."""
+Part = Callable[[], Outcome] | str
+"""What carries a part out, or why it cannot be done here."""
 
-    cannot: str | None
-    check: Callable[[Console], Outcome]
+
+@dataclass(frozen=True)
+class Request:
+    """What to check: parts by name (none: all that this machine can do), where the pins are, where
+    the report goes, and what times the cells, None where there is nothing to compare them with."""
+
+    parts: Sequence[str]
+    pins: Path | None
+    to: Destination
+    timing: Callable[[Console], Outcome] | None
 
 
 def pinned_parts() -> dict[str, PinnedPart]:
@@ -69,34 +68,40 @@ def default_pins(start: Path) -> Path:
     return repository_root(start) / PINS
 
 
-def carry_out(request: Request, timing: Timing, console: Console, progress: Console) -> int:
+def carry_out(request: Request, console: Console, progress: Console) -> int:
     """Check, and report on `console`; what is under way is shown on `progress`."""
-    outcomes = check(request.parts, request.pins or default_pins(Path.cwd()), timing, progress)
-    return write(report_of(outcomes), request.to, console)
+    parts = against_pins(request.pins, progress)
+    timing = request.timing
+    parts[TIMING] = _NO_BASE if timing is None else functools.partial(timing, progress)
+    return write(report_of(check(request.parts, parts)), request.to, console)
 
 
-def check(names: Sequence[str], root: Path, timing: Timing, console: Console) -> list[Outcome]:
+def against_pins(pins: Path | None, console: Console) -> dict[str, Part]:
+    """The parts whose figures are pinned, by name; `pins` None are those around here."""
+    root = pins or default_pins(Path.cwd())
+    return {
+        name: part.cannot() or functools.partial(check_pinned, part, root, console)
+        for name, part in pinned_parts().items()
+    }
+
+
+def check(names: Sequence[str], parts: Mapping[str, Part]) -> list[Outcome]:
     """The outcome of each part, or of all parts if none is named.
 
     A part that cannot be done here is a note, unless it was asked for by name. Ctrl-C leaves what
     the parts so far have found.
     """
-    parts: dict[str, tuple[str | None, Callable[[], Outcome]]] = {
-        name: (part.cannot(), functools.partial(check_pinned, part, root, console))
-        for name, part in pinned_parts().items()
-    }
-    parts[TIMING] = (timing.cannot, lambda: timing.check(console))
     outcomes = []
-    for name, (reason, carried_out) in parts.items():
+    for name, part in parts.items():
         if names and name not in names:
             continue
-        if reason is not None:
+        if isinstance(part, str):
             level: Level = "invalid" if names else "note"
-            said = of_part(name, level, f"not done here: {reason}")
+            said = of_part(name, level, f"not done here: {part}")
             outcomes.append(Outcome(name, [], [said], 0.0))
             continue
         try:
-            outcomes.append(_guarded(name, carried_out))
+            outcomes.append(_guarded(name, part))
         except KeyboardInterrupt:
             said = of_part(name, "invalid", "interrupted: neither it nor a later part was done")
             outcomes.append(Outcome(name, [], [said], 0.0))
@@ -187,9 +192,7 @@ def advice(findings: Sequence[Finding]) -> list[str]:
         parts = dict.fromkeys(
             finding.part
             for finding in findings
-            if finding.level in levels
-            and not is_of_part(finding)
-            and (finding.part != TIMING or finding.level == "better")
+            if finding.level in levels and not is_of_part(finding) and finding.part != TIMING
         )
         flags = " ".join(f"--{part}" for part in parts)
         return f"resblock-bench baseline save {flags} --reason '…'" if flags else None

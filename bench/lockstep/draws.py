@@ -4,9 +4,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.records import cell_name
 
 from .rounds import Round, RoundError
 
@@ -61,27 +59,3 @@ def fill(
             tell(draw)
             draw.take(measure)
         wanting = [draw for draw in wanting if draw.lacks(count)]
-
-
-def strict(measure: Measure, cannot: str) -> Measure:
-    """As `measure`, for what is worth storing only as a whole: raises InvalidError where a round
-    comes to nothing. `cannot` is what is then said of the cell."""
-
-    def measured(task: Task) -> Round:
-        try:
-            return measure(task)
-        except RoundError as error:
-            raise InvalidError(f"{cell_name(task.cell)} {cannot}: {error}") from None
-
-    return measured
-
-
-def refuse_few(draws: Iterable[Draw], least: int, cannot: str) -> None:
-    """Raises InvalidError for a cell with fewer than `least` valid rounds."""
-    for draw in draws:
-        if len(draw.valid) < least:
-            raise InvalidError(
-                f"{cell_name(draw.task.cell)} {cannot}: {len(draw.disturbed)} of "
-                f"{len(draw.disturbed) + len(draw.valid)} rounds were disturbed, at last since "
-                f"{draw.disturbed[-1].disturbances[0]}; see 'resblock-bench env'"
-            )

@@ -1,6 +1,6 @@
-"""One round: a cell on one side or, in lockstep, on two, in a fresh process each.
+"""One round: a cell on two sides in lockstep, in a fresh process each.
 
-Every process checks and warms up the cell; then two sides take turns, a short burst of samples
+Every process checks and warms up the cell; then the sides take turns, a short burst of samples
 each, in an order drawn anew for every pair. What the machine does over more than a burst's time
 (clocks, other guests, temperature) thus falls on both alike, and only one of them ever computes.
 """
@@ -124,7 +124,7 @@ def take_bursts(
     except SideError as error:
         for side in sides:
             side.abandon()
-        at_base = len(sides) > 1 and error.side is sides[0]
+        at_base = error.side is sides[0]
         text = f"{error.side.name}: {error}"
         if at_base and error.status == "wrong":
             text += " (by the float64 result of the installed reference, the truth for both sides)"
