@@ -3,14 +3,12 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import torch
 
 from resblock_bench.bench.grid.axes import Selection, models, parse_arguments
 from resblock_bench.bench.grid.grid import GROUPS, PlannedCell, plan
-from resblock_bench.bench.grid.presets import choose
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.bench.records import Cell
 from resblock_bench.kernels import tuned
@@ -49,16 +47,12 @@ class Work:
     weight: int
 
 
-def select(
-    arguments: Sequence[str], preset: str | None = None, config: Path | None = None
-) -> list[PlannedCell]:
+def select(arguments: Sequence[str]) -> list[PlannedCell]:
     """The cells whose norms are measured, from the axis options of `run`.
 
-    Without a preset or a file: bf16 at batch 8 and 64, and the blocks of every published model
-    unless an axis says which blocks.
+    bf16 at batch 8 and 64 unless an axis says otherwise, and the blocks of every published model
+    unless one says which blocks.
     """
-    if preset is not None or config is not None:
-        return plan(choose(arguments, preset, config, "cuda").grids)
     given = parse_arguments(arguments)
     sites: Selection = {} if any(name in given for name in _SITES) else {"model": models()}
     return plan([{**sites, **DEFAULTS, **given}])
