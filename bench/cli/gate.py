@@ -217,7 +217,7 @@ def calibrate(
     from resblock_bench.bench.units import parse_duration_s
 
     plan = _gate_plan(axis, preset, config, device, threads, seed)
-    request = calibrating.Request(plan, Path.cwd(), rounds, parse_duration_s(timeout))
+    request = calibrating.CalibrationRequest(plan, Path.cwd(), rounds, parse_duration_s(timeout))
     raise typer.Exit(calibrating.carry_out(request, result_console()))
 
 
@@ -271,7 +271,7 @@ def check(
     alone = format != "table" and output is None
     console = result_console()
     progress = progress_console() if alone else console
-    request = checking.Request(names, pins, to, timed)
+    request = checking.CheckRequest(names, pins, to, timed)
     raise typer.Exit(checking.carry_out(request, console, progress))
 
 

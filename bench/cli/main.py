@@ -113,7 +113,7 @@ def run(
     from resblock_bench.bench.measure.devices import default_kind, device_kind
     from resblock_bench.bench.runs.export import parse_formats
     from resblock_bench.bench.runs.folder import read_plan
-    from resblock_bench.bench.sweep.sweep import Request, carry_out, folder_to_resume
+    from resblock_bench.bench.sweep.sweep import SweepRequest, carry_out, folder_to_resume
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
 
     from .listing import planned_cells
@@ -156,7 +156,7 @@ def run(
         shown = asked or read_plan(folder_to_resume(output))
         console.print(planned_cells(shown.cells))
         return
-    request = Request(
+    request = SweepRequest(
         plan=asked,
         output=output,
         resume=resume,
@@ -250,7 +250,7 @@ def cost(
             raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
     selection = parse_arguments(axis or [])
     default = costs.MODELS_DEFAULT if published or "model" in selection else costs.DEFAULT
-    request = costs.Request(
+    request = costs.CostRequest(
         selection={**default, **selection},
         published=published,
         archs=list(dict.fromkeys(map(int, archs))),
@@ -282,7 +282,7 @@ def tune(
     from resblock_bench.bench.tune.choices import select
     from resblock_bench.bench.units import parse_duration_s
 
-    request = tuning.Request(
+    request = tuning.TuneRequest(
         planned=select(axis or []),
         output=output,
         budget_s=None if time_budget is None else parse_duration_s(time_budget),
@@ -295,12 +295,12 @@ def tune(
 def env() -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
     from resblock_bench.bench.machine import environment
-    from resblock_bench.bench.machine.checkup import cpu_findings, versions_finding
-    from resblock_bench.bench.machine.checkup_gpu import gpu_findings
+    from resblock_bench.bench.machine.checkup import cpu_facts, versions_fact
+    from resblock_bench.bench.machine.checkup_gpu import gpu_facts
 
     from .listing import machine
 
-    found = [versions_finding(), *cpu_findings(), *gpu_findings(os.environ)]
+    found = [versions_fact(), *cpu_facts(), *gpu_facts(os.environ)]
     gathered = environment.gather(environment.usable_cpus())
     result_console().print(machine(gathered, found))
 

@@ -30,7 +30,7 @@ from .verdict import CALIBRATED_FREEDOM, smallest_detectable
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationRequest:
     """`rounds` of A/A of every cell; `start` is where results/ is looked for."""
 
     plan: Plan
@@ -40,7 +40,7 @@ class Request:
     rule: RoundRule = field(default_factory=RoundRule)
 
 
-def carry_out(request: Request, console: Console) -> int:
+def carry_out(request: CalibrationRequest, console: Console) -> int:
     """Measure, store and show; returns the exit code. What is interrupted is not stored.
 
     Raises InvalidError where a cell cannot be measured, the machine was disturbed too often, or is

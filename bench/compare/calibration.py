@@ -23,7 +23,7 @@ from resblock_bench.bench.records import Cell, Environment, NonNegative, Positiv
 from resblock_bench.bench.versioned import read_versioned
 
 from .comparison import STAGES
-from .verdict import DEFAULT_TOLERANCE, FLOOR, Tolerance
+from .verdict import DEFAULT_TOLERANCE, LEAST_TOLERANCE, Tolerance
 
 CALIBRATION_VERSION = 1
 FACTOR = 1.5
@@ -80,14 +80,14 @@ def noise_of(cell: Cell, rounds: Sequence[Round], disturbed: int) -> CellNoise:
 def tolerance_of(cells: Sequence[CellNoise]) -> Tolerance:
     """The tolerance above. Raises InvalidError for one above MOST."""
     worst = max(cells, key=lambda noise: noise.drift)
-    relative = max(FLOOR.relative, math.expm1(FACTOR * worst.drift))
+    relative = max(LEAST_TOLERANCE.relative, math.expm1(FACTOR * worst.drift))
     if relative > MOST:
         raise InvalidError(
             f"{cell_name(worst.cell)} drifts by {worst.drift:.1%}, which is a tolerance of "
             f"{relative:.1%}, and {MOST:.0%} is the most: calibrate on a quieter machine, or leave "
             "the cell out"
         )
-    return Tolerance(relative=relative, absolute_ms=FLOOR.absolute_ms)
+    return Tolerance(relative=relative, absolute_ms=LEAST_TOLERANCE.absolute_ms)
 
 
 def tolerance_by(calibration: Calibration | None) -> Tolerance:
@@ -107,15 +107,15 @@ def read_calibration(path: Path) -> Calibration | None:
         return None
     except OSError as error:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    if not FLOOR.relative <= calibration.tolerance.relative <= MOST:
+    if not LEAST_TOLERANCE.relative <= calibration.tolerance.relative <= MOST:
         raise InvalidError(
             f"{path} has a tolerance of {calibration.tolerance.relative:.1%}, and it is "
-            f"{FLOOR.relative:.0%} to {MOST:.0%}: {again}"
+            f"{LEAST_TOLERANCE.relative:.0%} to {MOST:.0%}: {again}"
         )
-    if calibration.tolerance.absolute_ms != FLOOR.absolute_ms:
+    if calibration.tolerance.absolute_ms != LEAST_TOLERANCE.absolute_ms:
         raise InvalidError(
             f"{path} has an absolute tolerance of {calibration.tolerance.absolute_ms:g} ms, and it "
-            f"is {FLOOR.absolute_ms:g} ms: {again}"
+            f"is {LEAST_TOLERANCE.absolute_ms:g} ms: {again}"
         )
     return calibration
 

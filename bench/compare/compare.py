@@ -10,7 +10,7 @@ from rich.console import Console
 
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import Finding, of_part
-from resblock_bench.bench.findings.report import Checked, Destination, Report, write
+from resblock_bench.bench.findings.report import CheckedEntry, Destination, Report, write
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.progress import round_progress
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule, measure_pair
@@ -48,7 +48,7 @@ class BaseRequest:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonOutcome:
     """What a comparison found.
 
     uncalibrated   sentences on the machines whose noise is not known
@@ -65,7 +65,7 @@ class Outcome:
     sudden: bool = True
 
 
-def against_base(request: BaseRequest, console: Console) -> Outcome:
+def against_base(request: BaseRequest, console: Console) -> ComparisonOutcome:
     """Measure both in lockstep. Ctrl-C and a full disk leave what the rounds so far say.
 
     Raises UsageError for a revision or folder that is not there, InvalidError where either side
@@ -88,7 +88,7 @@ def in_lockstep(
     sides: Mapping[str, Sequence[Path]],
     console: Console,
     root: Path | None = None,
-) -> Outcome:
+) -> ComparisonOutcome:
     """Compare two sides: names, and what their Python paths begin with.
 
     root   of another repository that their packages are of
@@ -119,7 +119,7 @@ def in_lockstep(
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         comparison = Comparison(bed.tasks, measure, tolerance, order, tell)
         items, ended = settled(comparison)
-        return Outcome(
+        return ComparisonOutcome(
             f"{head.name} against {base.name}",
             items,
             tolerance,
@@ -186,7 +186,7 @@ def usable_calibration(
     return calibration, None
 
 
-def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome:
+def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> ComparisonOutcome:
     """Compare two run folders.
 
     Raises UsageError for paths that hold none, InvalidError where they cannot be compared.
@@ -203,17 +203,17 @@ def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome
     else:
         items = stored.plain(before, after, tolerance, of_head)
         title = f"{head} against {base}"
-    return Outcome(title, items, tolerance, [], notes)
+    return ComparisonOutcome(title, items, tolerance, [], notes)
 
 
-def of_variants(folder: Path, start: Path) -> Outcome:
+def of_variants(folder: Path, start: Path) -> ComparisonOutcome:
     """Compare fused with reference within one run folder."""
     run = stored.load(folder)
     (calibration,), notes = _calibrations([run], start)
     tolerance = tolerance_by(calibration)
     items = stored.within(run, tolerance, calibration)
     title = f"fused against reference in {folder}"
-    return Outcome(title, items, tolerance, [], notes, sudden=False)
+    return ComparisonOutcome(title, items, tolerance, [], notes, sudden=False)
 
 
 def _calibrations(
@@ -231,12 +231,14 @@ def _calibrations(
     return found, list(notes)
 
 
-def carry_out(outcome: Outcome, to: Destination, console: Console, *, explain: bool) -> int:
+def carry_out(
+    outcome: ComparisonOutcome, to: Destination, console: Console, *, explain: bool
+) -> int:
     """Show an outcome; returns the exit code."""
     return write(report_of(outcome, explain=explain), to, console)
 
 
-def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
+def report_of(outcome: ComparisonOutcome, *, explain: bool = False) -> Report:
     """A row a cell, the findings, and what the verdicts rest on."""
     notes = [summary(outcome.items, outcome.tolerance), *outcome.notes, *outcome.uncalibrated]
     return Report(
@@ -244,7 +246,8 @@ def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
         columns=list(COLUMNS),
         rows=[row(item) for item in outcome.items],
         checked=[
-            Checked(part=PART, subject=cell_name(item.cell), entry=None) for item in outcome.items
+            CheckedEntry(part=PART, subject=cell_name(item.cell), entry=None)
+            for item in outcome.items
         ],
         findings=findings_of(outcome, PART),
         notes=[*notes, *(explanation(outcome.items) if explain else ())],
@@ -252,7 +255,7 @@ def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
     )
 
 
-def findings_of(outcome: Outcome, part: str) -> list[Finding]:
+def findings_of(outcome: ComparisonOutcome, part: str) -> list[Finding]:
     """What a gate has to say of an outcome."""
     found = findings(outcome.items, part, sudden=outcome.sudden)
     if outcome.ended is not None:

@@ -45,7 +45,7 @@ class Tolerance(Record, frozen=True, kw_only=True):
 
 DEFAULT_TOLERANCE = Tolerance(relative=0.02, absolute_ms=1e-3)
 """Where the machine was not calibrated."""
-FLOOR = Tolerance(relative=0.01, absolute_ms=1e-3)
+LEAST_TOLERANCE = Tolerance(relative=0.01, absolute_ms=1e-3)
 """No calibration goes below this."""
 
 

@@ -76,7 +76,9 @@ def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:
     obstacles = [finding for finding in found.findings if finding.level in ("wrong", "invalid")]
     for subject, entries in found.subjects.items():
         for entry, figures in entries.items():
-            bad = [name for name, value in figures.items() if part.rules[name].judge(value, value)]
+            bad = [
+                name for name, value in figures.items() if part.criteria[name].judge(value, value)
+            ]
             if bad:
                 text = f"{', '.join(bad)} is not a number"
                 obstacles.append(Finding(part.name, "invalid", subject, entry, text))

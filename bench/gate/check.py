@@ -16,7 +16,13 @@ from resblock_bench.bench.compare.comparison import Compared
 from resblock_bench.bench.compare.source_tree import require_own_code
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import Finding, Level, exit_code, is_of_part, of_part
-from resblock_bench.bench.findings.report import Checked, Destination, Report, count_levels, write
+from resblock_bench.bench.findings.report import (
+    CheckedEntry,
+    Destination,
+    Report,
+    count_levels,
+    write,
+)
 from resblock_bench.bench.runs.folder import repository_root
 
 from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
@@ -27,30 +33,30 @@ COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "inval
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PartOutcome:
     """What one part came to; `notes` are sentences on the whole of it, `cells` what was timed."""
 
     part: str
-    checked: list[Checked]
+    checked: list[CheckedEntry]
     findings: list[Finding]
     seconds: float
     notes: list[str] = field(default_factory=list)
     cells: list[Compared] = field(default_factory=list)
 
 
-Part = Callable[[], Outcome] | str
+Check = Callable[[], PartOutcome] | str
 """What carries a part out, or why it cannot be done here."""
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckRequest:
     """What to check: parts by name (none: all that this machine can do), where the pins are, where
     the report goes, and what times the cells, None where there is nothing to compare them with."""
 
     parts: Sequence[str]
     pins: Path | None
     to: Destination
-    timing: Callable[[Console], Outcome] | None
+    timing: Callable[[Console], PartOutcome] | None
 
 
 def pinned_parts() -> dict[str, PinnedPart]:
@@ -68,7 +74,7 @@ def default_pins(start: Path) -> Path:
     return repository_root(start) / PINS
 
 
-def carry_out(request: Request, console: Console, progress: Console) -> int:
+def carry_out(request: CheckRequest, console: Console, progress: Console) -> int:
     """Check, and report on `console`; what is under way is shown on `progress`."""
     parts = against_pins(request.pins, progress)
     timing = request.timing
@@ -76,7 +82,7 @@ def carry_out(request: Request, console: Console, progress: Console) -> int:
     return write(report_of(check(request.parts, parts)), request.to, console)
 
 
-def against_pins(pins: Path | None, console: Console) -> dict[str, Part]:
+def against_pins(pins: Path | None, console: Console) -> dict[str, Check]:
     """The parts whose figures are pinned, by name; `pins` None are those around here."""
     root = pins or default_pins(Path.cwd())
     return {
@@ -85,7 +91,7 @@ def against_pins(pins: Path | None, console: Console) -> dict[str, Part]:
     }
 
 
-def check(names: Sequence[str], parts: Mapping[str, Part]) -> list[Outcome]:
+def check(names: Sequence[str], parts: Mapping[str, Check]) -> list[PartOutcome]:
     """The outcome of each part, or of all parts if none is named.
 
     A part that cannot be done here is a note, unless it was asked for by name. Ctrl-C leaves what
@@ -98,27 +104,27 @@ def check(names: Sequence[str], parts: Mapping[str, Part]) -> list[Outcome]:
         if isinstance(part, str):
             level: Level = "invalid" if names else "note"
             said = of_part(name, level, f"not done here: {part}")
-            outcomes.append(Outcome(name, [], [said], 0.0))
+            outcomes.append(PartOutcome(name, [], [said], 0.0))
             continue
         try:
             outcomes.append(_guarded(name, part))
         except KeyboardInterrupt:
             said = of_part(name, "invalid", "interrupted: neither it nor a later part was done")
-            outcomes.append(Outcome(name, [], [said], 0.0))
+            outcomes.append(PartOutcome(name, [], [said], 0.0))
             break
     if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
         said = of_part("check", "invalid", "nothing was checked")
-        outcomes.append(Outcome("check", [], [said], 0.0))
+        outcomes.append(PartOutcome("check", [], [said], 0.0))
     return outcomes
 
 
-def _guarded(name: str, carried_out: Callable[[], Outcome]) -> Outcome:
+def _guarded(name: str, carried_out: Callable[[], PartOutcome]) -> PartOutcome:
     """A part that fails as a whole is a finding: what the others found is not lost."""
     began = time.monotonic()
     try:
         return carried_out()
     except Exception as error:
-        return Outcome(name, [], [failure(name, error)], time.monotonic() - began)
+        return PartOutcome(name, [], [failure(name, error)], time.monotonic() - began)
 
 
 def failure(name: str, error: Exception) -> Finding:
@@ -128,13 +134,13 @@ def failure(name: str, error: Exception) -> Finding:
     return of_part(name, "invalid", text)
 
 
-def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
+def check_pinned(part: PinnedPart, root: Path, console: Console) -> PartOutcome:
     """Measure a part and compare it with its pins."""
     began = time.monotonic()
     require_own_code(Path.cwd())
     pins = read_pins(root, part.name)
     found = part.measure(console)
-    return Outcome(
+    return PartOutcome(
         part.name,
         _compared(part, pins, found),
         judge(part, pins, found),
@@ -143,10 +149,10 @@ def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
     )
 
 
-def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[Checked]:
+def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[CheckedEntry]:
     """Every entry that was measured and has a pin that holds here."""
     return [
-        Checked(part=part.name, subject=subject, entry=entry)
+        CheckedEntry(part=part.name, subject=subject, entry=entry)
         for subject, entries in found.subjects.items()
         if subject in pins and pins[subject].made_with == part.made_with()
         for entry in entries
@@ -154,7 +160,7 @@ def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> li
     ]
 
 
-def report_of(outcomes: Sequence[Outcome]) -> Report:
+def report_of(outcomes: Sequence[PartOutcome]) -> Report:
     """One row a part, all findings, and what to do about them."""
     findings = [finding for outcome in outcomes for finding in outcome.findings]
     return Report(
@@ -168,7 +174,7 @@ def report_of(outcomes: Sequence[Outcome]) -> Report:
     )
 
 
-def _row(outcome: Outcome) -> list[str]:
+def _row(outcome: PartOutcome) -> list[str]:
     counts = count_levels(outcome.findings)
     off = {(f.subject, f.entry) for f in outcome.findings if f.level != "note"}
     same = sum((thing.subject, thing.entry) not in off for thing in outcome.checked)

@@ -7,22 +7,22 @@ from rich.console import Console
 from resblock_bench.bench.compare.compare import BaseRequest, against_base, findings_of
 from resblock_bench.bench.compare.report import line, summary
 from resblock_bench.bench.findings.findings import of_part
-from resblock_bench.bench.findings.report import Checked
+from resblock_bench.bench.findings.report import CheckedEntry
 from resblock_bench.bench.records import cell_name
 
 from . import check as checking
 
 
-def check(request: BaseRequest, console: Console) -> checking.Outcome:
+def check(request: BaseRequest, console: Console) -> checking.PartOutcome:
     """Compare. A machine that is not calibrated, or no longer as it was, allows no verdict."""
     began = time.monotonic()
     outcome = against_base(request, console)
     uncalibrated = [of_part(checking.TIMING, "inconclusive", note) for note in outcome.uncalibrated]
     checked = [
-        Checked(part=checking.TIMING, subject=cell_name(item.cell), entry=None)
+        CheckedEntry(part=checking.TIMING, subject=cell_name(item.cell), entry=None)
         for item in outcome.items
     ]
-    return checking.Outcome(
+    return checking.PartOutcome(
         checking.TIMING,
         checked,
         [*findings_of(outcome, checking.TIMING), *uncalibrated],

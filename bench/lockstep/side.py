@@ -36,7 +36,6 @@ from resblock_bench.bench.measure.truth_file import read_truth
 
 from .orders import (
     ADDR_NO_RANDOMIZE,
-    Answer,
     Burst,
     Counters,
     Ended,
@@ -44,6 +43,7 @@ from .orders import (
     Opened,
     Order,
     Read,
+    Reply,
     Samples,
     Up,
 )
@@ -78,7 +78,7 @@ def _fixed_addresses() -> bool:
         return False
 
 
-def _answer(socket: Connection, answer: Answer) -> None:
+def _answer(socket: Connection, answer: Reply) -> None:
     socket.send_bytes(msgspec.json.encode(answer))
 
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 import torch
 
-from resblock_bench.bench.machine.nvml import Gpu, NvmlError, session
+from resblock_bench.bench.machine.nvml import NvmlError, NvmlGpu, session
 from resblock_bench.bench.machine.processor import is_relative, read_cpu
 from resblock_bench.bench.records import Count, NonNegative, Record
 
@@ -87,13 +87,13 @@ class GpuProbe:
     def __init__(self, uuid: str | None, root: Path = Path("/")) -> None:
         self._root = root
         self._processor = CpuProbe(root)
-        self._gpu: Gpu | None = None
+        self._gpu: NvmlGpu | None = None
         self._failure = "the GPU's UUID is unknown"
         self._opened = ExitStack()
         if uuid is not None:
             try:
                 self._opened.enter_context(session())
-                self._gpu = Gpu(uuid)
+                self._gpu = NvmlGpu(uuid)
             except NvmlError as error:
                 self._failure = f"NVML failed: {error}"
 
@@ -124,7 +124,7 @@ class GpuProbe:
         notes += [f"NVML failed: {error} ({', '.join(names)})" for error, names in failures.items()]
         return msgspec.structs.replace(found, **answers, notes=[*found.notes, *notes])
 
-    def _foreign(self, gpu: Gpu) -> tuple[int | None, list[str]]:
+    def _foreign(self, gpu: NvmlGpu) -> tuple[int | None, list[str]]:
         listed = gpu.processes()
         if listed is None:
             return None, []

@@ -39,7 +39,7 @@ TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """A sweep as asked for.
 
     plan         None resumes with the plan of the folder
@@ -66,7 +66,7 @@ class Request:
     accelerator: str | None = None
 
 
-def carry_out(request: Request, console: Console) -> int:
+def carry_out(request: SweepRequest, console: Console) -> int:
     """Measure the cells of a request; returns the exit code.
 
     Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE, not the
@@ -95,7 +95,7 @@ def carry_out(request: Request, console: Console) -> int:
         return _sweep(request, plan, found, engine, writer, earlier, console)
 
 
-def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
+def _open_engine(request: SweepRequest, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
     """The engine of a request, and the machine that it measures on."""
     if plan.device == "cpu" and request.devices:
         raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
@@ -136,7 +136,7 @@ def folder_to_resume(output: Path | None) -> Path:
 
 
 @contextmanager
-def _reopened(request: Request) -> Iterator[tuple[RunWriter, Plan]]:
+def _reopened(request: SweepRequest) -> Iterator[tuple[RunWriter, Plan]]:
     """The folder of an earlier run, with its plan and the cells of the request."""
     folder = folder_to_resume(request.output)
     with RunWriter(folder, resume=True) as writer:
@@ -156,7 +156,7 @@ def _check_machine(folder: Path, earlier: Environment, found: Environment) -> No
 
 
 def _sweep(
-    request: Request,
+    request: SweepRequest,
     plan: Plan,
     found: Environment,
     engine: Engine,
@@ -212,7 +212,7 @@ def _show_predicted(rows: list[Row], found: Environment, console: Console) -> No
 
 
 def _measure_all(
-    request: Request,
+    request: SweepRequest,
     todo: Sequence[Task],
     engine: Engine,
     oom: OomRecord | None,

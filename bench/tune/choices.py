@@ -38,7 +38,7 @@ TILES = (2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class Work:
+class BucketWork:
     """A bucket, the problem that stands for it, and the bytes that all its calls move."""
 
     bucket: Bucket
@@ -58,7 +58,7 @@ def select(arguments: Sequence[str]) -> list[PlannedCell]:
     return plan([{**sites, **DEFAULTS, **given}])
 
 
-def buckets(planned: Iterable[PlannedCell]) -> list[Work]:
+def buckets(planned: Iterable[PlannedCell]) -> list[BucketWork]:
     """The buckets of all norms of these cells, those first whose calls move most bytes.
 
     A block counts as often as it is in its model, however many of its variants are selected. The
@@ -76,19 +76,19 @@ def buckets(planned: Iterable[PlannedCell]) -> list[Work]:
             for problem in norms(cell):
                 key = direction, problem, DTYPES[cell.dtype]
                 calls[key] = calls.get(key, 0) + count
-    found: dict[Bucket, list[Work]] = {}
+    found: dict[Bucket, list[BucketWork]] = {}
     for (direction, problem, dtype), count in calls.items():
         if problem.HW >= QUAD:
             passes = 2 if direction == "forward" else 3
             size = problem.N * problem.C * problem.HW * problem.element_size
             bucket = tuned.bucket_of(direction, problem)
-            work = Work(bucket, problem, dtype, count * passes * size)
+            work = BucketWork(bucket, problem, dtype, count * passes * size)
             found.setdefault(bucket, []).append(work)
     works = []
     for members in found.values():
         first = max(members, key=lambda work: (work.weight, work.problem, str(work.dtype)))
         total = sum(work.weight for work in members)
-        works.append(Work(first.bucket, first.problem, first.dtype, total))
+        works.append(BucketWork(first.bucket, first.problem, first.dtype, total))
     return sorted(works, key=lambda work: (-work.weight, work.bucket))
 
 

@@ -142,7 +142,7 @@ def compared(bed, tasks, rule=FAST):
         return measure_pair(task, bed.truth(task), *bed.sides, rule, draw)
 
     items = Comparison(tasks, measure, DEFAULT_TOLERANCE, draw).carry_out()
-    outcome = compare.Outcome("A/A", items, DEFAULT_TOLERANCE, [], [])
+    outcome = compare.ComparisonOutcome("A/A", items, DEFAULT_TOLERANCE, [], [])
     return items, exit_code(compare.report_of(outcome).findings)
 
 
@@ -239,7 +239,7 @@ def test_timing_without_calibration_is_no_pass(stage, steady):
 
 
 def test_timing_with_a_stale_calibration_is_no_pass(stage, bed, steady, tmp_path):
-    request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
+    request = calibrate.CalibrationRequest(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
     calibrate.carry_out(request, quiet_console())
     assert exit_code(checked(stage).findings) == 0
     path = calibration_file(bed.environment, "cpu", tmp_path)
@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_what_was_measured(stage, steady, monkeypatch):
 def test_what_could_not_be_stored_is_not_measured(stage, tmp_path, monkeypatch):
     (tmp_path / "results").write_text("a file")
     monkeypatch.setattr(calibrate, "fill", lambda *arguments: pytest.fail("it was measured"))
-    request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
+    request = calibrate.CalibrationRequest(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
     with pytest.raises(UsageError, match="cannot be written"):
         calibrate.carry_out(request, quiet_console())
 
@@ -285,7 +285,7 @@ def test_a_calibration_is_stored_and_used(stage, bed, tmp_path, monkeypatch):
         return msgspec.structs.replace(taken[-1], log_ratio=0.004)
 
     monkeypatch.setattr(calibrate, "measure_pair", measure)
-    request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=6, rule=FAST)
+    request = calibrate.CalibrationRequest(plan=stage.plan, start=tmp_path, rounds=6, rule=FAST)
     console = quiet_console()
     assert calibrate.carry_out(request, console) == 0
     assert "stored in" in console.file.getvalue()
@@ -306,7 +306,7 @@ def test_a_calibration_is_stored_and_used(stage, bed, tmp_path, monkeypatch):
 def test_a_throttled_machine_is_not_calibrated(stage, bed, tmp_path, monkeypatch):
     throttled = dataclasses.replace(bed, tasks=tasks_of(bed, "overheated"))
     monkeypatch.setattr(calibrate, "opened", lambda *a, **k: contextlib.nullcontext(throttled))
-    request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
+    request = calibrate.CalibrationRequest(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
     with pytest.raises(InvalidError, match=r"cannot be calibrated: 10 of 10 rounds were disturbed"):
         calibrate.carry_out(request, quiet_console())
     assert not list(tmp_path.rglob("*.json"))
@@ -315,7 +315,7 @@ def test_a_throttled_machine_is_not_calibrated(stage, bed, tmp_path, monkeypatch
 def test_a_cell_that_breaks_is_not_calibrated(stage, bed, tmp_path, monkeypatch):
     broken = dataclasses.replace(bed, tasks=tasks_of(bed, "raising"))
     monkeypatch.setattr(calibrate, "opened", lambda *a, **k: contextlib.nullcontext(broken))
-    request = calibrate.Request(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
+    request = calibrate.CalibrationRequest(plan=stage.plan, start=tmp_path, rounds=5, rule=FAST)
     with pytest.raises(InvalidError, match=r"cannot be calibrated: .*illegal access"):
         calibrate.carry_out(request, quiet_console())
     assert not list(tmp_path.rglob("*.json"))
