@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.grid.plan import difference
+from resblock_bench.bench.machine.environment import difference
 from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status, cell_name
 from resblock_bench.bench.runs.folder import read_plan, read_run
 

@@ -55,18 +55,3 @@ class Plan(Record, frozen=True, kw_only=True):
             )
             for item in self.cells
         ]
-
-
-_FINGERPRINT = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
-_PACKAGES = ("python", "torch", "triton", "numpy", "cuda", "cudnn")
-
-
-def difference(before: Environment, now: Environment) -> str | None:
-    """The first thing in which two environments differ that changes what a cell costs, or None."""
-    for field in _FINGERPRINT:
-        if getattr(before, field) != getattr(now, field):
-            return f"{field} was {getattr(before, field)} and is {getattr(now, field)}"
-    for name in _PACKAGES:
-        if before.versions.get(name) != now.versions.get(name):
-            return f"{name} was {before.versions.get(name)} and is {now.versions.get(name)}"
-    return None

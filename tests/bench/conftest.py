@@ -26,7 +26,7 @@ from resblock_bench.bench.measure.timing import Rule
 from resblock_bench.bench.measure.truth_file import truth_path, write_truth
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
-from resblock_bench.bench.sweep import sweep
+from resblock_bench.bench.sweep import engines
 
 FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 
@@ -172,7 +172,7 @@ def run_cli(
     one_survey: Callable[..., Environment],
 ) -> Callable[..., Outcome]:
     """Run the command line in this process."""
-    monkeypatch.setattr(sweep, "survey", one_survey)
+    monkeypatch.setattr(engines, "survey", one_survey)
 
     def run(*arguments: object) -> Outcome:
         with pytest.raises(SystemExit) as ending:
