@@ -14,9 +14,15 @@ from rich.table import Table
 from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.lockstep.draws import Draw, fill
 from resblock_bench.bench.lockstep.progress import round_progress
-from resblock_bench.bench.lockstep.rounds import Round, RoundError, RoundRule, measure_pair
+from resblock_bench.bench.lockstep.rounds import (
+    Draw,
+    Round,
+    RoundError,
+    RoundRule,
+    fill,
+    measure_pair,
+)
 from resblock_bench.bench.lockstep.testbed import Testbed, opened
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import cell_name

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.findings.findings import Finding, of_part
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.findings.findings import Finding, Level, of_part
 from resblock_bench.bench.findings.report import CheckedEntry, Destination, Report, write
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.progress import round_progress
@@ -17,19 +17,18 @@ from resblock_bench.bench.lockstep.rounds import Round, RoundRule, measure_pair
 from resblock_bench.bench.lockstep.testbed import opened
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.measure.devices import Kind, device_kind
-from resblock_bench.bench.records import Environment, cell_name
+from resblock_bench.bench.measure.devices import device_kind
+from resblock_bench.bench.records import cell_name
 
 from . import stored
-from .calibration import Calibration, read_calibration, stale, tolerance_by
-from .comparison import Compared, Comparison
-from .machine_store import calibration_file
-from .report import COLUMNS, explanation, findings, row, summary
+from .calibration import Calibration, of_others, tolerance_by, usable
+from .comparison import SUSPICIOUS, Compared, Comparison
 from .source_tree import checked_out, python_paths, repository_around, resolve
-from .verdict import DEFAULT_TOLERANCE, Tolerance
+from .verdict import Tolerance
 
 HEAD = "the working tree"
 PART = "compare"
+COLUMNS = ("cell", "base", "head", "ratio", "95 % bounds", "verdict", "rounds", "detects")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def in_lockstep(
         )
         base, head = bed.sides
         order = random.Random(request.plan.seed)
-        calibration, note = usable_calibration(
+        calibration, note = usable(
             bed.environment, request.plan.device, request.rule, request.start
         )
         tolerance = tolerance_by(calibration)
@@ -118,18 +117,18 @@ def in_lockstep(
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         comparison = Comparison(bed.tasks, measure, tolerance, order, tell)
-        items, ended = settled(comparison)
+        items, ended = _settled(comparison)
         return ComparisonOutcome(
             f"{head.name} against {base.name}",
             items,
             tolerance,
-            [*notes, *unknowns(items)],
+            [*notes, *_unknowns(items)],
             [] if note is None else [note],
             ended,
         )
 
 
-def settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
+def _settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
     """What its rounds say, and what ended it before its time, or None."""
     ended = None
     try:
@@ -141,49 +140,10 @@ def settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
     return comparison.results(), ended
 
 
-def unknowns(items: Sequence[Compared]) -> list[str]:
+def _unknowns(items: Sequence[Compared]) -> list[str]:
     """What could not be known of the machine in some round, each once."""
     rounds = [taken for item in items for taken in (*item.rounds, *item.disturbed)]
     return list(dict.fromkeys(note for taken in rounds for note in taken.notes))
-
-
-def of_others(calibration: Calibration | None, tasks: Sequence[Task]) -> list[str]:
-    """A note where the tolerance comes from other cells than are compared."""
-    if calibration is None:
-        return []
-    known = {noise.cell for noise in calibration.cells}
-    count = sum(task.cell not in known for task in tasks)
-    if not count:
-        return []
-    return [f"{count} of {len(tasks)} cells were not calibrated: their tolerance is that of others"]
-
-
-def usable_calibration(
-    environment: Environment, device: Kind, rule: RoundRule, start: Path
-) -> tuple[Calibration | None, str | None]:
-    """The calibration of a machine, or None and a sentence that says why there is none.
-
-    Raises InvalidError for a damaged file, and for one of another device.
-    """
-    path = calibration_file(environment, device, start)
-    calibration = read_calibration(path)
-    default = (
-        f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run 'resblock-bench "
-        f"calibrate --device {device} --threads {environment.threads}'"
-    )
-    if calibration is None:
-        threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"
-        machine = f"{environment.machine}, {threads} on {device},"
-        return None, f"{machine} was never calibrated: {default}"
-    if calibration.device != device:
-        raise InvalidError(
-            f"{path} is a calibration of {calibration.device}, not of {device}: run "
-            f"'resblock-bench calibrate --device {device}' again"
-        )
-    reason = stale(calibration, environment, rule)
-    if reason is not None:
-        return None, f"the calibration of {environment.machine} is stale ({reason}): {default}"
-    return calibration, None
 
 
 def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> ComparisonOutcome:
@@ -224,7 +184,7 @@ def _calibrations(
     notes: dict[str, None] = {}
     for item in runs:
         device = device_kind(str(item.contract["device"]))
-        calibration, note = usable_calibration(item.environment, device, RoundRule(), start)
+        calibration, note = usable(item.environment, device, RoundRule(), start)
         found.append(calibration)
         if note is not None:
             notes[note] = None
@@ -244,21 +204,104 @@ def report_of(outcome: ComparisonOutcome, *, explain: bool = False) -> Report:
     return Report(
         title=outcome.title,
         columns=list(COLUMNS),
-        rows=[row(item) for item in outcome.items],
+        rows=[_row(item) for item in outcome.items],
         checked=[
             CheckedEntry(part=PART, subject=cell_name(item.cell), entry=None)
             for item in outcome.items
         ],
         findings=findings_of(outcome, PART),
-        notes=[*notes, *(explanation(outcome.items) if explain else ())],
+        notes=[*notes, *(_explanation(outcome.items) if explain else ())],
         cells=outcome.items,
     )
 
 
 def findings_of(outcome: ComparisonOutcome, part: str) -> list[Finding]:
     """What a gate has to say of an outcome."""
-    found = findings(outcome.items, part, sudden=outcome.sudden)
+    found = []
+    for item in outcome.items:
+        judged = _finding(item, outcome.sudden)
+        if judged is not None:
+            level, text = judged
+            found.append(Finding(part, level, cell_name(item.cell), None, text))
+    if not outcome.items:
+        found.append(of_part(part, "invalid", "no cell was compared: nothing is known"))
     if outcome.ended is not None:
         text = f"{outcome.ended}: this is what the rounds taken so far say"
         found.append(of_part(part, "invalid", text))
     return found
+
+
+def _row(item: Compared) -> list[str]:
+    """The columns: medians, their ratio with its one-sided 95 % bounds, and the smallest slowdown
+    that as many rounds would have seen with 80 % probability."""
+    verdict = item.verdict
+    ratio = item.head / item.base if item.head and item.base else None
+    bounds = "–"
+    if verdict.low is not None and verdict.high is not None:
+        bounds = f"{verdict.low:.3f}–{verdict.high:.3f}"
+    base, head = item.counts
+    return [
+        cell_name(item.cell),
+        _median(item.base, item.unit),
+        _median(item.head, item.unit),
+        "–" if ratio is None else f"{verdict.ratio or ratio:.3f}",
+        bounds,
+        verdict.word if item.failed is None else item.failed[0],
+        f"{base}" if base == head else f"{base}/{head}",
+        "–" if verdict.detectable is None else f"{verdict.detectable:.1%}",
+    ]
+
+
+def line(item: Compared) -> str:
+    """The same in a sentence."""
+    name, base, head, ratio, bounds, word, _, detects = _row(item)
+    return f"{name}: {base} → {head}, ratio {ratio} ({bounds}), {word}, detects {detects}"
+
+
+def _median(value: float | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g} ms" if unit == "ms" else f"{value:.3f}×"
+
+
+def _finding(item: Compared, sudden: bool) -> tuple[Level, str] | None:
+    verdict = item.verdict
+    if item.failed is not None:
+        status, reason = item.failed
+        # A base that is wrong says nothing of the head, but leaves nothing to compare it with.
+        return "wrong" if status == "wrong" and not item.at_base else "invalid", reason
+    because = "; ".join(verdict.reasons)
+    if verdict.ratio is None or verdict.low is None or verdict.high is None:
+        return "inconclusive", because
+    times = f"{verdict.ratio:.3f} times base ({verdict.low:.3f}–{verdict.high:.3f})"
+    if sudden and verdict.ratio * SUSPICIOUS < 1:
+        return (
+            "invalid",
+            f"{1 / verdict.ratio:.1f}× as fast as base: find out what it no longer does",
+        )
+    if verdict.word == "SLOW":
+        return "regression", f"{times}: {because}"
+    if verdict.word == "AMBIGUOUS":
+        return "inconclusive", f"{times}: {because}"
+    if verdict.word == "FAST":
+        return "note", f"FAST: {times}"
+    return None
+
+
+def _explanation(items: Sequence[Compared]) -> list[str]:
+    """A line a cell: which rules decided."""
+    return [
+        f"{cell_name(item.cell)}: {item.verdict.word}: {'; '.join(item.verdict.reasons)}"
+        + (f"; {len(item.disturbed)} disturbed rounds do not count" if item.disturbed else "")
+        for item in items
+    ]
+
+
+def summary(items: Sequence[Compared], tolerance: Tolerance) -> str:
+    """Counts of the verdicts, and the tolerance they were given by."""
+    words = [item.verdict.word if item.failed is None else "failed" for item in items]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    return (
+        f"{len(items)} cells: {counts}; tolerance {tolerance.relative:.1%} and "
+        f"{tolerance.absolute_ms * 1e3:g} µs"
+    )

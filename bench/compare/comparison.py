@@ -13,8 +13,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from resblock_bench.bench.lockstep.draws import Draw, Measure, fill
-from resblock_bench.bench.lockstep.rounds import Round
+from resblock_bench.bench.lockstep.rounds import Draw, Measure, Round, fill
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import Cell, Count, Record, Status
 

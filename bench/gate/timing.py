@@ -4,8 +4,13 @@ import time
 
 from rich.console import Console
 
-from resblock_bench.bench.compare.compare import BaseRequest, against_base, findings_of
-from resblock_bench.bench.compare.report import line, summary
+from resblock_bench.bench.compare.compare import (
+    BaseRequest,
+    against_base,
+    findings_of,
+    line,
+    summary,
+)
 from resblock_bench.bench.findings.findings import of_part
 from resblock_bench.bench.findings.report import CheckedEntry
 from resblock_bench.bench.records import cell_name

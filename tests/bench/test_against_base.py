@@ -1,5 +1,6 @@
 """A revision of a repository against its working tree, each with its own packages."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -112,7 +113,7 @@ def items(outcome):
 def level_of(outcome, batch):
     """The finding about a cell and the exit code that it means alone."""
     (item,) = [item for item in outcome.items if item.cell.batch == batch]
-    findings = compare.findings([item], "compare")
+    findings = compare.findings_of(dataclasses.replace(outcome, items=[item]), "compare")
     return (findings[0].level if findings else None), exit_code(findings), findings
 
 

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from sweeps import spawned
 
 from resblock_bench.bench.compare import compare
-from resblock_bench.bench.compare import report as compare_report
 from resblock_bench.bench.compare import stored as compare_stored
 from resblock_bench.bench.compare.calibration import (
     CALIBRATION_VERSION,
@@ -184,7 +183,8 @@ def test_the_heavier_of_two_problems_counts(environment, calibration, compared, 
     known = [calibration] * (2 if compared is compare_stored.relative else 1)
     items = compared(*sides, calibration.tolerance, *known)
     (item,) = [item for item in items if item.cell == FUSED]
-    assert exit_code(compare_report.findings([item], "compare")) == code
+    outcome = compare.ComparisonOutcome("", [item], calibration.tolerance, [], [])
+    assert exit_code(compare.findings_of(outcome, "compare")) == code
 
 
 def test_contracts_are_compared_field_by_field(run_of, compared, environment):

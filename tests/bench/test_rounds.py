@@ -17,7 +17,7 @@ from gate_rates import spinning
 from msgspec.structs import replace
 from rich.console import Console
 
-from resblock_bench.bench.compare import calibrate, compare, comparison
+from resblock_bench.bench.compare import calibrate, calibration, compare, comparison
 from resblock_bench.bench.compare.comparison import Comparison
 from resblock_bench.bench.compare.machine_store import calibration_file
 from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE, Verdict
@@ -290,16 +290,16 @@ def test_a_calibration_is_stored_and_used(stage, bed, tmp_path, monkeypatch):
     assert calibrate.carry_out(request, console) == 0
     assert "stored in" in console.file.getvalue()
     assert len(taken) == 12
-    found, note = compare.usable_calibration(bed.environment, "cpu", FAST, tmp_path)
+    found, note = calibration.usable(bed.environment, "cpu", FAST, tmp_path)
     assert note is None
     assert [noise.rounds for noise in found.cells] == [6, 6]
     assert found.tolerance.relative == 0.01
     other = tasks_of(bed, "undisturbed")[2]
-    assert "1 of 1 cells were not calibrated" in compare.of_others(found, [other])[0]
-    assert compare.of_others(found, bed.tasks[:0]) == []
-    _, note = compare.usable_calibration(bed.environment, "cpu", RoundRule(), tmp_path)
+    assert "1 of 1 cells were not calibrated" in calibration.of_others(found, [other])[0]
+    assert calibration.of_others(found, bed.tasks[:0]) == []
+    _, note = calibration.usable(bed.environment, "cpu", RoundRule(), tmp_path)
     assert "is stale (its rounds were taken in another way)" in note
-    _, note = compare.usable_calibration(bed.environment, "cuda", FAST, tmp_path)
+    _, note = calibration.usable(bed.environment, "cuda", FAST, tmp_path)
     assert "was never calibrated" in note
 
 
