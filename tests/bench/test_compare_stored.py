@@ -32,6 +32,8 @@ from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule
 from resblock_bench.bench.measure.cell import row_of
+from resblock_bench.bench.measure.conditions import conditions
+from resblock_bench.bench.measure.telemetry import Reading
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.runs.folder import RunWriter
 
@@ -48,14 +50,19 @@ def environment(found):
 
 @pytest.fixture
 def run_of(tmp_path, environment, make_task):
-    """Write a run folder: the median of each cell; fields of its tasks changed."""
+    """Write a run folder: the median of each cell, None where it has no row; fields of its tasks
+    changed."""
 
-    def make(name, medians, **changes):
+    def make(name, medians, conditions=None, **changes):
         folder = tmp_path / name
         shutil.rmtree(folder, ignore_errors=True)
         tasks = [replace(make_task(), cell=cell, environment=environment) for cell in medians]
         tasks = [replace(task, **changes) for task in tasks]
-        rows = [row_of(task, "ok", median_ms=medians[task.cell]) for task in tasks]
+        rows = [
+            row_of(task, "ok", median_ms=medians[task.cell], conditions=conditions)
+            for task in tasks
+            if medians[task.cell] is not None
+        ]
         with RunWriter(folder) as writer:
             writer.describe(plan_of(*map(msgspec.structs.asdict, medians)), tasks[0].environment)
             for row in rows:
@@ -127,6 +134,21 @@ def test_a_missing_cell_is_never_a_pass(run_of, compared):
         assert code == 3
         assert words == ["SAME", "AMBIGUOUS"]
         assert "was not planned" in compare.report_of(outcome).findings[0].text
+
+
+def test_a_cell_that_was_disturbed_has_no_verdict(run_of, compared):
+    before, after = (Reading(t_s=s, throttled_us={"heat": s}) for s in (0, 5))
+    hot = conditions(before, after, source="test", images=1, threads=1)
+    words, code, outcome = compared(run_of("a", {TINY: 10.0}), run_of("b", {TINY: 10.0}, hot))
+    assert (words, code) == (["AMBIGUOUS"], 4)
+    assert "the heat held the clocks back" in compare.report_of(outcome).findings[0].text
+
+
+def test_a_cell_that_was_planned_and_not_measured_is_missing(run_of, compared):
+    head = run_of("b", {TINY: 10.0, FUSED: None})
+    words, code, outcome = compared(run_of("a", {TINY: 10.0, FUSED: 9.0}), head)
+    assert (words, code) == (["SAME", "AMBIGUOUS"], 3)
+    assert "was planned and not measured" in compare.report_of(outcome).findings[0].text
 
 
 def test_another_machine_is_refused_by_name_of_the_field(run_of, compared, calibrated, environment):
