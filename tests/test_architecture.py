@@ -1,6 +1,7 @@
 """The arrow reference <- kernels <- bench, read from the imports themselves."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -137,6 +138,20 @@ def test_no_circle_within_a_room():
         known = {prefix for name in found for prefix in (name, name.rpartition(".")[0])}
         graph[module] = {name for name in known if name in modules and name != module}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_a_word_has_one_meaning():
+    """No two public classes of bench/, nor the names of types, are called alike."""
+    places = {}
+    for path in (ROOT / "bench").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.name] if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names = [one.id for one in node.targets if isinstance(one, ast.Name)]
+            for name in names:
+                if re.fullmatch(r"[A-Z][A-Za-z]*[a-z][A-Za-z]*", name):
+                    places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

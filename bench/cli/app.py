@@ -53,12 +53,6 @@ SeedOption = Annotated[
 TimeoutOption = Annotated[
     str, typer.Option(metavar="5m", help="What a round's check or burst may take.")
 ]
-TelemetryOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Play back a recorded trace in place of the machine's counters."
-    ),
-]
 FormatOption = Annotated[str, typer.Option(metavar="table|md|json|junit", help="Of the report.")]
 OutputOption = Annotated[
     Path | None,

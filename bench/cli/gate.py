@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,6 @@ from .app import (
     OutputOption,
     PresetOption,
     SeedOption,
-    TelemetryOption,
     TimeoutOption,
     app,
     progress_console,
@@ -28,8 +28,6 @@ from .app import (
 
 if TYPE_CHECKING:
     from resblock_bench.bench.compare.compare import BaseRequest
-    from resblock_bench.bench.compare.timing_baseline import Request
-    from resblock_bench.bench.gate.check import Timing
     from resblock_bench.bench.grid.grid import PlannedCell
     from resblock_bench.bench.grid.plan import Plan
     from resblock_bench.bench.grid.presets import Preset
@@ -59,11 +57,8 @@ PinsOption = Annotated[
     typer.Option(metavar="DIR", help="Default: results/pins of the repository around here."),
 ]
 
-_OF_TIMING = (
-    *("base", "axis", "preset", "config", "device"),
-    *("source", "timeout", "telemetry", "threads", "seed"),
-)
-"""Options that say what is timed, and how."""
+_OF_TIMING = ("axis", "preset", "config", "device", "source", "timeout", "threads", "seed")
+"""Options that say what is timed against a base, and how."""
 
 
 @app.command()
@@ -73,7 +68,7 @@ def compare(
         list[Path] | None,
         typer.Argument(
             metavar="[A B | RUN]",
-            help="Two run folders or baselines; or one, of which fused is compared to reference.",
+            help="Two run folders; or one, of which fused is compared to reference.",
         ),
     ] = None,
     base: Annotated[
@@ -97,7 +92,6 @@ def compare(
         bool, typer.Option("--explain", help="Say of every cell which rules decided.")
     ] = False,
     timeout: TimeoutOption = "5m",
-    telemetry: TelemetryOption = None,
     threads: GateThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
@@ -122,7 +116,7 @@ def compare(
         )
     if base is not None:
         plan = _gate_plan(axis, preset, config, device, threads, seed)
-        request = _base_request(base, plan, source, timeout, telemetry)
+        request = _base_request(base, plan, source, timeout)
         outcome = comparing.against_base(request, progress_console())
     elif len(paths) == 2:
         outcome = comparing.of_stored(paths[0], paths[1], here, relative=relative)
@@ -131,8 +125,7 @@ def compare(
     else:
         raise UsageError(
             f"{len(paths)} runs were named{' with --relative' if relative else ''}: name two run "
-            "folders or baselines, one to compare its fused cells with the reference, or a "
-            "revision with --base"
+            "folders, one to compare its fused cells with the reference, or a revision with --base"
         )
     raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
 
@@ -183,27 +176,21 @@ def _selected(sweep: Preset) -> list[PlannedCell]:
         raise InvalidError(str(error)) from None
 
 
-def _base_request(
-    base: str, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
-) -> BaseRequest:
+def _base_request(base: str, plan: Plan, source: list[Path] | None, timeout: str) -> BaseRequest:
     from resblock_bench.bench.compare.compare import BaseRequest
     from resblock_bench.bench.compare.source_tree import repository_around, require_sources, resolve
-    from resblock_bench.bench.measure.telemetry import Replay
     from resblock_bench.bench.units import parse_duration_s
 
     # What is wrong with these is found before anything is measured.
     repository = repository_around(Path.cwd())
     resolve(repository, base)
     require_sources(str(repository), repository, source or ())
-    if telemetry is not None:
-        Replay(telemetry)
     return BaseRequest(
         base=base,
         plan=plan,
         start=Path.cwd(),
         timeout_s=parse_duration_s(timeout),
         sources=tuple(source or ()),
-        telemetry=telemetry,
     )
 
 
@@ -230,7 +217,7 @@ def calibrate(
     from resblock_bench.bench.units import parse_duration_s
 
     plan = _gate_plan(axis, preset, config, device, threads, seed)
-    request = calibrating.Request(plan, Path.cwd(), rounds, parse_duration_s(timeout))
+    request = calibrating.CalibrationRequest(plan, Path.cwd(), rounds, parse_duration_s(timeout))
     raise typer.Exit(calibrating.carry_out(request, result_console()))
 
 
@@ -244,9 +231,7 @@ def check(
     pins: PinsOption = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            metavar="REV", help="Time against this revision. Default: this machine's baseline."
-        ),
+        typer.Option(metavar="REV", help="Time the working tree against this git revision."),
     ] = None,
     axis: AxisOption = None,
     preset: PresetOption = None,
@@ -254,7 +239,6 @@ def check(
     device: DeviceOption = None,
     source: SourceOption = None,
     timeout: TimeoutOption = "5m",
-    telemetry: TelemetryOption = None,
     threads: GateThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
@@ -263,56 +247,37 @@ def check(
     """The gate: what the kernels cost against what is pinned, in all parts that can be done here.
 
     Exit codes: 0 as expected, 1 worse, 3 missing, damaged or crashed, 4 better or changed (save
-    it, or take it back) or no verdict, 5 wrong. Axes, preset, config, device, source, telemetry,
+    it, or take it back) or no verdict, 5 wrong. Axes, preset, config, device, source,
     threads and seed are those of the timing.
     """
     from resblock_bench.bench.findings.report import destination
     from resblock_bench.bench.gate import check as checking
+    from resblock_bench.bench.gate import timing as check_timing
 
     names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
     if names and not timing:
-        _refuse(context, _OF_TIMING, "goes with --timing: name it too, or no part at all")
+        options = ("base", *_OF_TIMING)
+        _refuse(context, options, "goes with --timing: name it too, or no part at all")
+    if base is None:
+        _refuse(context, _OF_TIMING, "goes with --base: without a revision nothing is timed")
     if pins is not None and not pins.is_dir():
         raise UsageError(f"--pins {pins} is no folder: name the one that holds static/ and memory/")
-    request = checking.Request(names, pins, destination(format, output))
-    plan = _gate_plan(axis, preset, config, device, threads, seed)
-    how = _timing(base, plan, source, timeout, telemetry)
+    to, timed = destination(format, output), None
+    if base is not None:
+        plan = _gate_plan(axis, preset, config, device, threads, seed)
+        compared = _base_request(base, plan, source, timeout)
+        timed = functools.partial(check_timing.check, compared)
     # A report on the standard output stands alone there.
     alone = format != "table" and output is None
     console = result_console()
     progress = progress_console() if alone else console
-    raise typer.Exit(checking.carry_out(request, how, console, progress))
+    request = checking.CheckRequest(names, pins, to, timed)
+    raise typer.Exit(checking.carry_out(request, console, progress))
 
 
 def _named(**parts: bool) -> list[str]:
     """The parts whose option was given."""
     return [name for name, given in parts.items() if given]
-
-
-def _timing(
-    base: str | None, plan: Plan, source: list[Path] | None, timeout: str, telemetry: Path | None
-) -> Timing:
-    from resblock_bench.bench.gate import timing as check_timing
-    from resblock_bench.bench.gate.check import Timing
-
-    request: BaseRequest | Request
-    if base is None:
-        if source:
-            raise UsageError(
-                "--source goes with --base: without it there is one tree, as installed"
-            )
-        request = _baseline_request(plan, timeout, telemetry)
-    else:
-        request = _base_request(base, plan, source, timeout, telemetry)
-    reason = check_timing.cannot(base, Path.cwd())
-    return Timing(reason, lambda console: check_timing.check(request, console))
-
-
-def _baseline_request(plan: Plan, timeout: str, telemetry: Path | None = None) -> Request:
-    from resblock_bench.bench.compare.timing_baseline import Request
-    from resblock_bench.bench.units import parse_duration_s
-
-    return Request(plan, Path.cwd(), parse_duration_s(timeout), telemetry)
 
 
 baseline = typer.Typer(
@@ -325,68 +290,33 @@ app.add_typer(baseline, name="baseline")
 
 @baseline.command()
 def save(
-    context: typer.Context,
     reason: Annotated[
         str, typer.Option(metavar="TEXT", help="Why, for those who review it; required.")
     ] = "",
     static: StaticOption = False,
     memory: MemoryOption = False,
     accuracy: AccuracyOption = False,
-    timing: TimingOption = False,
     pins: PinsOption = None,
-    axis: AxisOption = None,
-    preset: PresetOption = None,
-    config: ConfigOption = None,
-    device: DeviceOption = None,
-    timeout: TimeoutOption = "5m",
-    threads: GateThreadsOption = None,
-    seed: SeedOption = None,
 ) -> None:
-    """Measure the parts named and save what they find; what is wrong or invalid is not saved.
-
-    Pins hold everywhere and go to results/pins, a timing baseline to results/baselines/MACHINE.
-    """
-    from resblock_bench.bench.compare import timing_baseline as baseline_timing
+    """Measure the parts named and save what they find; what is wrong or invalid is not saved."""
     from resblock_bench.bench.gate import baseline as baseline_pins
 
     names = _named(static=static, memory=memory, accuracy=accuracy)
-    baseline_pins.require(names, timing, reason)
-    if not timing:
-        _refuse(context, _OF_TIMING, "goes with --timing: name it, too")
-    if not names:
-        _refuse(context, ["pins"], "is where pins go: name a part that has some")
-    # What is wrong with the axes is found before anything is measured.
-    plan = _gate_plan(axis, preset, config, device, threads, seed)
-    console, code = result_console(), 0
-    if names:
-        code = baseline_pins.save(names, reason.strip(), pins, console)
-    if timing:
-        request = _baseline_request(plan, timeout)
-        code = baseline_timing.save(request, reason.strip(), console) or code
-    raise typer.Exit(code)
+    baseline_pins.require(names, reason)
+    raise typer.Exit(baseline_pins.save(names, reason.strip(), pins, result_console()))
 
 
 @baseline.command()
 def show(
     name: Annotated[
-        str | None,
-        typer.Argument(metavar="[PART|SUBJECT]", help="Default: all pins; 'timing' for times."),
+        str | None, typer.Argument(metavar="[PART|SUBJECT]", help="Default: all pins.")
     ] = None,
     pins: PinsOption = None,
 ) -> None:
     """When and why each was saved; of a subject, its figures."""
-    from resblock_bench.bench.compare import timing_baseline as baseline_timing
     from resblock_bench.bench.gate import baseline as baseline_pins
-    from resblock_bench.bench.gate import check as checking
-    from resblock_bench.bench.gate import timing as check_timing
 
-    console, file = result_console(), check_timing.baseline_file(Path.cwd())
-    if name == checking.TIMING:
-        raise typer.Exit(baseline_timing.show(file, console))
-    code = baseline_pins.show_pins(name, pins, console)
-    if name is None and file.exists():
-        code = baseline_timing.show(file, console) or code
-    raise typer.Exit(code)
+    raise typer.Exit(baseline_pins.show_pins(name, pins, result_console()))
 
 
 @baseline.command()
@@ -394,13 +324,10 @@ def diff(
     static: StaticOption = False,
     memory: MemoryOption = False,
     accuracy: AccuracyOption = False,
-    timing: TimingOption = False,
     pins: PinsOption = None,
 ) -> None:
     """Measure, and show what saving would change; the exit code does not judge it."""
     from resblock_bench.bench.gate import baseline as baseline_pins
 
-    names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
-    plan = _gate_plan(None, None, None, None, None, None)
-    how = _timing(None, plan, None, "5m", None)
-    raise typer.Exit(baseline_pins.diff(names, pins, how, result_console()))
+    names = _named(static=static, memory=memory, accuracy=accuracy)
+    raise typer.Exit(baseline_pins.diff(names, pins, result_console()))

@@ -11,7 +11,7 @@ from rich.text import Text
 from resblock_bench.bench.grid.axes import axes, models
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.presets import presets
-from resblock_bench.bench.machine.checkup import Finding
+from resblock_bench.bench.machine.checkup import Fact
 from resblock_bench.bench.measure.devices import default_kind
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.predict import predict_memory
@@ -100,24 +100,24 @@ def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
     return Group(table, *map(Text, notes))
 
 
-def machine(found: Environment, findings: Sequence[Finding]) -> RenderableType:
+def machine(found: Environment, facts: Sequence[Fact]) -> RenderableType:
     """The environment as a run would record it, then what would spoil a measurement."""
-    facts = _table("environment")
-    facts.add_column()
-    facts.add_column(overflow="fold")
+    shown = _table("environment")
+    shown.add_column()
+    shown.add_column(overflow="fold")
     for name, value in msgspec.to_builtins(found).items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {version}" for key, version in value.items() if version)
-        facts.add_row(name, Text("unknown or absent" if value is None else str(value)))
+        shown.add_row(name, Text("unknown or absent" if value is None else str(value)))
     checks = _table("before trusting a measurement")
     checks.add_column()
     checks.add_column(overflow="fold")
-    for finding in findings:
-        text = Text(finding.found)
-        if finding.advice is not None:
-            text.append(f"\n{finding.advice}", style="yellow")
-        if finding.command is not None:
-            text.append(f"\n$ {finding.command}", style="bold")
-        checks.add_row(finding.topic, text)
-    count = sum(finding.advice is not None for finding in findings)
-    return Group(facts, "", checks, "", f"{count} to mend." if count else "Nothing to mend.")
+    for fact in facts:
+        text = Text(fact.found)
+        if fact.advice is not None:
+            text.append(f"\n{fact.advice}", style="yellow")
+        if fact.command is not None:
+            text.append(f"\n$ {fact.command}", style="bold")
+        checks.add_row(fact.topic, text)
+    count = sum(fact.advice is not None for fact in facts)
+    return Group(shown, "", checks, "", f"{count} to mend." if count else "Nothing to mend.")

@@ -26,7 +26,6 @@ from .app import (
     DeviceOption,
     PresetOption,
     SeedOption,
-    TelemetryOption,
     ThreadsOption,
     app,
     result_console,
@@ -75,7 +74,6 @@ def run(
             metavar="0,1", help="GPUs, by position or UUID, a lane each. Default: all visible."
         ),
     ] = None,
-    telemetry: TelemetryOption = None,
     max_time: Annotated[
         str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
     ] = None,
@@ -113,18 +111,15 @@ def run(
     from resblock_bench.bench.grid.plan import Plan
     from resblock_bench.bench.grid.presets import choose
     from resblock_bench.bench.measure.devices import default_kind, device_kind
-    from resblock_bench.bench.measure.telemetry import Replay
     from resblock_bench.bench.runs.export import parse_formats
     from resblock_bench.bench.runs.folder import read_plan
-    from resblock_bench.bench.sweep.sweep import Request, carry_out, folder_to_resume
+    from resblock_bench.bench.sweep.sweep import SweepRequest, carry_out, folder_to_resume
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
 
     from .listing import planned_cells
 
     if retry_failed and not resume:
         raise UsageError("--retry-failed goes with --resume: it looks at the rows of that run")
-    if telemetry is not None:
-        Replay(telemetry)  # a bad trace is found before anything is measured
     budget_s = None if time_budget is None else parse_duration_s(time_budget)
     asked: Plan | None = None
     # An earlier run knows its own cells, unless some are named.
@@ -161,7 +156,7 @@ def run(
         shown = asked or read_plan(folder_to_resume(output))
         console.print(planned_cells(shown.cells))
         return
-    request = Request(
+    request = SweepRequest(
         plan=asked,
         output=output,
         resume=resume,
@@ -169,7 +164,6 @@ def run(
         ignore_oom=ignore_oom_record,
         timeout_s=parse_duration_s(timeout),
         budget_s=budget_s,
-        telemetry=telemetry,
         devices=devices.split(",") if devices else (),
         plots=not no_plots,
         formats=parse_formats(formats) if formats else (),
@@ -256,7 +250,7 @@ def cost(
             raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
     selection = parse_arguments(axis or [])
     default = costs.MODELS_DEFAULT if published or "model" in selection else costs.DEFAULT
-    request = costs.Request(
+    request = costs.CostRequest(
         selection={**default, **selection},
         published=published,
         archs=list(dict.fromkeys(map(int, archs))),
@@ -288,7 +282,7 @@ def tune(
     from resblock_bench.bench.tune.choices import select
     from resblock_bench.bench.units import parse_duration_s
 
-    request = tuning.Request(
+    request = tuning.TuneRequest(
         planned=select(axis or []),
         output=output,
         budget_s=None if time_budget is None else parse_duration_s(time_budget),
@@ -298,35 +292,17 @@ def tune(
 
 
 @app.command()
-def env(
-    record: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Record the machine's counters, too: a trace for run --telemetry."
-        ),
-    ] = None,
-    duration: Annotated[str, typer.Option(metavar="10s", help="How long to record.")] = "10s",
-) -> None:
+def env() -> None:
     """Show the machine as the suite sees it, and what to mend before trusting a measurement."""
     from resblock_bench.bench.machine import environment
-    from resblock_bench.bench.machine.checkup import cpu_findings, versions_finding
-    from resblock_bench.bench.machine.checkup_gpu import gpu_findings
-    from resblock_bench.bench.measure import telemetry
-    from resblock_bench.bench.measure.devices import default_kind
-    from resblock_bench.bench.units import parse_duration_s
+    from resblock_bench.bench.machine.checkup import cpu_facts, versions_fact
+    from resblock_bench.bench.machine.checkup_gpu import gpu_facts
 
     from .listing import machine
 
-    found = [versions_finding(), *cpu_findings(), *gpu_findings(os.environ)]
-    console = result_console()
+    found = [versions_fact(), *cpu_facts(), *gpu_facts(os.environ)]
     gathered = environment.gather(environment.usable_cpus())
-    console.print(machine(gathered, found))
-    if record is not None:
-        kind = default_kind()
-        probe = telemetry.open_probe(kind, gathered.gpu_uuid, None)
-        with contextlib.closing(probe):
-            count = telemetry.record(probe, record, parse_duration_s(duration))
-        typer.echo(f"{count} readings are in {record}")
+    result_console().print(machine(gathered, found))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import datetime
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
+from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.lockstep.draws import Draw, fill, refuse_few, strict
 from resblock_bench.bench.lockstep.progress import round_progress
-from resblock_bench.bench.lockstep.rounds import Round, RoundRule, measure_pair
+from resblock_bench.bench.lockstep.rounds import (
+    Draw,
+    Round,
+    RoundError,
+    RoundRule,
+    fill,
+    measure_pair,
+)
 from resblock_bench.bench.lockstep.testbed import Testbed, opened
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import cell_name
@@ -24,14 +32,11 @@ from .calibration import CALIBRATION_VERSION, Calibration, noise_of, tolerance_o
 from .comparison import STAGES
 from .machine_store import calibration_file, writable, write
 from .source_tree import require_own_code
-from .timing_baseline import ROUNDS as BASELINE_ROUNDS
-from .verdict import smallest_detectable
-
-_CANNOT = "cannot be calibrated"
+from .verdict import CALIBRATED_FREEDOM, smallest_detectable
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationRequest:
     """`rounds` of A/A of every cell; `start` is where results/ is looked for."""
 
     plan: Plan
@@ -41,7 +46,7 @@ class Request:
     rule: RoundRule = field(default_factory=RoundRule)
 
 
-def carry_out(request: Request, console: Console) -> int:
+def carry_out(request: CalibrationRequest, console: Console) -> int:
     """Measure, store and show; returns the exit code. What is interrupted is not stored.
 
     Raises InvalidError where a cell cannot be measured, the machine was disturbed too often, or is
@@ -62,10 +67,10 @@ def carry_out(request: Request, console: Console) -> int:
                 path = calibration_file(environment, request.plan.device, request.start)
                 writable(path)
                 draws = [Draw(task) for task in bed.tasks]
-            measure = strict(partial(_measure, bed, request.rule, order), _CANNOT)
+            measure = partial(_measure, bed, request.rule, order)
             tell = stack.enter_context(round_progress(console, len(bed.tasks)))
             fill(draws, count, measure, order, partial(tell, "calibrating"))
-    refuse_few(draws, STAGES[0], _CANNOT)
+    _refuse_disturbed(draws)
     noises = [noise_of(draw.task.cell, draw.valid, len(draw.disturbed)) for draw in draws]
     calibration = Calibration(
         calibration_version=CALIBRATION_VERSION,
@@ -86,12 +91,26 @@ def carry_out(request: Request, console: Console) -> int:
 
 def _measure(bed: Testbed, rule: RoundRule, order: random.Random, task: Task) -> Round:
     base, head = bed.sides
-    return measure_pair(task, bed.truth(task), base, head, rule, order)
+    try:
+        return measure_pair(task, bed.truth(task), base, head, rule, order)
+    except RoundError as error:  # a calibration is worth storing only as a whole
+        raise InvalidError(f"{cell_name(task.cell)} cannot be calibrated: {error}") from None
+
+
+def _refuse_disturbed(draws: Sequence[Draw]) -> None:
+    """Raises InvalidError for a cell with too few valid rounds."""
+    for draw in draws:
+        if len(draw.valid) < STAGES[0]:
+            raise InvalidError(
+                f"{cell_name(draw.task.cell)} cannot be calibrated: {len(draw.disturbed)} of "
+                f"{len(draw.disturbed) + len(draw.valid)} rounds were disturbed, at last since "
+                f"{draw.disturbed[-1].disturbances[0]}; see 'resblock-bench env'"
+            )
 
 
 def _table(calibration: Calibration) -> Table:
-    """`detects` is the slowdown that five rounds in lockstep see, `stored` the one that five rounds
-    see against a stored baseline."""
+    """`detects` is the slowdown that five rounds in lockstep see, `stored` the one that two run
+    folders show."""
     table = Table(title=f"A/A on {calibration.environment.machine}", title_justify="left")
     table.add_column("cell")
     for heading in ("rounds", "disturbed", "worst drift", "spread", "detects", "stored"):
@@ -100,8 +119,8 @@ def _table(calibration: Calibration) -> Table:
         detects = smallest_detectable(
             calibration.tolerance, noise.pair_spread / STAGES[0] ** 0.5, STAGES[0] - 1
         )
-        apart = noise.spread * (1 / BASELINE_ROUNDS + 1 / STAGES[0]) ** 0.5
-        stored = smallest_detectable(calibration.tolerance, apart, BASELINE_ROUNDS + STAGES[0] - 2)
+        apart = noise.spread * 2**0.5
+        stored = smallest_detectable(calibration.tolerance, apart, CALIBRATED_FREEDOM)
         table.add_row(
             cell_name(noise.cell),
             str(noise.rounds),

@@ -16,14 +16,16 @@ from typing import Annotated
 from msgspec import Meta
 
 from resblock_bench.bench.errors import InvalidError
-from resblock_bench.bench.grid.plan import difference
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule
+from resblock_bench.bench.machine.environment import difference
+from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.records import Cell, Environment, NonNegative, Positive, Record, cell_name
 from resblock_bench.bench.versioned import read_versioned
 
 from .comparison import STAGES
-from .verdict import DEFAULT_TOLERANCE, FLOOR, Tolerance
+from .machine_store import calibration_file
+from .verdict import DEFAULT_TOLERANCE, LEAST_TOLERANCE, Tolerance
 
 CALIBRATION_VERSION = 1
 FACTOR = 1.5
@@ -80,14 +82,14 @@ def noise_of(cell: Cell, rounds: Sequence[Round], disturbed: int) -> CellNoise:
 def tolerance_of(cells: Sequence[CellNoise]) -> Tolerance:
     """The tolerance above. Raises InvalidError for one above MOST."""
     worst = max(cells, key=lambda noise: noise.drift)
-    relative = max(FLOOR.relative, math.expm1(FACTOR * worst.drift))
+    relative = max(LEAST_TOLERANCE.relative, math.expm1(FACTOR * worst.drift))
     if relative > MOST:
         raise InvalidError(
             f"{cell_name(worst.cell)} drifts by {worst.drift:.1%}, which is a tolerance of "
             f"{relative:.1%}, and {MOST:.0%} is the most: calibrate on a quieter machine, or leave "
             "the cell out"
         )
-    return Tolerance(relative=relative, absolute_ms=FLOOR.absolute_ms)
+    return Tolerance(relative=relative, absolute_ms=LEAST_TOLERANCE.absolute_ms)
 
 
 def tolerance_by(calibration: Calibration | None) -> Tolerance:
@@ -107,15 +109,15 @@ def read_calibration(path: Path) -> Calibration | None:
         return None
     except OSError as error:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    if not FLOOR.relative <= calibration.tolerance.relative <= MOST:
+    if not LEAST_TOLERANCE.relative <= calibration.tolerance.relative <= MOST:
         raise InvalidError(
             f"{path} has a tolerance of {calibration.tolerance.relative:.1%}, and it is "
-            f"{FLOOR.relative:.0%} to {MOST:.0%}: {again}"
+            f"{LEAST_TOLERANCE.relative:.0%} to {MOST:.0%}: {again}"
         )
-    if calibration.tolerance.absolute_ms != FLOOR.absolute_ms:
+    if calibration.tolerance.absolute_ms != LEAST_TOLERANCE.absolute_ms:
         raise InvalidError(
             f"{path} has an absolute tolerance of {calibration.tolerance.absolute_ms:g} ms, and it "
-            f"is {FLOOR.absolute_ms:g} ms: {again}"
+            f"is {LEAST_TOLERANCE.absolute_ms:g} ms: {again}"
         )
     return calibration
 
@@ -137,3 +139,42 @@ def stale(
     if age < 0:
         return f"it is of {calibration.saved_at:%Y-%m-%d}, which is yet to come"
     return f"it is {age} days old" if age > MAX_AGE_DAYS else None
+
+
+def usable(
+    environment: Environment, device: Kind, rule: RoundRule, start: Path
+) -> tuple[Calibration | None, str | None]:
+    """The calibration of a machine, or None and a sentence that says why there is none.
+
+    Raises InvalidError for a damaged file, and for one of another device.
+    """
+    path = calibration_file(environment, device, start)
+    calibration = read_calibration(path)
+    default = (
+        f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run 'resblock-bench "
+        f"calibrate --device {device} --threads {environment.threads}'"
+    )
+    if calibration is None:
+        threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"
+        machine = f"{environment.machine}, {threads} on {device},"
+        return None, f"{machine} was never calibrated: {default}"
+    if calibration.device != device:
+        raise InvalidError(
+            f"{path} is a calibration of {calibration.device}, not of {device}: run "
+            f"'resblock-bench calibrate --device {device}' again"
+        )
+    reason = stale(calibration, environment, rule)
+    if reason is not None:
+        return None, f"the calibration of {environment.machine} is stale ({reason}): {default}"
+    return calibration, None
+
+
+def of_others(calibration: Calibration | None, tasks: Sequence[Task]) -> list[str]:
+    """A note where the tolerance comes from other cells than are compared."""
+    if calibration is None:
+        return []
+    known = {noise.cell for noise in calibration.cells}
+    count = sum(task.cell not in known for task in tasks)
+    if not count:
+        return []
+    return [f"{count} of {len(tasks)} cells were not calibrated: their tolerance is that of others"]

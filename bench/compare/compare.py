@@ -1,4 +1,4 @@
-"""`compare`: a revision and the working tree, two stored measurements, or the variants of one."""
+"""`compare`: a revision and the working tree, two run folders, or the variants of one."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,29 +8,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.findings.findings import Finding, of_part
-from resblock_bench.bench.findings.report import Checked, Destination, Report, write
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.findings.findings import Finding, Level, of_part
+from resblock_bench.bench.findings.report import CheckedEntry, Destination, Report, write
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.progress import round_progress
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule, measure_pair
 from resblock_bench.bench.lockstep.testbed import opened
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.measure.devices import Kind, device_kind
-from resblock_bench.bench.records import Environment, cell_name
+from resblock_bench.bench.measure.devices import device_kind
+from resblock_bench.bench.records import cell_name
 
-from . import stored_verdicts as compare_stored
-from .calibration import Calibration, read_calibration, stale, tolerance_by
-from .comparison import Compared, Comparison
-from .machine_store import calibration_file
-from .report import COLUMNS, explanation, findings, row, summary
+from . import stored
+from .calibration import Calibration, of_others, tolerance_by, usable
+from .comparison import SUSPICIOUS, Compared, Comparison
 from .source_tree import checked_out, python_paths, repository_around, resolve
-from .stored import Stored, load, refuse_different
-from .verdict import DEFAULT_TOLERANCE, Tolerance
+from .verdict import Tolerance
 
 HEAD = "the working tree"
 PART = "compare"
+COLUMNS = ("cell", "base", "head", "ratio", "95 % bounds", "verdict", "rounds", "detects")
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,15 @@ class BaseRequest:
     start: Path
     timeout_s: float
     sources: Sequence[Path] = ()
-    telemetry: Path | None = None
     rule: RoundRule = field(default_factory=RoundRule)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonOutcome:
     """What a comparison found.
 
     uncalibrated   sentences on the machines whose noise is not known
     ended          what ended it before its time, or None
-    stored         head was measured against this machine's baseline
     sudden         head is a later base, so that a great difference needs an explanation
     """
 
@@ -65,11 +61,10 @@ class Outcome:
     notes: list[str]
     uncalibrated: list[str]
     ended: str | None = None
-    stored: bool = False
     sudden: bool = True
 
 
-def against_base(request: BaseRequest, console: Console) -> Outcome:
+def against_base(request: BaseRequest, console: Console) -> ComparisonOutcome:
     """Measure both in lockstep. Ctrl-C and a full disk leave what the rounds so far say.
 
     Raises UsageError for a revision or folder that is not there, InvalidError where either side
@@ -92,7 +87,7 @@ def in_lockstep(
     sides: Mapping[str, Sequence[Path]],
     console: Console,
     root: Path | None = None,
-) -> Outcome:
+) -> ComparisonOutcome:
     """Compare two sides: names, and what their Python paths begin with.
 
     root   of another repository that their packages are of
@@ -103,13 +98,12 @@ def in_lockstep(
                 request.plan,
                 sides,
                 limit_s=request.timeout_s,
-                telemetry=request.telemetry,
                 root=root,
             )
         )
         base, head = bed.sides
         order = random.Random(request.plan.seed)
-        calibration, note = usable_calibration(
+        calibration, note = usable(
             bed.environment, request.plan.device, request.rule, request.start
         )
         tolerance = tolerance_by(calibration)
@@ -123,18 +117,18 @@ def in_lockstep(
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         comparison = Comparison(bed.tasks, measure, tolerance, order, tell)
-        items, ended = settled(comparison)
-        return Outcome(
+        items, ended = _settled(comparison)
+        return ComparisonOutcome(
             f"{head.name} against {base.name}",
             items,
             tolerance,
-            [*notes, *unknowns(items)],
+            [*notes, *_unknowns(items)],
             [] if note is None else [note],
             ended,
         )
 
 
-def settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
+def _settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
     """What its rounds say, and what ended it before its time, or None."""
     ended = None
     try:
@@ -146,121 +140,168 @@ def settled(comparison: Comparison) -> tuple[list[Compared], str | None]:
     return comparison.results(), ended
 
 
-def unknowns(items: Sequence[Compared]) -> list[str]:
+def _unknowns(items: Sequence[Compared]) -> list[str]:
     """What could not be known of the machine in some round, each once."""
     rounds = [taken for item in items for taken in (*item.rounds, *item.disturbed)]
     return list(dict.fromkeys(note for taken in rounds for note in taken.notes))
 
 
-def of_others(calibration: Calibration | None, tasks: Sequence[Task]) -> list[str]:
-    """A note where the tolerance comes from other cells than are compared."""
-    if calibration is None:
-        return []
-    known = {noise.cell for noise in calibration.cells}
-    count = sum(task.cell not in known for task in tasks)
-    if not count:
-        return []
-    return [f"{count} of {len(tasks)} cells were not calibrated: their tolerance is that of others"]
-
-
-def usable_calibration(
-    environment: Environment, device: Kind, rule: RoundRule, start: Path
-) -> tuple[Calibration | None, str | None]:
-    """The calibration of a machine, or None and a sentence that says why there is none.
-
-    Raises InvalidError for a damaged file, and for one of another device.
-    """
-    path = calibration_file(environment, device, start)
-    calibration = read_calibration(path)
-    default = (
-        f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run 'resblock-bench "
-        f"calibrate --device {device} --threads {environment.threads}'"
-    )
-    if calibration is None:
-        threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"
-        machine = f"{environment.machine}, {threads} on {device},"
-        return None, f"{machine} was never calibrated: {default}"
-    if calibration.device != device:
-        raise InvalidError(
-            f"{path} is a calibration of {calibration.device}, not of {device}: run "
-            f"'resblock-bench calibrate --device {device}' again"
-        )
-    reason = stale(calibration, environment, rule)
-    if reason is not None:
-        return None, f"the calibration of {environment.machine} is stale ({reason}): {default}"
-    return calibration, None
-
-
-def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> Outcome:
-    """Compare two run folders or baselines.
+def of_stored(base: Path, head: Path, start: Path, *, relative: bool) -> ComparisonOutcome:
+    """Compare two run folders.
 
     Raises UsageError for paths that hold none, InvalidError where they cannot be compared.
     """
     if base.resolve() == head.resolve():
         raise UsageError(f"{base} and {head} are one and the same: name two")
-    before, after = load(base), load(head)
-    refuse_different(before, after, other_machine=relative)
+    before, after = stored.load(base), stored.load(head)
+    stored.refuse_different(before, after, other_machine=relative)
     (of_base, of_head), notes = _calibrations([before, after], start)
     tolerance = tolerance_by(of_head)
     if relative:
-        items = compare_stored.relative(before, after, tolerance, of_base, of_head)
+        items = stored.relative(before, after, tolerance, of_base, of_head)
         title = f"fused / reference of {head} against that of {base}"
     else:
-        items = compare_stored.plain(before, after, tolerance, of_head)
+        items = stored.plain(before, after, tolerance, of_head)
         title = f"{head} against {base}"
-    return Outcome(title, items, tolerance, [], notes)
+    return ComparisonOutcome(title, items, tolerance, [], notes)
 
 
-def of_variants(folder: Path, start: Path) -> Outcome:
-    """Compare fused with reference within one run or baseline."""
-    stored = load(folder)
-    (calibration,), notes = _calibrations([stored], start)
+def of_variants(folder: Path, start: Path) -> ComparisonOutcome:
+    """Compare fused with reference within one run folder."""
+    run = stored.load(folder)
+    (calibration,), notes = _calibrations([run], start)
     tolerance = tolerance_by(calibration)
-    items = compare_stored.within(stored, tolerance, calibration)
+    items = stored.within(run, tolerance, calibration)
     title = f"fused against reference in {folder}"
-    return Outcome(title, items, tolerance, [], notes, sudden=False)
+    return ComparisonOutcome(title, items, tolerance, [], notes, sudden=False)
 
 
 def _calibrations(
-    stored: Sequence[Stored], start: Path
+    runs: Sequence[stored.Stored], start: Path
 ) -> tuple[list[Calibration | None], list[str]]:
     """The calibration of each, and notes on machines that have none."""
     found: list[Calibration | None] = []
     notes: dict[str, None] = {}
-    for item in stored:
+    for item in runs:
         device = device_kind(str(item.contract["device"]))
-        calibration, note = usable_calibration(item.environment, device, RoundRule(), start)
+        calibration, note = usable(item.environment, device, RoundRule(), start)
         found.append(calibration)
         if note is not None:
             notes[note] = None
     return found, list(notes)
 
 
-def carry_out(outcome: Outcome, to: Destination, console: Console, *, explain: bool) -> int:
+def carry_out(
+    outcome: ComparisonOutcome, to: Destination, console: Console, *, explain: bool
+) -> int:
     """Show an outcome; returns the exit code."""
     return write(report_of(outcome, explain=explain), to, console)
 
 
-def report_of(outcome: Outcome, *, explain: bool = False) -> Report:
+def report_of(outcome: ComparisonOutcome, *, explain: bool = False) -> Report:
     """A row a cell, the findings, and what the verdicts rest on."""
     notes = [summary(outcome.items, outcome.tolerance), *outcome.notes, *outcome.uncalibrated]
     return Report(
         title=outcome.title,
         columns=list(COLUMNS),
-        rows=[row(item) for item in outcome.items],
+        rows=[_row(item) for item in outcome.items],
         checked=[
-            Checked(part=PART, subject=cell_name(item.cell), entry=None) for item in outcome.items
+            CheckedEntry(part=PART, subject=cell_name(item.cell), entry=None)
+            for item in outcome.items
         ],
         findings=findings_of(outcome, PART),
-        notes=[*notes, *(explanation(outcome.items) if explain else ())],
+        notes=[*notes, *(_explanation(outcome.items) if explain else ())],
         cells=outcome.items,
     )
 
 
-def findings_of(outcome: Outcome, part: str) -> list[Finding]:
+def findings_of(outcome: ComparisonOutcome, part: str) -> list[Finding]:
     """What a gate has to say of an outcome."""
-    found = findings(outcome.items, part, stored=outcome.stored, sudden=outcome.sudden)
+    found = []
+    for item in outcome.items:
+        judged = _finding(item, outcome.sudden)
+        if judged is not None:
+            level, text = judged
+            found.append(Finding(part, level, cell_name(item.cell), None, text))
+    if not outcome.items:
+        found.append(of_part(part, "invalid", "no cell was compared: nothing is known"))
     if outcome.ended is not None:
         text = f"{outcome.ended}: this is what the rounds taken so far say"
         found.append(of_part(part, "invalid", text))
     return found
+
+
+def _row(item: Compared) -> list[str]:
+    """The columns: medians, their ratio with its one-sided 95 % bounds, and the smallest slowdown
+    that as many rounds would have seen with 80 % probability."""
+    verdict = item.verdict
+    ratio = item.head / item.base if item.head and item.base else None
+    bounds = "–"
+    if verdict.low is not None and verdict.high is not None:
+        bounds = f"{verdict.low:.3f}–{verdict.high:.3f}"
+    base, head = item.counts
+    return [
+        cell_name(item.cell),
+        _median(item.base, item.unit),
+        _median(item.head, item.unit),
+        "–" if ratio is None else f"{verdict.ratio or ratio:.3f}",
+        bounds,
+        verdict.word if item.failed is None else item.failed[0],
+        f"{base}" if base == head else f"{base}/{head}",
+        "–" if verdict.detectable is None else f"{verdict.detectable:.1%}",
+    ]
+
+
+def line(item: Compared) -> str:
+    """The same in a sentence."""
+    name, base, head, ratio, bounds, word, _, detects = _row(item)
+    return f"{name}: {base} → {head}, ratio {ratio} ({bounds}), {word}, detects {detects}"
+
+
+def _median(value: float | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g} ms" if unit == "ms" else f"{value:.3f}×"
+
+
+def _finding(item: Compared, sudden: bool) -> tuple[Level, str] | None:
+    verdict = item.verdict
+    if item.failed is not None:
+        status, reason = item.failed
+        # A base that is wrong says nothing of the head, but leaves nothing to compare it with.
+        return "wrong" if status == "wrong" and not item.at_base else "invalid", reason
+    because = "; ".join(verdict.reasons)
+    if verdict.ratio is None or verdict.low is None or verdict.high is None:
+        return "inconclusive", because
+    times = f"{verdict.ratio:.3f} times base ({verdict.low:.3f}–{verdict.high:.3f})"
+    if sudden and verdict.ratio * SUSPICIOUS < 1:
+        return (
+            "invalid",
+            f"{1 / verdict.ratio:.1f}× as fast as base: find out what it no longer does",
+        )
+    if verdict.word == "SLOW":
+        return "regression", f"{times}: {because}"
+    if verdict.word == "AMBIGUOUS":
+        return "inconclusive", f"{times}: {because}"
+    if verdict.word == "FAST":
+        return "note", f"FAST: {times}"
+    return None
+
+
+def _explanation(items: Sequence[Compared]) -> list[str]:
+    """A line a cell: which rules decided."""
+    return [
+        f"{cell_name(item.cell)}: {item.verdict.word}: {'; '.join(item.verdict.reasons)}"
+        + (f"; {len(item.disturbed)} disturbed rounds do not count" if item.disturbed else "")
+        for item in items
+    ]
+
+
+def summary(items: Sequence[Compared], tolerance: Tolerance) -> str:
+    """Counts of the verdicts, and the tolerance they were given by."""
+    words = [item.verdict.word if item.failed is None else "failed" for item in items]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    return (
+        f"{len(items)} cells: {counts}; tolerance {tolerance.relative:.1%} and "
+        f"{tolerance.absolute_ms * 1e3:g} µs"
+    )

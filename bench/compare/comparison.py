@@ -13,8 +13,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from resblock_bench.bench.lockstep.draws import Draw, Measure, fill
-from resblock_bench.bench.lockstep.rounds import Round
+from resblock_bench.bench.lockstep.rounds import Draw, Measure, Round, fill
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import Cell, Count, Record, Status
 
@@ -30,7 +29,7 @@ class Compared(Record, frozen=True, kw_only=True):
     """A cell of a comparison and what its rounds say.
 
     base, head         medians over the rounds, in `unit`
-    counts             valid rounds of base and head that the verdict rests on
+    counts             valid rounds, or processes, of base and head that the verdict rests on
     rounds             the valid rounds if they were taken in pairs, those of the second draw behind
                        `confirming_from`
     disturbed          rounds that did not count
@@ -53,12 +52,8 @@ class Compared(Record, frozen=True, kw_only=True):
     confirmed: bool | None
 
 
-Estimator = Callable[[Cell, Sequence[Round]], Estimate | None]
-"""What the rounds of a cell come to."""
-
-
-def in_pairs(cell: Cell, rounds: Sequence[Round]) -> Estimate | None:
-    """The estimate from rounds of which each measured both sides."""
+def _estimate(rounds: Sequence[Round]) -> Estimate | None:
+    """What the rounds of a cell come to."""
     return paired(
         [taken.log_ratio for taken in rounds],
         [taken.base_ms for taken in rounds],
@@ -79,13 +74,11 @@ class Comparison:
         tolerance: Tolerance,
         order: random.Random,
         tell: Callable[[str, Draw], None] = lambda stage, draw: None,
-        estimate: Estimator = in_pairs,
     ) -> None:
         self._measure = measure
         self._tolerance = tolerance
         self._order = order
         self._tell = tell
-        self._estimate = estimate
         self._first = {task.cell: Draw(task) for task in tasks}
         self._second: dict[Cell, Draw] = {}
 
@@ -117,7 +110,7 @@ class Comparison:
                 text = f"{len(first.disturbed)} of the rounds were disturbed, at last since {why}"
                 verdict = replace(verdict, reasons=[text])
             rounds = first.valid + second.valid
-            estimate = self._estimate(cell, rounds) if rounds else None
+            estimate = _estimate(rounds) if rounds else None
             failed = first.failed or second.failed
             found.append(
                 Compared(
@@ -148,7 +141,7 @@ class Comparison:
 
     def _verdicts(self, draws: dict[Cell, Draw]) -> dict[Cell, Verdict]:
         estimates = [
-            self._estimate(cell, draw.valid) if len(draw.valid) >= STAGES[0] else None
+            _estimate(draw.valid) if len(draw.valid) >= STAGES[0] else None
             for cell, draw in draws.items()
         ]
         return dict(zip(draws, judge(estimates, self._tolerance), strict=True))
@@ -160,7 +153,7 @@ class Comparison:
         if second.ratio is None:
             why = "its second draw has too few valid rounds"
             return _because(first, f"not confirmed: {why}", word="AMBIGUOUS")
-        both = self._estimate(cell, self._first[cell].valid + self._second[cell].valid)
+        both = _estimate(self._first[cell].valid + self._second[cell].valid)
         (joined,) = judge([both], self._tolerance)
         if second.word == first.word:
             return _because(joined, "a second draw says the same", word=first.word)

@@ -1,50 +1,41 @@
-"""Measurements that were stored, as something to compare: a run folder, or a baseline of a machine.
+"""Verdicts on run folders, which were not measured in pairs but with one process a cell.
 
-A run folder has one process a cell, a baseline several rounds of them.
+    plain       head / base, cell by cell, on one machine
+    relative    (fused / reference of head) / (fused / reference of base), across machines
+    within      fused / reference of one run
+
+Processes taken apart share no drift that could cancel, and one shows no spread: that which was
+calibrated on the machine stands in; see verdict.unpaired.
 """
 
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Literal, NamedTuple
 
 import msgspec
-from msgspec import Meta
+from msgspec.structs import replace
 
-from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.grid.plan import difference
-from resblock_bench.bench.lockstep.rounds import PositiveMs, RoundRule
-from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status
+from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.machine.environment import difference
+from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status, cell_name
 from resblock_bench.bench.runs.folder import read_plan, read_run
-from resblock_bench.bench.versioned import read_versioned
 
-BASELINE_VERSION = 1
+from .calibration import Calibration
+from .comparison import Compared
+from .verdict import Estimate, Tolerance, Verdict, judge, unpaired
 
-
-class Series(Record, frozen=True, kw_only=True):
-    """The medians of a cell's rounds, in milliseconds."""
-
-    cell: Cell
-    rounds_ms: Annotated[list[PositiveMs], Meta(min_length=1)]
-
-
-class Baseline(Record, frozen=True, kw_only=True):
-    """What a machine is expected to reach: rounds of one side each, and how they were taken."""
-
-    baseline_version: int
-    saved_at: str
-    reason: str
-    code: str
-    environment: Environment
-    contract: Contract
-    rule: RoundRule
-    series: list[Series]
+_NO_VERDICT = Verdict(
+    word="AMBIGUOUS", ratio=None, low=None, high=None, detectable=None, reasons=[]
+)
 
 
 class Stored(Record, frozen=True, kw_only=True):
-    """Stored measurements.
+    """A run folder, as something to compare.
 
     name       the path as it was given
     expected   every cell that was to be measured
-    rounds_ms  of each cell that was, the medians of its processes
+    median_ms  of each cell that was
     missing    of each cell that was not, the status and reason
     disturbed  of each cell whose process does not count, what disturbed it
     contract   the fields of its timing contract by name
@@ -53,43 +44,55 @@ class Stored(Record, frozen=True, kw_only=True):
     name: str
     environment: Environment
     expected: list[Cell]
-    rounds_ms: dict[Cell, list[float]]
+    median_ms: dict[Cell, float]
     missing: dict[Cell, tuple[Status, str]]
     disturbed: dict[Cell, str]
     contract: dict[str, object]
 
 
-def load(path: Path) -> Stored:
-    """A run folder or the file of a baseline.
+def load(folder: Path) -> Stored:
+    """A run folder. Raises UsageError where there is none, InvalidError where it cannot be
+    compared."""
+    run = read_run(folder)
+    expected = [item.cell for item in read_plan(folder).cells]
+    median_ms: dict[Cell, float] = {}
+    missing: dict[Cell, tuple[Status, str]] = {}
+    disturbed: dict[Cell, str] = {}
+    contracts = [_fields(row.contract) for row in run.rows]
+    for row in run.rows:
+        disturbances = row.conditions.disturbances if row.conditions is not None else []
+        if row.status != "ok" or row.median_ms is None:
+            missing[row.axes] = (row.status, f"is {row.status} ({row.reason})")
+        elif disturbances:
+            disturbed[row.axes] = disturbances[0]
+        else:
+            median_ms[row.axes] = row.median_ms
+    if not contracts:
+        raise InvalidError(
+            f"{folder} holds no whole row: go on with 'resblock-bench run --resume --output "
+            f"{folder}'"
+        )
+    if any(contract != contracts[0] for contract in contracts):
+        raise InvalidError(f"{folder} holds rows of several timing contracts: measure it again")
+    for cell in expected:
+        if cell not in median_ms and cell not in disturbed:
+            missing.setdefault(cell, ("skipped", "was planned and not measured"))
+    return Stored(
+        name=str(folder),
+        environment=run.environment,
+        expected=expected,
+        median_ms=median_ms,
+        missing=missing,
+        disturbed=disturbed,
+        contract=contracts[0],
+    )
 
-    Raises UsageError where there is none, InvalidError where it cannot be compared.
-    """
-    return _of_run(path) if path.is_dir() else _of_baseline(path)
 
-
-def read_baseline(path: Path) -> Baseline:
-    """A baseline's file. UsageError where there is none, InvalidError where it is damaged."""
-    try:
-        again = "save it again with 'resblock-bench baseline save --timing'"
-        return read_versioned(path, Baseline, "baseline_version", BASELINE_VERSION, again)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read ({error.strerror}): name a run folder or a baseline's file, or "
-            "save one with 'resblock-bench baseline save --timing'"
-        ) from None
-
-
-def contract_fields(contract: Contract, rule: RoundRule | None) -> dict[str, object]:
-    """A contract's fields by name, with those of the rounds where there are any.
-
-    Without `step`, which the cell's mode decides.
-    """
+def _fields(contract: Contract) -> dict[str, object]:
+    """A contract's fields by name, without `step`, which the cell's mode decides."""
     fields: dict[str, object] = msgspec.structs.asdict(contract)
     del fields["step"]
-    if rule is None:
-        return {**fields, "process": "one a cell"}
-    rounds = msgspec.structs.asdict(rule)
-    return {**fields, "process": "rounds", **{f"rounds' {k}": v for k, v in rounds.items()}}
+    return fields
 
 
 def refuse_different(base: Stored, head: Stored, *, other_machine: bool = False) -> None:
@@ -113,50 +116,154 @@ def refuse_different(base: Stored, head: Stored, *, other_machine: bool = False)
             )
 
 
-def _of_baseline(path: Path) -> Stored:
-    baseline = read_baseline(path)
-    return Stored(
-        name=str(path),
-        environment=baseline.environment,
-        expected=[series.cell for series in baseline.series],
-        rounds_ms={series.cell: series.rounds_ms for series in baseline.series},
-        missing={},
-        disturbed={},
-        contract=contract_fields(baseline.contract, baseline.rule),
-    )
+class _Pair(NamedTuple):
+    """A cell with its estimate, or why there is none: it failed, or was merely disturbed."""
+
+    cell: Cell
+    estimate: Estimate | None
+    base: float | None = None
+    head: float | None = None
+    counts: tuple[int, int] = (0, 0)
+    failed: tuple[Status, str] | None = None
+    at_base: bool = False
+    disturbed: str | None = None
 
 
-def _of_run(folder: Path) -> Stored:
-    run = read_run(folder)
-    expected = [item.cell for item in read_plan(folder).cells]
-    rounds_ms: dict[Cell, list[float]] = {}
-    missing: dict[Cell, tuple[Status, str]] = {}
-    disturbed: dict[Cell, str] = {}
-    contracts = [contract_fields(row.contract, None) for row in run.rows]
-    for row in run.rows:
-        disturbances = row.conditions.disturbances if row.conditions is not None else []
-        if row.status != "ok" or row.median_ms is None:
-            missing[row.axes] = (row.status, f"is {row.status} ({row.reason})")
-        elif disturbances:
-            disturbed[row.axes] = disturbances[0]
-        else:
-            rounds_ms[row.axes] = [row.median_ms]
-    if not contracts:
-        raise InvalidError(
-            f"{folder} holds no whole row: go on with 'resblock-bench run --resume --output "
-            f"{folder}'"
+def plain(
+    base: Stored, head: Stored, tolerance: Tolerance, calibration: Calibration | None
+) -> list[Compared]:
+    """head / base of every cell that either was to hold."""
+    cells = dict.fromkeys([*base.expected, *head.expected])
+    pairs = [_pair(cell, base, cell, head, cell, calibration) for cell in cells]
+    return _judged(pairs, tolerance, "ms")
+
+
+def within(stored: Stored, tolerance: Tolerance, calibration: Calibration | None) -> list[Compared]:
+    """fused / reference of every variant of every site. Raises InvalidError without any."""
+    pairs = [
+        _pair(fused, stored, reference, stored, fused, calibration)
+        for reference, fused in _variants(stored)
+    ]
+    return _judged(pairs, tolerance, "ms")
+
+
+def relative(
+    base: Stored,
+    head: Stored,
+    tolerance: Tolerance,
+    of_base: Calibration | None,
+    of_head: Calibration | None,
+) -> list[Compared]:
+    """How fused / reference changed from base to head, each with the calibration of its machine."""
+    pairs: list[_Pair] = []
+    variants = dict.fromkeys([*_variants(base), *_variants(head)])
+    for reference, fused in variants:
+        parts = [
+            _pair(fused, run, reference, run, fused, calibration)
+            for run, calibration in ((base, of_base), (head, of_head))
+        ]
+        first, second = (part.estimate for part in parts)
+        together = None
+        if first is not None and second is not None:
+            together = Estimate(
+                second.mean - first.mean,
+                math.hypot(first.error, second.error),
+                min(first.freedom, second.freedom),
+                math.exp(first.mean),
+                math.exp(second.mean),
+            )
+        # Within a run both cells are what is judged: at the base is what the base's run lacks.
+        problems = [
+            part._replace(at_base=run is base) if part.failed else part
+            for part, run in zip(parts, (base, head), strict=True)
+            if part.failed or part.disturbed
+        ]
+        heaviest = max(problems, key=_weight, default=parts[0])
+        pairs.append(
+            _Pair(
+                fused,
+                together,
+                None if first is None else math.exp(first.mean),
+                None if second is None else math.exp(second.mean),
+                (min(parts[0].counts), min(parts[1].counts)),
+                heaviest.failed,
+                heaviest.at_base,
+                heaviest.disturbed,
+            )
         )
-    if any(contract != contracts[0] for contract in contracts):
-        raise InvalidError(f"{folder} holds rows of several timing contracts: measure it again")
-    for cell in expected:
-        if cell not in rounds_ms and cell not in disturbed:
-            missing.setdefault(cell, ("skipped", "was planned and not measured"))
-    return Stored(
-        name=str(folder),
-        environment=run.environment,
-        expected=expected,
-        rounds_ms=rounds_ms,
-        missing=missing,
-        disturbed=disturbed,
-        contract=contracts[0],
-    )
+    return _judged(pairs, replace(tolerance, absolute_ms=0.0), "× reference")
+
+
+def _variants(stored: Stored) -> list[tuple[Cell, Cell]]:
+    """Each fused cell with its reference."""
+    found = [
+        (replace(cell, impl="reference"), cell) for cell in stored.expected if cell.impl == "fused"
+    ]
+    if not found:
+        raise InvalidError(f"{stored.name} has no fused cell: there is no ratio to the reference")
+    return found
+
+
+def _pair(
+    cell: Cell,
+    base: Stored,
+    base_cell: Cell,
+    head: Stored,
+    head_cell: Cell,
+    calibration: Calibration | None,
+) -> _Pair:
+    sides = ((base, base_cell), (head, head_cell))
+    found = [_problem(cell, *side, at_base=i == 0) for i, side in enumerate(sides)]
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        return max(problems, key=_weight)
+    base_ms, head_ms = (stored.median_ms[wanted] for stored, wanted in sides)
+    spread = None if calibration is None else calibration.spread_of(cell)
+    return _Pair(cell, unpaired(base_ms, head_ms, spread), base_ms, head_ms, (1, 1))
+
+
+def _problem(cell: Cell, stored: Stored, wanted: Cell, *, at_base: bool) -> _Pair | None:
+    """Why a side has no time of the cell, or None."""
+    if wanted in stored.median_ms:
+        return None
+    if wanted in stored.disturbed:
+        return _Pair(cell, None, disturbed=f"{stored.name}: {stored.disturbed[wanted]}")
+    status, reason = stored.missing.get(wanted, ("skipped", "was not planned"))
+    sentence = f"{cell_name(wanted)} {reason} in {stored.name}"
+    return _Pair(cell, None, failed=(status, sentence), at_base=at_base)
+
+
+def _weight(pair: _Pair) -> tuple[bool, bool]:
+    """Of two problems the heavier: a wrong head, then anything that failed."""
+    wrong = pair.failed is not None and pair.failed[0] == "wrong" and not pair.at_base
+    return wrong, pair.failed is not None
+
+
+def _judged(
+    pairs: Sequence[_Pair], tolerance: Tolerance, unit: Literal["ms", "× reference"]
+) -> list[Compared]:
+    verdicts = judge([pair.estimate for pair in pairs], tolerance)
+    return list(_compared(pairs, verdicts, unit))
+
+
+def _compared(
+    pairs: Iterable[_Pair], verdicts: Iterable[Verdict], unit: Literal["ms", "× reference"]
+) -> Iterable[Compared]:
+    for pair, verdict in zip(pairs, verdicts, strict=True):
+        if pair.failed or pair.disturbed:
+            reason = pair.failed[1] if pair.failed else pair.disturbed or ""
+            verdict = replace(_NO_VERDICT, reasons=[reason])
+        yield Compared(
+            cell=pair.cell,
+            verdict=verdict,
+            unit=unit,
+            base=pair.base,
+            head=pair.head,
+            counts=pair.counts,
+            rounds=[],
+            confirming_from=0,
+            disturbed=[],
+            failed=pair.failed,
+            at_base=pair.at_base,
+            confirmed=None,
+        )

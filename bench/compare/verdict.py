@@ -45,7 +45,7 @@ class Tolerance(Record, frozen=True, kw_only=True):
 
 DEFAULT_TOLERANCE = Tolerance(relative=0.02, absolute_ms=1e-3)
 """Where the machine was not calibrated."""
-FLOOR = Tolerance(relative=0.01, absolute_ms=1e-3)
+LEAST_TOLERANCE = Tolerance(relative=0.01, absolute_ms=1e-3)
 """No calibration goes below this."""
 
 
@@ -86,33 +86,15 @@ def paired(
     )
 
 
-def unpaired(
-    base_ms: Sequence[float], head_ms: Sequence[float], spread: float | None = None
-) -> Estimate | None:
-    """The estimate from rounds that were measured apart.
+def unpaired(base_ms: float, head_ms: float, spread: float | None) -> Estimate | None:
+    """The estimate from one process of each side, measured apart; None without a calibration.
 
-    spread   the calibrated standard deviation of log(median) between processes of the same code;
-             it stands in where it is larger than what the rounds show, or they are too few
-
-    None if the rounds are too few and nothing was calibrated.
+    spread   the calibrated standard deviation of log(median) between processes of the same code
     """
-    sides = [[math.log(value) for value in values] for values in (base_ms, head_ms)]
-    freedom = sum(len(side) - 1 for side in sides)
-    shown = 0.0
-    if freedom:
-        squares = sum((len(s) - 1) * statistics.variance(s) for s in sides if len(s) > 1)
-        shown = math.sqrt(squares / freedom)
-    if min(map(len, sides)) < MIN_ROUNDS and spread is None:
+    if spread is None:
         return None
-    if spread is not None and (spread > shown or freedom < 2 * (MIN_ROUNDS - 1)):
-        shown, freedom = max(spread, shown), max(freedom, CALIBRATED_FREEDOM)
-    return Estimate(
-        statistics.fmean(sides[1]) - statistics.fmean(sides[0]),
-        shown * math.sqrt(sum(1 / len(side) for side in sides)),
-        freedom,
-        statistics.median(base_ms),
-        statistics.median(head_ms),
-    )
+    mean, error = math.log(head_ms / base_ms), spread * math.sqrt(2)
+    return Estimate(mean, error, CALIBRATED_FREEDOM, base_ms, head_ms)
 
 
 CALIBRATED_FREEDOM = 4

@@ -33,7 +33,7 @@ from .machine_code import MachineCode, compile_for
 
 Direction = Literal["forward", "rewrite", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "rewrite", "backward")
-FLOOR: dict[Direction, int] = {"forward": 2, "rewrite": 2, "backward": 3}
+LEAST_PASSES: dict[Direction, int] = {"forward": 2, "rewrite": 2, "backward": 3}
 """Passes over the activation that cannot be avoided: read x, write y; read x and dy, write dx."""
 
 MACHINES = {
@@ -165,7 +165,7 @@ def _counted(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
         dram=dram / activation_bytes,
         # Of a unit whose positions were not shortened.
         small=small / (element_size * C * norm.positions),
-        floor=FLOOR[direction],
+        floor=LEAST_PASSES[direction],
         sector_efficiency=requested / (sectors * traffic.SECTOR_BYTES),
         rule="one read" if direction == "rewrite" else RULES[launch.tier],
     )

@@ -28,7 +28,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor, UntypedStorage
 
-Direction = Literal["read", "write"]
+AccessDirection = Literal["read", "write"]
 
 SECTOR_BYTES = 32
 
@@ -43,7 +43,7 @@ class Access(Struct, frozen=True, kw_only=True):
     kernel: str
     launch: int
     tensor: str
-    direction: Direction
+    direction: AccessDirection
     requested_bytes: int
     sectors: int
     distinct_bytes: int
@@ -84,7 +84,7 @@ class _Tally:
     """Counts of the bytes with the same owners; touched: of the whole storage, byte by byte."""
 
     owners: list[_Parameter]
-    direction: Direction
+    direction: AccessDirection
     start: int
     touched: NDArray[np.bool_]
     requested_bytes: int = 0
@@ -95,7 +95,7 @@ class _Tally:
 class _Launch:
     kernel: str
     storages: list[_Storage]
-    tallies: dict[tuple[int, int, Direction], _Tally] = field(default_factory=dict)
+    tallies: dict[tuple[int, int, AccessDirection], _Tally] = field(default_factory=dict)
     stray: OutOfBoundsError | None = None
 
 
@@ -137,7 +137,7 @@ class Counter:
     def distinct_bytes(
         self,
         *,
-        direction: Direction,
+        direction: AccessDirection,
         tensors: Collection[str] | None = None,
         launches: Collection[int] | None = None,
     ) -> int:
@@ -180,7 +180,7 @@ class Counter:
         self._launches.append(_Launch(kernel, list(storages.values())))
         return self._launches[-1]
 
-    def _record(self, builder: Any, direction: Direction, pointers: Any, mask: Any) -> None:
+    def _record(self, builder: Any, direction: AccessDirection, pointers: Any, mask: Any) -> None:
         """One access instruction. The handles are the interpreter's: NumPy addresses and mask."""
         launch = self._launches[-1]
         # A mask of one lane may come as an integer.
@@ -208,7 +208,7 @@ class Counter:
         launch: _Launch,
         storage: _Storage,
         bits: int,
-        direction: Direction,
+        direction: AccessDirection,
         elements: NDArray[np.int64],
     ) -> None:
         """Byte offsets [element, byte] into a storage, all of the same owners."""
@@ -324,7 +324,7 @@ def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stray(
-    launch: _Launch, program: tuple[int, ...], direction: Direction, address: int, size: int
+    launch: _Launch, program: tuple[int, ...], direction: AccessDirection, address: int, size: int
 ) -> OutOfBoundsError:
     text = (
         f"{launch.kernel}, program {program}, {direction}s {size} bytes at {address:#x}, "

@@ -42,7 +42,7 @@ MODELS_DEFAULT: Selection = {"dtype": ("bf16",), "layout": ("nchw", "nhwc")}
 
 
 @dataclass(frozen=True)
-class Request:
+class CostRequest:
     """What to cost: blocks, architectures (90 is 9.0), and a tier or else the rules' choice.
 
     published   every block of the published models instead, forward and backward: of the selection
@@ -57,14 +57,14 @@ class Request:
     published: bool = False
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `cost` found: of every direction, and the host's time of a call in each dtype."""
 
     costs: list[Cost]
     host: list[HostTime]
 
 
-def carry_out(request: Request, console: Console) -> int:
+def carry_out(request: CostRequest, console: Console) -> int:
     """Cost everything asked for, show it, and write it as JSON if a path is given.
 
     Raises UsageError without Triton, for an unknown architecture and where the tier cannot hold any
@@ -101,7 +101,7 @@ def carry_out(request: Request, console: Console) -> int:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if request.json is not None:
-        _write(request.json, Report(costs=costs, host=host))
+        _write(request.json, CostReport(costs=costs, host=host))
         console.print(f"json: {request.json}", markup=False, highlight=False, soft_wrap=True)
     return exitcodes.OK
 
@@ -115,7 +115,7 @@ def tier_named(name: str) -> Tier:
     return TIERS[name]
 
 
-def _check(request: Request) -> None:
+def _check(request: CostRequest) -> None:
     from resblock_bench.bench.compiled.machine_code import ARCHITECTURES
     from resblock_bench.kernels.dispatch import triton_installed
 
@@ -137,7 +137,7 @@ def host_times(norms: Iterable[Norm]) -> list[HostTime]:
         return [answer.get() for _, answer in found]
 
 
-def _write(path: Path, report: Report) -> None:
+def _write(path: Path, report: CostReport) -> None:
     data = msgspec.json.format(msgspec.json.encode(report), indent=1)
     with _explained(path):
         path.write_bytes(data + b"\n")

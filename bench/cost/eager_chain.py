@@ -31,7 +31,7 @@ from resblock_bench.bench.compiled.norms import Direction, Norm
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.kernels.tiers import L2_SHARE
 
-from .gpu_figures import Gpu
+from .gpu_figures import GpuFigures
 from .predict_time import Bound, Prediction, sum_up
 
 
@@ -150,7 +150,7 @@ def compiled_chain(norm: Norm, direction: Direction) -> list[ChainKernel]:
 
 
 def predict_chain(
-    chain: list[ChainKernel], norm: Norm, gpu: Gpu, host_us: float | None = None
+    chain: list[ChainKernel], norm: Norm, gpu: GpuFigures, host_us: float | None = None
 ) -> Prediction:
     """Each kernel's launch, first latency and bytes, one kernel after another.
 

@@ -7,7 +7,7 @@ hundreds of published sites the rule is enough.
 from __future__ import annotations
 
 from resblock_bench.bench.compiled import traffic
-from resblock_bench.bench.compiled.norms import FLOOR, RULES, Direction, Norm, Traffic
+from resblock_bench.bench.compiled.norms import LEAST_PASSES, RULES, Direction, Norm, Traffic
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.kernels.tiers import Launch, ceil_div
 
@@ -18,7 +18,7 @@ _FP32 = 4
 
 def expected_traffic(norm: Norm, direction: Direction, launch: Launch) -> Traffic:
     """Every read of the activation once in tier A, else twice; whole sectors where rows are."""
-    floor = FLOOR[direction]
+    floor = LEAST_PASSES[direction]
     again = 0 if launch.tier == "A" or direction == "rewrite" else floor - 1
     return Traffic(
         requested=floor + again,

@@ -17,7 +17,7 @@ class Figure(NamedTuple):
     assumed: bool = False
 
 
-class Gpu(NamedTuple):
+class GpuFigures(NamedTuple):
     """What a GPU can do, in bytes, seconds and microseconds.
 
     multiprocessors         of them
@@ -163,7 +163,7 @@ FIGURES: dict[int, dict[str, Figure]] = {
 """By compute capability·10."""
 
 GPUS = {
-    arch: Gpu(**{name: figure.value for name, figure in figures.items()})
+    arch: GpuFigures(**{name: figure.value for name, figure in figures.items()})
     for arch, figures in FIGURES.items()
 }
 
@@ -176,7 +176,7 @@ def architecture(device_name: str) -> int | None:
     return next((arch for name, arch in _NAMES.items() if name in words), None)
 
 
-def gpu_that_copies(arch: int, copy_bytes_per_s: float | None) -> Gpu:
+def gpu_that_copies(arch: int, copy_bytes_per_s: float | None) -> GpuFigures:
     """An architecture's figures, with the copy bandwidth that a machine reached itself."""
     gpu = GPUS[arch]
     return gpu if copy_bytes_per_s is None else gpu._replace(copy_bytes_per_s=copy_bytes_per_s)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from resblock_bench.bench.compiled.machine_code import MachineCode
-from resblock_bench.bench.compiled.norms import FLOOR, Direction, KernelCode, Norm, Traffic
+from resblock_bench.bench.compiled.norms import LEAST_PASSES, Direction, KernelCode, Norm, Traffic
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.kernels.tiers import Launch, ceil_div
 
 from .eager_chain import activation_bytes
-from .predict_time import Part, Work
+from .predict_time import LaunchWork, Part
 
 ROUND_TRIPS = {
     "resident": 1.0,
@@ -52,14 +52,14 @@ def launch_work(
     launch: Launch,
     traffic: Traffic,
     kernels: Sequence[KernelCode],
-) -> list[Work]:
+) -> list[LaunchWork]:
     """The direction's launches in the order of `kernels`, which are what it was compiled to."""
     return [_work(norm, direction, launch, traffic, kernel) for kernel in kernels]
 
 
 def _work(
     norm: Norm, direction: Direction, launch: Launch, traffic: Traffic, kernel: KernelCode
-) -> Work:
+) -> LaunchWork:
     phase = _phase(kernel)
     programs = kernel.programs // kernel.launches
     efficiency = traffic.sector_efficiency
@@ -76,7 +76,7 @@ def _work(
         loops = _loops(kernel.code, len(kernel.code.loops))
         parts = [_part(norm, direction, launch, phase, programs, both, loops, efficiency)]
     code = kernel.code
-    return Work(kernel.kernel, kernel.launches, code.warps, code.occupancy, tuple(parts))
+    return LaunchWork(kernel.kernel, kernel.launches, code.warps, code.occupancy, tuple(parts))
 
 
 def _phase(kernel: KernelCode) -> str:
@@ -99,9 +99,9 @@ def _bytes(norm: Norm, direction: Direction, traffic: Traffic) -> tuple[Moved, M
     waits for them but the round trips.
     """
     image = activation_bytes(norm)
-    read = FLOOR[direction] - 1
+    read = LEAST_PASSES[direction] - 1
     fetched = image / traffic.sector_efficiency
-    again = max(0.0, traffic.dram - FLOOR[direction])
+    again = max(0.0, traffic.dram - LEAST_PASSES[direction])
     from_l2 = max(0.0, traffic.requested - traffic.dram)
     first = Moved(read * fetched, 0.0, 0.0)
     rest = Moved(again * fetched, fetched + traffic.small * image, from_l2 * fetched)

@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from .gpu_figures import Gpu
+from .gpu_figures import GpuFigures
 
 Bound = Literal["memory", "L2", "issue", "special units", "in flight", "start", "tail", "host"]
 
@@ -61,7 +61,7 @@ class Part(NamedTuple):
     special: float
 
 
-class Work(NamedTuple):
+class LaunchWork(NamedTuple):
     """One launch, made `launches` times one after another.
 
     warps       of a program
@@ -84,7 +84,9 @@ class Prediction(NamedTuple):
     shares_us: dict[Bound, float]
 
 
-def predict_call(works: Iterable[Work], gpu: Gpu, host_us: float | None = None) -> Prediction:
+def predict_call(
+    works: Iterable[LaunchWork], gpu: GpuFigures, host_us: float | None = None
+) -> Prediction:
     """Predict launches one after another; host_us is what the host takes to make them all."""
     shares = [
         (bound, us * work.launches) for work in works for bound, us in launch_shares_us(work, gpu)
@@ -104,7 +106,7 @@ def sum_up(shares: Iterable[tuple[Bound, float]], host_us: float | None = None) 
     return Prediction(device_us, max(total, key=lambda bound: total[bound]), total)
 
 
-def launch_shares_us(work: Work, gpu: Gpu) -> list[tuple[Bound, float]]:
+def launch_shares_us(work: LaunchWork, gpu: GpuFigures) -> list[tuple[Bound, float]]:
     """Microseconds of one launch by what takes them."""
     programs = sum(part.programs for part in work.parts)
     slots = resident_programs(work, gpu) * int(gpu.multiprocessors)
@@ -130,12 +132,14 @@ def launch_shares_us(work: Work, gpu: Gpu) -> list[tuple[Bound, float]]:
     return shares
 
 
-def resident_programs(work: Work, gpu: Gpu) -> int:
+def resident_programs(work: LaunchWork, gpu: GpuFigures) -> int:
     """Of a multiprocessor at once."""
     return max(1, int(work.occupancy * gpu.threads / (WARP_SIZE * work.warps) + 1e-6))
 
 
-def wave_bounds_us(parts: Sequence[Part], programs: int, size: int, gpu: Gpu) -> dict[Bound, float]:
+def wave_bounds_us(
+    parts: Sequence[Part], programs: int, size: int, gpu: GpuFigures
+) -> dict[Bound, float]:
     """What `size` of the programs take at least by each bound of throughput."""
     share = size / programs
     busiest = math.ceil(size / gpu.multiprocessors) / programs
@@ -152,7 +156,7 @@ def wave_bounds_us(parts: Sequence[Part], programs: int, size: int, gpu: Gpu) ->
     }
 
 
-def life_us(part: Part, warps: int, gpu: Gpu) -> float:
+def life_us(part: Part, warps: int, gpu: GpuFigures) -> float:
     """How long a program lives that has the machine to itself.
 
     Its instructions take the schedulers that its warps are spread over, with a quarter of the
@@ -167,7 +171,7 @@ def life_us(part: Part, warps: int, gpu: Gpu) -> float:
     return part.round_trips * gpu.l2_latency_us + waits_us + 1e6 * executed_s
 
 
-def ramp_us(part: Part, gpu: Gpu) -> float:
+def ramp_us(part: Part, gpu: GpuFigures) -> float:
     """From the first instruction of a program to its first data."""
     latency_us = 0.0
     if part.read_bytes or part.l2_bytes:

@@ -21,7 +21,7 @@ from resblock_bench.bench.runs.table import by_site
 from resblock_bench.kernels.tiers import Launch
 
 from .costs import Cost, norms_of_cell, survey
-from .gpu_figures import Gpu, architecture, gpu_that_copies
+from .gpu_figures import GpuFigures, architecture, gpu_that_copies
 from .predictions import Predicted, predict
 
 
@@ -99,7 +99,9 @@ def _reference_us(row: Row, members: Sequence[Row]) -> float | None:
     return None
 
 
-def predictions_of(costs: Sequence[Cost], gpu: Gpu) -> dict[tuple[Norm, Direction], Predicted]:
+def predictions_of(
+    costs: Sequence[Cost], gpu: GpuFigures
+) -> dict[tuple[Norm, Direction], Predicted]:
     """Predicted for one GPU rather than for the one that stands for its architecture."""
     return {
         (cost.norm, cost.direction): predict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from resblock_bench.bench.compiled.norms import (
-    FLOOR,
+    LEAST_PASSES,
     Direction,
     KernelCode,
     Norm,
@@ -19,7 +19,7 @@ from resblock_bench.kernels.tiers import Launch
 
 from .eager_chain import activation_bytes, compiled_chain, eager_chain, predict_chain
 from .expected_traffic import expected_traffic
-from .gpu_figures import GPUS, Gpu
+from .gpu_figures import GPUS, GpuFigures
 from .launch_work import launch_work
 from .predict_time import Bound, predict_call
 
@@ -48,7 +48,7 @@ class Predicted(Record, frozen=True, kw_only=True):
     host_us: float | None
 
 
-def predict_compiled(norm: Norm, direction: Direction, arch: int, gpu: Gpu) -> Predicted:
+def predict_compiled(norm: Norm, direction: Direction, arch: int, gpu: GpuFigures) -> Predicted:
     """Predict a direction whose kernels this process compiles, with the traffic of the rules."""
     launch = launch_of(norm, direction, arch, None)
     names = kernels_of(norm, direction, launch)
@@ -66,13 +66,13 @@ def predict(
     kernels: Sequence[KernelCode],
     *,
     host_us: float | None = None,
-    gpu: Gpu | None = None,
+    gpu: GpuFigures | None = None,
 ) -> Predicted:
     """Predict a direction on the GPU that stands for an architecture, or on `gpu`."""
     gpu = gpu or GPUS[arch]
     own = predict_call(launch_work(norm, direction, launch, traffic, kernels), gpu, host_us)
     eager = eager_chain(norm, direction)
-    passes = FLOOR[direction]
+    passes = LEAST_PASSES[direction]
     floor_us = 1e6 * passes * activation_bytes(norm) / gpu.copy_bytes_per_s
     return Predicted(
         us=own.us,

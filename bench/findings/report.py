@@ -41,7 +41,7 @@ _STYLES: dict[Level, str] = {
 }
 
 
-class Checked(Record, frozen=True, kw_only=True):
+class CheckedEntry(Record, frozen=True, kw_only=True):
     """One thing that was compared; it is as expected where no finding names it."""
 
     part: str
@@ -62,7 +62,7 @@ class Report(Record, frozen=True, kw_only=True):
     title: str
     columns: list[str]
     rows: list[list[str]]
-    checked: list[Checked]
+    checked: list[CheckedEntry]
     findings: list[Finding]
     notes: list[str]
     cells: list[Any] = msgspec.field(default_factory=list)
@@ -140,7 +140,7 @@ def sentence(finding: Finding) -> str:
     return f"{_name(finding)}: {finding.text}"
 
 
-def _name(thing: Finding | Checked) -> str:
+def _name(thing: Finding | CheckedEntry) -> str:
     parts = (thing.part, thing.subject, thing.entry)
     return " ".join(dict.fromkeys(part for part in parts if part))
 

@@ -27,8 +27,8 @@ from resblock_bench.bench.runs.folder import in_checkout
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
 
-from .accuracy_cases import RESULTS, Case, Errors, measure
-from .pins import Found, PinnedPart, Rule, Value
+from .accuracy_cases import RESULTS, AccuracyCase, Errors, measure
+from .pins import Criterion, Found, PinnedPart, Value
 
 NAME = "accuracy"
 TOLERANCE = 0.25
@@ -41,7 +41,7 @@ _SIZES = {"A": (2, 8), "B": (2, 12), "C": (2, 16), "D": (1, 20)}
 """Samples and size for each tier: even tiles and ragged ones, one split of a unit and several."""
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[AccuracyCase]:
     """All cases, in order."""
     inputs: tuple[tuple[DType, float], ...] = (
         ("fp32", 0.0),
@@ -53,20 +53,20 @@ def cases() -> Iterator[Case]:
     layouts: tuple[Layout, ...] = ("nchw", "nhwc")
     conditionings: tuple[Conditioning, ...] = ("scale_shift", "add")
     for (dtype, mean), layout, how in itertools.product(inputs, layouts, conditionings):
-        yield Case(None, dtype, layout, how, mean, 8, 16)
+        yield AccuracyCase(None, dtype, layout, how, mean, 8, 16)
     for tier in TIERS.values():
         samples, size = _SIZES[tier]
-        yield Case(tier, "fp32", "nhwc", "scale_shift", 0.0, samples, size)
-        yield Case(tier, "fp32", "nchw", "scale_shift", 1000.0, samples, size)
-        yield Case(tier, "fp32", "nhwc", "add", 100.0, samples, size)
-        yield Case(tier, "fp16", "nchw", "add", 0.0, samples, size)
+        yield AccuracyCase(tier, "fp32", "nhwc", "scale_shift", 0.0, samples, size)
+        yield AccuracyCase(tier, "fp32", "nchw", "scale_shift", 1000.0, samples, size)
+        yield AccuracyCase(tier, "fp32", "nhwc", "add", 100.0, samples, size)
+        yield AccuracyCase(tier, "fp16", "nchw", "add", 0.0, samples, size)
 
 
-def measure_cases(wanted: Sequence[Case], console: Console) -> Found:
+def measure_cases(wanted: Sequence[AccuracyCase], console: Console) -> Found:
     """The figures of the cases, measured in processes of their own."""
     found = Found()
     # Entries stand in the order of the cases, in which they do not end.
-    answers: dict[Case, Answer] = {}
+    answers: dict[AccuracyCase, Answer] = {}
     workers = max(1, min(environment.usable_cpus(), len(wanted)))
     jobs = [Job(True, measure, (case,)) for case in wanted]
     with counted(console, "errors against float64", len(wanted)) as advance:
@@ -81,7 +81,7 @@ def measure_cases(wanted: Sequence[Case], console: Console) -> Found:
     return found
 
 
-def enter(found: Found, case: Case, errors: Errors) -> None:
+def enter(found: Found, case: AccuracyCase, errors: Errors) -> None:
     """Add a case's figures, and a finding where a result is wrong whatever is pinned."""
     figures: dict[str, Value] = {}
     for name, error in errors.ours.items():
@@ -103,11 +103,11 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
-def _say(found: Found, level: Level, case: Case, text: str) -> None:
+def _say(found: Found, level: Level, case: AccuracyCase, text: str) -> None:
     found.findings.append(Finding(NAME, level, subject_of(case), case.name, text))
 
 
-def subject_of(case: Case) -> str:
+def subject_of(case: AccuracyCase) -> str:
     """The path that a case takes."""
     return "aten" if case.tier is None else f"triton-{case.tier}"
 
@@ -126,12 +126,12 @@ def _made_with() -> dict[str, str | None]:
     return {"torch": minor, "triton": triton.__version__}
 
 
-_RULE = Rule("lower", tolerance=TOLERANCE)
+_CRITERION = Criterion("lower", tolerance=TOLERANCE)
 
 PART = PinnedPart(
     name=NAME,
     cannot=_cannot,
     measure=lambda console: measure_cases(list(cases()), console),
-    rules={f"{name}{of}": _RULE for name in RESULTS for of in (" error", " / eager")},
+    criteria={f"{name}{of}": _CRITERION for name in RESULTS for of in (" error", " / eager")},
     made_with=_made_with,
 )

@@ -31,7 +31,7 @@ _CHANNELS = 32
 _EPS = 1e-5
 
 
-class Case(NamedTuple):
+class AccuracyCase(NamedTuple):
     """One call: (samples, 32 channels, size, size) in 4 groups, forward and backward.
 
     tier: of the interpreted Triton kernels, None for the path in PyTorch's own. mean: of x, whose
@@ -63,10 +63,10 @@ class Errors(NamedTuple):
     limits: dict[str, float]
 
 
-Call = Callable[[Tensor, Modulation], Tensor]
+OperatorCall = Callable[[Tensor, Modulation], Tensor]
 
 
-def measure(case: Case) -> Errors:
+def measure(case: AccuracyCase) -> Errors:
     """Run a case. A tier needs TRITON_INTERPRET=1 before the kernels are imported."""
     x, dy, modulation = _inputs(case)
     doubled = Modulation(*(None if t is None else t.double() for t in modulation))
@@ -83,7 +83,7 @@ def measure(case: Case) -> Errors:
     return Errors(ours, eager, limits)
 
 
-def _inputs(case: Case) -> tuple[Tensor, Tensor, Modulation]:
+def _inputs(case: AccuracyCase) -> tuple[Tensor, Tensor, Modulation]:
     """As a 16-bit model has them: the affine is float32, everything else in the case's dtype."""
     generator = torch.Generator().manual_seed(0)
     dtype = DTYPES[case.dtype]
@@ -103,7 +103,9 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Modulation]:
     return x, dy, Modulation(weight, bias, scale, shift)
 
 
-def _results(call: Call, x: Tensor, dy: Tensor, modulation: Modulation) -> dict[str, Tensor]:
+def _results(
+    call: OperatorCall, x: Tensor, dy: Tensor, modulation: Modulation
+) -> dict[str, Tensor]:
     """The output as "y" and every gradient as "dx", "dweight", …"""
     named = {"x": x, **modulation._asdict()}
     leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}

@@ -22,7 +22,7 @@ from resblock_bench.bench.machine import environment
 from resblock_bench.bench.runs.folder import repository_root
 from resblock_bench.bench.terminal import say
 
-from .check import Timing, check, default_pins, failure, pinned_parts, report_of
+from .check import against_pins, check, default_pins, failure, pinned_parts, report_of
 from .pins import Found, PinFile, PinnedPart, read_pins, require_writable, write_pins
 
 
@@ -62,11 +62,11 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
     return exit_code(refused)
 
 
-def require(names: Sequence[str], timing: bool, reason: str) -> None:
+def require(names: Sequence[str], reason: str) -> None:
     """Raises UsageError where nothing is named to be saved, or no reason given."""
-    if not names and not timing:
+    if not names:
         flags = ", ".join(f"--{name}" for name in pinned_parts())
-        raise UsageError(f"nothing is named to be saved: add {flags} or --timing")
+        raise UsageError(f"nothing is named to be saved: add {flags}")
     if not reason.strip():
         raise UsageError("--reason is empty: say why, for those who review it")
 
@@ -76,7 +76,9 @@ def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:
     obstacles = [finding for finding in found.findings if finding.level in ("wrong", "invalid")]
     for subject, entries in found.subjects.items():
         for entry, figures in entries.items():
-            bad = [name for name, value in figures.items() if part.rules[name].judge(value, value)]
+            bad = [
+                name for name, value in figures.items() if part.criteria[name].judge(value, value)
+            ]
             if bad:
                 text = f"{', '.join(bad)} is not a number"
                 obstacles.append(Finding(part.name, "invalid", subject, entry, text))
@@ -132,13 +134,12 @@ def _show_figures(pin: PinFile, console: Console) -> None:
             say(console, f"    {name} {f'{value:,}' if isinstance(value, int) else value}")
 
 
-def diff(names: Sequence[str], pins: Path | None, timing: Timing, console: Console) -> int:
+def diff(names: Sequence[str], pins: Path | None, console: Console) -> int:
     """Measure and show what would be saved: every finding, pinned → found.
 
     Returns INCOMPLETE where a part could not be measured; what was found is not judged.
     """
-    outcomes = check(names, pins or default_pins(Path.cwd()), timing, console)
-    report = report_of(outcomes)
+    report = report_of(check(names, against_pins(pins, console)))
     show(report, console, limit=None)
     failed = any(is_of_part(one) and one.level == "invalid" for one in report.findings)
     return exitcodes.INCOMPLETE if failed else exitcodes.OK

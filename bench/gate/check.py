@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
@@ -17,41 +16,47 @@ from resblock_bench.bench.compare.comparison import Compared
 from resblock_bench.bench.compare.source_tree import require_own_code
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import Finding, Level, exit_code, is_of_part, of_part
-from resblock_bench.bench.findings.report import Checked, Destination, Report, count_levels, write
+from resblock_bench.bench.findings.report import (
+    CheckedEntry,
+    Destination,
+    Report,
+    count_levels,
+    write,
+)
 from resblock_bench.bench.runs.folder import repository_root
 
 from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 
 TIMING = "timing"
+_NO_BASE = "no revision is named to compare the time with: add --base REV"
 COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "invalid", "seconds"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to check: parts by name (none: all that this machine can do), where, and the report."""
-
-    parts: Sequence[str]
-    pins: Path | None
-    to: Destination
-
-
-@dataclass(frozen=True)
-class Outcome:
+class PartOutcome:
     """What one part came to; `notes` are sentences on the whole of it, `cells` what was timed."""
 
     part: str
-    checked: list[Checked]
+    checked: list[CheckedEntry]
     findings: list[Finding]
     seconds: float
     notes: list[str] = field(default_factory=list)
     cells: list[Compared] = field(default_factory=list)
 
 
-class Timing(NamedTuple):
-    """The timing part: why it cannot be done here, or None, and how it is."""
+Check = Callable[[], PartOutcome] | str
+"""What carries a part out, or why it cannot be done here."""
 
-    cannot: str | None
-    check: Callable[[Console], Outcome]
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What to check: parts by name (none: all that this machine can do), where the pins are, where
+    the report goes, and what times the cells, None where there is nothing to compare them with."""
+
+    parts: Sequence[str]
+    pins: Path | None
+    to: Destination
+    timing: Callable[[Console], PartOutcome] | None
 
 
 def pinned_parts() -> dict[str, PinnedPart]:
@@ -69,51 +74,57 @@ def default_pins(start: Path) -> Path:
     return repository_root(start) / PINS
 
 
-def carry_out(request: Request, timing: Timing, console: Console, progress: Console) -> int:
+def carry_out(request: CheckRequest, console: Console, progress: Console) -> int:
     """Check, and report on `console`; what is under way is shown on `progress`."""
-    outcomes = check(request.parts, request.pins or default_pins(Path.cwd()), timing, progress)
-    return write(report_of(outcomes), request.to, console)
+    parts = against_pins(request.pins, progress)
+    timing = request.timing
+    parts[TIMING] = _NO_BASE if timing is None else functools.partial(timing, progress)
+    return write(report_of(check(request.parts, parts)), request.to, console)
 
 
-def check(names: Sequence[str], root: Path, timing: Timing, console: Console) -> list[Outcome]:
+def against_pins(pins: Path | None, console: Console) -> dict[str, Check]:
+    """The parts whose figures are pinned, by name; `pins` None are those around here."""
+    root = pins or default_pins(Path.cwd())
+    return {
+        name: part.cannot() or functools.partial(check_pinned, part, root, console)
+        for name, part in pinned_parts().items()
+    }
+
+
+def check(names: Sequence[str], parts: Mapping[str, Check]) -> list[PartOutcome]:
     """The outcome of each part, or of all parts if none is named.
 
     A part that cannot be done here is a note, unless it was asked for by name. Ctrl-C leaves what
     the parts so far have found.
     """
-    parts: dict[str, tuple[str | None, Callable[[], Outcome]]] = {
-        name: (part.cannot(), functools.partial(check_pinned, part, root, console))
-        for name, part in pinned_parts().items()
-    }
-    parts[TIMING] = (timing.cannot, lambda: timing.check(console))
     outcomes = []
-    for name, (reason, carried_out) in parts.items():
+    for name, part in parts.items():
         if names and name not in names:
             continue
-        if reason is not None:
+        if isinstance(part, str):
             level: Level = "invalid" if names else "note"
-            said = of_part(name, level, f"not done here: {reason}")
-            outcomes.append(Outcome(name, [], [said], 0.0))
+            said = of_part(name, level, f"not done here: {part}")
+            outcomes.append(PartOutcome(name, [], [said], 0.0))
             continue
         try:
-            outcomes.append(_guarded(name, carried_out))
+            outcomes.append(_guarded(name, part))
         except KeyboardInterrupt:
             said = of_part(name, "invalid", "interrupted: neither it nor a later part was done")
-            outcomes.append(Outcome(name, [], [said], 0.0))
+            outcomes.append(PartOutcome(name, [], [said], 0.0))
             break
     if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
         said = of_part("check", "invalid", "nothing was checked")
-        outcomes.append(Outcome("check", [], [said], 0.0))
+        outcomes.append(PartOutcome("check", [], [said], 0.0))
     return outcomes
 
 
-def _guarded(name: str, carried_out: Callable[[], Outcome]) -> Outcome:
+def _guarded(name: str, carried_out: Callable[[], PartOutcome]) -> PartOutcome:
     """A part that fails as a whole is a finding: what the others found is not lost."""
     began = time.monotonic()
     try:
         return carried_out()
     except Exception as error:
-        return Outcome(name, [], [failure(name, error)], time.monotonic() - began)
+        return PartOutcome(name, [], [failure(name, error)], time.monotonic() - began)
 
 
 def failure(name: str, error: Exception) -> Finding:
@@ -123,13 +134,13 @@ def failure(name: str, error: Exception) -> Finding:
     return of_part(name, "invalid", text)
 
 
-def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
+def check_pinned(part: PinnedPart, root: Path, console: Console) -> PartOutcome:
     """Measure a part and compare it with its pins."""
     began = time.monotonic()
     require_own_code(Path.cwd())
     pins = read_pins(root, part.name)
     found = part.measure(console)
-    return Outcome(
+    return PartOutcome(
         part.name,
         _compared(part, pins, found),
         judge(part, pins, found),
@@ -138,10 +149,10 @@ def check_pinned(part: PinnedPart, root: Path, console: Console) -> Outcome:
     )
 
 
-def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[Checked]:
+def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[CheckedEntry]:
     """Every entry that was measured and has a pin that holds here."""
     return [
-        Checked(part=part.name, subject=subject, entry=entry)
+        CheckedEntry(part=part.name, subject=subject, entry=entry)
         for subject, entries in found.subjects.items()
         if subject in pins and pins[subject].made_with == part.made_with()
         for entry in entries
@@ -149,7 +160,7 @@ def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> li
     ]
 
 
-def report_of(outcomes: Sequence[Outcome]) -> Report:
+def report_of(outcomes: Sequence[PartOutcome]) -> Report:
     """One row a part, all findings, and what to do about them."""
     findings = [finding for outcome in outcomes for finding in outcome.findings]
     return Report(
@@ -163,7 +174,7 @@ def report_of(outcomes: Sequence[Outcome]) -> Report:
     )
 
 
-def _row(outcome: Outcome) -> list[str]:
+def _row(outcome: PartOutcome) -> list[str]:
     counts = count_levels(outcome.findings)
     off = {(f.subject, f.entry) for f in outcome.findings if f.level != "note"}
     same = sum((thing.subject, thing.entry) not in off for thing in outcome.checked)
@@ -187,9 +198,7 @@ def advice(findings: Sequence[Finding]) -> list[str]:
         parts = dict.fromkeys(
             finding.part
             for finding in findings
-            if finding.level in levels
-            and not is_of_part(finding)
-            and (finding.part != TIMING or finding.level == "better")
+            if finding.level in levels and not is_of_part(finding) and finding.part != TIMING
         )
         flags = " ".join(f"--{part}" for part in parts)
         return f"resblock-bench baseline save {flags} --reason '…'" if flags else None

@@ -25,7 +25,7 @@ from resblock_bench.bench.records import Cell, Memory, cell_name
 from resblock_bench.bench.runs.folder import in_checkout
 from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 
-from .pins import Found, PinnedPart, Rule
+from .pins import Criterion, Found, PinnedPart
 
 NAME = "memory"
 
@@ -145,6 +145,8 @@ PART = PinnedPart(
     name=NAME,
     cannot=_cannot,
     measure=lambda console: measure_cells(list(cells()), console),
-    rules=dict.fromkeys(("peak_above_baseline_bytes", "saved_for_backward_bytes"), Rule("lower")),
+    criteria=dict.fromkeys(
+        ("peak_above_baseline_bytes", "saved_for_backward_bytes"), Criterion("lower")
+    ),
     made_with=_made_with,
 )

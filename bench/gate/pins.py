@@ -54,7 +54,7 @@ class PinFile(Record, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Rule:
+class Criterion:
     """How a figure is judged.
 
     better      which way is better; None for a word or number that can only be the same or not
@@ -97,7 +97,7 @@ class PinnedPart:
     cannot()    why this machine cannot do it, or None
     measure     every subject of the configuration, with progress on the console; what crashed is
                 an "invalid" finding
-    rules       of every figure by name
+    criteria    of every figure by name
     made_with() the versions on which the figures depend; with others they are not compared
     summary     a sentence on the whole, from pins and what was found
     """
@@ -105,7 +105,7 @@ class PinnedPart:
     name: str
     cannot: Callable[[], str | None]
     measure: Callable[[Console], Found]
-    rules: Mapping[str, Rule]
+    criteria: Mapping[str, Criterion]
     made_with: Callable[[], dict[str, str | None]]
     summary: Callable[[Mapping[str, PinFile], Found], str] | None = None
 
@@ -157,7 +157,7 @@ def judge(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> list[F
             if entry not in pin.entries:
                 say("invalid", subject, entry, "has no pin: save one")
                 continue
-            changes = _changes(part.rules, pin.entries[entry], figures)
+            changes = _changes(part.criteria, pin.entries[entry], figures)
             if changes:
                 level = min((level for level, _ in changes), key=LEVELS.index)
                 say(level, subject, entry, "; ".join(text for _, text in changes))
@@ -178,7 +178,7 @@ def _other_versions(pinned: dict[str, str | None], here: dict[str, str | None]) 
 
 
 def _changes(
-    rules: Mapping[str, Rule], pinned: Mapping[str, Value], found: Mapping[str, Value]
+    criteria: Mapping[str, Criterion], pinned: Mapping[str, Value], found: Mapping[str, Value]
 ) -> list[tuple[Level, str]]:
     changes: list[tuple[Level, str]] = []
     for name in dict.fromkeys([*found, *pinned]):
@@ -193,7 +193,7 @@ def _changes(
             text = f"{name} is pinned as {pinned[name]!r}, which is not {what}: restore it from git"
             changes.append(("invalid", text))
         else:
-            level = rules[name].judge(pinned[name], value)
+            level = criteria[name].judge(pinned[name], value)
             if level is not None:
                 changes.append((level, f"{name} {_text(pinned[name])} → {_text(value)}"))
     return changes

@@ -32,7 +32,7 @@ from resblock_bench.bench.machine import workers
 from resblock_bench.bench.machine.workers import Job
 from resblock_bench.bench.runs.folder import in_checkout
 
-from .pins import Entries, Found, PinFile, PinnedPart, Rule, Value
+from .pins import Criterion, Entries, Found, PinFile, PinnedPart, Value
 
 if TYPE_CHECKING:
     from resblock_bench.bench.compiled.norms import Norm
@@ -41,22 +41,22 @@ NAME = "static"
 
 _ROUNDING = 1e-4  # of five digits
 _WIDTH = 0.05  # one scalar more beside eight wide accesses narrows none of them
-RULES = {
-    "registers": Rule("lower", hard=False),
-    "spill_bytes": Rule("lower"),
-    "shared_bytes": Rule("lower", hard=False),
-    "load_bits": Rule("higher", _WIDTH),
-    "store_bits": Rule("higher", _WIDTH),
-    "instructions": Rule("lower", hard=False),
-    "occupancy": Rule("higher", hard=False),
-    "sass_hash": Rule(None),
-    "warps": Rule(None),
-    "programs": Rule(None),
-    "launches": Rule("lower"),
-    "requested": Rule("lower", _ROUNDING),
-    "dram": Rule("lower", _ROUNDING),
-    "small": Rule("lower", _ROUNDING),
-    "sector_efficiency": Rule("higher", _ROUNDING),
+CRITERIA = {
+    "registers": Criterion("lower", hard=False),
+    "spill_bytes": Criterion("lower"),
+    "shared_bytes": Criterion("lower", hard=False),
+    "load_bits": Criterion("higher", _WIDTH),
+    "store_bits": Criterion("higher", _WIDTH),
+    "instructions": Criterion("lower", hard=False),
+    "occupancy": Criterion("higher", hard=False),
+    "sass_hash": Criterion(None),
+    "warps": Criterion(None),
+    "programs": Criterion(None),
+    "launches": Criterion("lower"),
+    "requested": Criterion("lower", _ROUNDING),
+    "dram": Criterion("lower", _ROUNDING),
+    "small": Criterion("lower", _ROUNDING),
+    "sector_efficiency": Criterion("higher", _ROUNDING),
 }
 """Of the figures of an entry.
 
@@ -304,7 +304,7 @@ PART = PinnedPart(
     name=NAME,
     cannot=_cannot,
     measure=measure,
-    rules=RULES,
+    criteria=CRITERIA,
     made_with=_made_with,
     summary=summary,
 )

@@ -14,8 +14,8 @@ from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.measure import implementations
 from resblock_bench.reference import PUBLISHED
 
-Value = str | int | float
-Selection = Mapping[str, tuple[Value, ...]]
+AxisValue = str | int | float
+Selection = Mapping[str, tuple[AxisValue, ...]]
 """The values asked for on each axis; an axis that is absent takes its default."""
 
 _RANGE = re.compile(r"\[(\d+):(\d+):([x+])(\d+)\]")
@@ -28,9 +28,9 @@ class Axis:
 
     name: str
     kind: Literal["choice", "int", "float"]
-    default: tuple[Value, ...]
+    default: tuple[AxisValue, ...]
     help: str
-    choices: tuple[Value, ...] = ()
+    choices: tuple[AxisValue, ...] = ()
     least: int = 1
 
     def allowed(self) -> str:
@@ -39,7 +39,7 @@ class Axis:
         return "0 ≤ value < 1" if self.kind == "float" else f"integers from {self.least}"
 
 
-def _choice(name: str, kind: Any, help: str, default: tuple[Value, ...]) -> Axis:
+def _choice(name: str, kind: Any, help: str, default: tuple[AxisValue, ...]) -> Axis:
     return Axis(name, "choice", default, help, choices=get_args(kind))
 
 
@@ -69,14 +69,14 @@ def axes() -> dict[str, Axis]:
     return {axis.name: axis for axis in found}
 
 
-def models() -> tuple[Value, ...]:
+def models() -> tuple[AxisValue, ...]:
     """The published models made of this suite's block; EDM's are made of another one."""
     return tuple(name for name, config in PUBLISHED.items() if not config.family.startswith("edm"))
 
 
-def parse_arguments(arguments: Iterable[str]) -> dict[str, tuple[Value, ...]]:
+def parse_arguments(arguments: Iterable[str]) -> dict[str, tuple[AxisValue, ...]]:
     """The selection in repeated `NAME=VALUES` arguments."""
-    selection: dict[str, tuple[Value, ...]] = {}
+    selection: dict[str, tuple[AxisValue, ...]] = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
@@ -88,7 +88,7 @@ def parse_arguments(arguments: Iterable[str]) -> dict[str, tuple[Value, ...]]:
     return selection
 
 
-def parse_values(name: str, given: object) -> tuple[Value, ...]:
+def parse_values(name: str, given: object) -> tuple[AxisValue, ...]:
     """The values of one axis, from the command line's text or from TOML's scalar or list.
 
     Repeated values are dropped; the order given is kept.
@@ -97,7 +97,7 @@ def parse_values(name: str, given: object) -> tuple[Value, ...]:
     if name not in known:
         raise unknown("axis", name, known)
     items: list[object] = list(given) if isinstance(given, list) else [given]
-    values: list[Value] = []
+    values: list[AxisValue] = []
     for item in items:
         if isinstance(item, str):
             for part in _split(known[name], item):
@@ -117,7 +117,7 @@ def _split(axis: Axis, text: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _parse_item(axis: Axis, item: object) -> list[Value]:
+def _parse_item(axis: Axis, item: object) -> list[AxisValue]:
     if isinstance(item, str) and item.startswith("["):
         return list(_parse_range(axis, item))
     return [_parse_value(axis, item)]
@@ -144,7 +144,7 @@ def _parse_range(axis: Axis, text: str) -> list[int]:
     return values
 
 
-def _parse_value(axis: Axis, item: object) -> Value:
+def _parse_value(axis: Axis, item: object) -> AxisValue:
     if axis.kind == "choice":
         text = str(item)
         if text not in axis.choices:

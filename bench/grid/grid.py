@@ -18,7 +18,7 @@ from resblock_bench.bench.errors import NothingSelectedError, UsageError
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import resblock_sites
 
-from .axes import Selection, Value, axes
+from .axes import AxisValue, Selection, axes
 
 GROUPS = 32
 EMB_CHANNELS = 512
@@ -89,7 +89,7 @@ def _expand(selection: Selection) -> Iterator[PlannedCell]:
             yield PlannedCell(msgspec.convert(fields, Cell), multiplicity)
 
 
-def _free_sites(chosen: dict[str, tuple[Value, ...]]) -> Iterator[tuple[dict[str, Any], int]]:
+def _free_sites(chosen: dict[str, tuple[AxisValue, ...]]) -> Iterator[tuple[dict[str, Any], int]]:
     for name in ("channels", "out_channels"):
         for channels in chosen[name]:
             if int(channels) % GROUPS:

@@ -39,10 +39,8 @@ class Plan(Record, frozen=True, kw_only=True):
         cells = {item.cell: item for item in [*self.cells, *later.cells]}
         return replace(self, cells=list(cells.values()))
 
-    def tasks(
-        self, environment: Environment, *, folder: Path | None = None, telemetry: Path | None = None
-    ) -> list[Task]:
-        """The first attempt at every cell; `folder` and `telemetry` as in Task."""
+    def tasks(self, environment: Environment, *, folder: Path | None = None) -> list[Task]:
+        """The first attempt at every cell; `folder` as in Task."""
         return [
             Task(
                 cell=item.cell,
@@ -54,22 +52,6 @@ class Plan(Record, frozen=True, kw_only=True):
                 environment=environment,
                 memory_limit_bytes=self.memory_limit_bytes,
                 folder=None if folder is None else str(folder.resolve()),
-                telemetry=None if telemetry is None else str(telemetry.resolve()),
             )
             for item in self.cells
         ]
-
-
-_FINGERPRINT = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
-_PACKAGES = ("python", "torch", "triton", "numpy", "cuda", "cudnn")
-
-
-def difference(before: Environment, now: Environment) -> str | None:
-    """The first thing in which two environments differ that changes what a cell costs, or None."""
-    for field in _FINGERPRINT:
-        if getattr(before, field) != getattr(now, field):
-            return f"{field} was {getattr(before, field)} and is {getattr(now, field)}"
-    for name in _PACKAGES:
-        if before.versions.get(name) != now.versions.get(name):
-            return f"{name} was {before.versions.get(name)} and is {now.versions.get(name)}"
-    return None

@@ -66,4 +66,4 @@ class Ended(msgspec.Struct, tag=True):
     exit_code: int
 
 
-Answer = Up | Opened | Samples | Counters | Ended
+Reply = Up | Opened | Samples | Counters | Ended

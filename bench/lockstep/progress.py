@@ -9,7 +9,7 @@ from rich.progress import Progress, TextColumn
 from resblock_bench.bench.records import Cell, cell_name
 from resblock_bench.bench.terminal import say
 
-from .draws import Draw
+from .rounds import Draw
 
 
 @contextmanager

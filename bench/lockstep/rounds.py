@@ -1,8 +1,10 @@
-"""One round: a cell on one side or, in lockstep, on two, in a fresh process each.
+"""Rounds: a cell on two sides in lockstep, in a fresh process each.
 
-Every process checks and warms up the cell; then two sides take turns, a short burst of samples
+Every process checks and warms up the cell; then the sides take turns, a short burst of samples
 each, in an order drawn anew for every pair. What the machine does over more than a burst's time
 (clocks, other guests, temperature) thus falls on both alike, and only one of them ever computes.
+
+All cells take their rounds in turn; disturbed ones are taken again, to a limit.
 """
 
 import itertools
@@ -10,7 +12,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -24,6 +27,8 @@ from resblock_bench.bench.records import NonNegative, Positive, Record, Status
 
 from .sides import Side, SideError
 
+ATTEMPTS = 2
+"""Rounds are taken again until there were this many times as many as are wanted."""
 PositiveMs = Annotated[float, Meta(gt=0)]
 
 
@@ -124,7 +129,7 @@ def take_bursts(
     except SideError as error:
         for side in sides:
             side.abandon()
-        at_base = len(sides) > 1 and error.side is sides[0]
+        at_base = error.side is sides[0]
         text = f"{error.side.name}: {error}"
         if at_base and error.status == "wrong":
             text += " (by the float64 result of the installed reference, the truth for both sides)"
@@ -164,3 +169,53 @@ def _read(sides: Sequence[Side]) -> tuple[Reading, str]:
         foreign_processes=None if foreign is None else max(0, foreign - len(sides) + 1),
     )
     return together, answers[0].source
+
+
+Measure = Callable[[Task], Round]
+"""Takes one round of a task; raises RoundError."""
+
+
+@dataclass
+class Draw:
+    """The rounds of a task's cell, and what ended them: `failed` is the side's status and reason.
+
+    `disturbed` rounds are those in which the machine was; they do not count.
+    """
+
+    task: Task
+    valid: list[Round] = field(default_factory=list)
+    disturbed: list[Round] = field(default_factory=list)
+    failed: RoundError | None = None
+
+    def lacks(self, count: int) -> bool:
+        """Whether more rounds are to be taken for `count` valid ones."""
+        taken = len(self.valid) + len(self.disturbed)
+        return self.failed is None and len(self.valid) < count and taken < ATTEMPTS * count
+
+    def take(self, measure: Measure) -> None:
+        """Add a round, or what ended them."""
+        try:
+            taken = measure(self.task)
+        except RoundError as error:
+            self.failed = error
+        else:
+            (self.disturbed if taken.disturbances else self.valid).append(taken)
+
+
+def fill(
+    draws: Iterable[Draw],
+    count: int,
+    measure: Measure,
+    order: random.Random,
+    tell: Callable[[Draw], object],
+) -> None:
+    """Take rounds until no draw lacks any for `count` valid ones, in an order drawn for each pass.
+
+    tell   called before each round
+    """
+    wanting = [draw for draw in draws if draw.lacks(count)]
+    while wanting:
+        for draw in order.sample(wanting, len(wanting)):
+            tell(draw)
+            draw.take(measure)
+        wanting = [draw for draw in wanting if draw.lacks(count)]

@@ -36,7 +36,6 @@ from resblock_bench.bench.measure.truth_file import read_truth
 
 from .orders import (
     ADDR_NO_RANDOMIZE,
-    Answer,
     Burst,
     Counters,
     Ended,
@@ -44,6 +43,7 @@ from .orders import (
     Opened,
     Order,
     Read,
+    Reply,
     Samples,
     Up,
 )
@@ -78,7 +78,7 @@ def _fixed_addresses() -> bool:
         return False
 
 
-def _answer(socket: Connection, answer: Answer) -> None:
+def _answer(socket: Connection, answer: Reply) -> None:
     socket.send_bytes(msgspec.json.encode(answer))
 
 
@@ -111,8 +111,7 @@ def _serve(socket: Connection, order: Open) -> None:
         _answer(socket, Opened("wrong", checked.wrong))
         return
     workload = checked.workload
-    trace = None if task.telemetry is None else Path(task.telemetry)
-    probe = open_probe(device.kind, device.uuid, trace)
+    probe = open_probe(device.kind, device.uuid)
 
     def sample_ms() -> float:
         workload.reset()

@@ -21,7 +21,6 @@ from resblock_bench.bench.units import format_duration
 
 from .orders import (
     ADDR_NO_RANDOMIZE,
-    Answer,
     Burst,
     Close,
     Counters,
@@ -30,6 +29,7 @@ from .orders import (
     Opened,
     Order,
     Read,
+    Reply,
     Samples,
     Up,
 )
@@ -207,7 +207,7 @@ class Side:
                 self.kill()
                 limit = format_duration(limit_s)
                 raise SideError(self, "timeout", f"stopped after the time limit of {limit}")
-            answer = msgspec.json.decode(self._socket.recv_bytes(), type=Answer)
+            answer = msgspec.json.decode(self._socket.recv_bytes(), type=Reply)
         except (EOFError, OSError, msgspec.DecodeError):
             self.kill()
             raise SideError(self, "crashed", self._ended(None)) from None

@@ -70,7 +70,6 @@ def opened(
     sides: Mapping[str, Sequence[Path]],
     *,
     limit_s: float,
-    telemetry: Path | None = None,
     root: Path | None = None,
 ) -> Iterator[Testbed]:
     """Survey the machine, hold its GPU, and start the sides.
@@ -104,7 +103,7 @@ def opened(
             started.append(side)
         for side in started:
             side.wait()
-        tasks = plan.tasks(found, telemetry=telemetry)
+        tasks = plan.tasks(found)
         yield Testbed(found, started, tasks, _notes(started), processes, folder, limit_s)
 
 

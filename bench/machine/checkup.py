@@ -15,7 +15,7 @@ from resblock_bench.kernels import versions
 from . import environment
 
 
-class Finding(NamedTuple):
+class Fact(NamedTuple):
     """One fact; `advice` and the `command` that follows it are None where nothing is to mend."""
 
     topic: str
@@ -24,17 +24,17 @@ class Finding(NamedTuple):
     command: str | None = None
 
 
-def versions_finding() -> Finding:
+def versions_fact() -> Fact:
     """Whether the kernels were tested with the torch and the Triton that are installed."""
     pair = versions.installed()
     advice = None if versions.tested(pair) else versions.advice()
-    return Finding("versions", versions.describe(pair), advice)
+    return Fact("versions", versions.describe(pair), advice)
 
 
-def cpu_findings(root: Path = Path("/")) -> list[Finding]:
+def cpu_facts(root: Path = Path("/")) -> list[Fact]:
     """What is found of the processor, its load and its limits; `root` holds /sys and /proc."""
     found = [
-        Finding("CPU", environment.cpu_model(root) or "model unknown"),
+        Fact("CPU", environment.cpu_model(root) or "model unknown"),
         _governor(root),
         _turbo(root),
         _smt(root),
@@ -43,20 +43,20 @@ def cpu_findings(root: Path = Path("/")) -> list[Finding]:
         _power(root),
         _memory(root),
     ]
-    return [finding for finding in found if finding is not None]
+    return [fact for fact in found if fact is not None]
 
 
-def _governor(root: Path) -> Finding:
+def _governor(root: Path) -> Fact:
     folder = root / "sys/devices/system/cpu"
     governors = {
         path.read_text().strip() for path in folder.glob("cpu[0-9]*/cpufreq/scaling_governor")
     }
     if not governors:
-        return Finding("CPU governor", "not visible here (a virtual machine or container)")
+        return Fact("CPU governor", "not visible here (a virtual machine or container)")
     text = ", ".join(sorted(governors))
     if governors == {"performance"}:
-        return Finding("CPU governor", text)
-    return Finding(
+        return Fact("CPU governor", text)
+    return Fact(
         "CPU governor",
         text,
         "clocks follow the load: set it to 'performance' while measuring",
@@ -64,30 +64,30 @@ def _governor(root: Path) -> Finding:
     )
 
 
-def _turbo(root: Path) -> Finding | None:
+def _turbo(root: Path) -> Fact | None:
     folder = root / "sys/devices/system/cpu"
     for name, on, off in (("intel_pstate/no_turbo", "0", "1"), ("cpufreq/boost", "1", "0")):
         state = _read(folder / name)
         if state == on:
-            return Finding(
+            return Fact(
                 "turbo",
                 "on",
                 "clocks vary with heat and busy cores: switch it off to compare runs",
                 f"echo {off} | sudo tee /sys/devices/system/cpu/{name}",
             )
         if state == off:
-            return Finding("turbo", "off")
+            return Fact("turbo", "off")
     return None
 
 
-def _smt(root: Path) -> Finding | None:
+def _smt(root: Path) -> Fact | None:
     active = _read(root / "sys/devices/system/cpu/smt/active")
     if active not in ("0", "1"):
         return None
     cores = environment.physical_cores(root)
     if active == "0" or cores is None or environment.usable_cpus(root) <= cores:
-        return Finding("SMT", "on" if active == "1" else "off")
-    return Finding(
+        return Fact("SMT", "on" if active == "1" else "off")
+    return Fact(
         "SMT",
         f"on, {cores} cores",
         "two threads on a core slow each other: measure with one a core",
@@ -95,7 +95,7 @@ def _smt(root: Path) -> Finding | None:
     )
 
 
-def _load(root: Path) -> Finding | None:
+def _load(root: Path) -> Fact | None:
     try:
         minute = float(_read(root / "proc/loadavg").split()[0])
     except (ValueError, IndexError):
@@ -103,8 +103,8 @@ def _load(root: Path) -> Finding | None:
     found = f"{minute:.2f} on {os.cpu_count() or 1} CPUs"
     # Half a CPU of background work is what an idle desktop shows.
     if minute <= 0.5:
-        return Finding("load average", found)
-    return Finding(
+        return Fact("load average", found)
+    return Fact(
         "load average",
         found,
         "other work competes for the CPUs: stop it, or expect wide intervals",
@@ -112,14 +112,14 @@ def _load(root: Path) -> Finding | None:
     )
 
 
-def _threads(root: Path) -> Finding:
+def _threads(root: Path) -> Fact:
     usable, default = environment.usable_cpus(root), torch.get_num_threads()
     quota = environment.cgroup_quota(root)
     granted = "no cgroup quota" if quota is None else f"cgroup quota {quota:g}"
     found = f"{usable} usable CPUs ({granted}); PyTorch would start {default} threads"
     if default <= usable:
-        return Finding("threads", found)
-    return Finding(
+        return Fact("threads", found)
+    return Fact(
         "threads",
         found,
         "more threads than CPUs wait for each other in your own programs; run takes care of it",
@@ -127,17 +127,17 @@ def _threads(root: Path) -> Finding:
     )
 
 
-def _power(root: Path) -> Finding | None:
+def _power(root: Path) -> Fact | None:
     supplies = root / "sys/class/power_supply"
     states = {path.parent.name: path.read_text().strip() for path in supplies.glob("*/online")}
     if not states:
         return None
     if "1" in states.values():
-        return Finding("power", "mains")
-    return Finding("power", "battery", "a laptop on battery lowers its clocks: plug it in")
+        return Fact("power", "mains")
+    return Fact("power", "battery", "a laptop on battery lowers its clocks: plug it in")
 
 
-def _memory(root: Path) -> Finding | None:
+def _memory(root: Path) -> Fact | None:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -149,8 +149,8 @@ def _memory(root: Path) -> Finding | None:
     if limit is not None and limit < total:
         found += f", cgroup limit {format_bytes(limit)}"
     if available >= 0.25 * total:
-        return Finding("memory", found)
-    return Finding(
+        return Fact("memory", found)
+    return Fact(
         "memory",
         found,
         "little is free: close what holds it",

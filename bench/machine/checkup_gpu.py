@@ -8,7 +8,7 @@ import torch
 from resblock_bench.bench.units import format_bytes
 
 from . import nvml
-from .checkup import Finding
+from .checkup import Fact
 from .processor import is_relative
 from .visible_gpus import visible_gpus
 
@@ -16,32 +16,32 @@ from .visible_gpus import visible_gpus
 _HOT_C = 80
 
 
-def gpu_findings(environ: Mapping[str, str]) -> list[Finding]:
-    """What the driver says of each visible GPU; one finding where there is none, or no driver."""
+def gpu_facts(environ: Mapping[str, str]) -> list[Fact]:
+    """What the driver says of each visible GPU; one fact where there is none, or no driver."""
     try:
         with nvml.session():
             gpus = visible_gpus(environ)
-            found = [Finding("GPU driver", nvml.driver_version() or "version unknown")]
+            found = [Fact("GPU driver", nvml.driver_version() or "version unknown")]
             for number, gpu in enumerate(gpus):
                 topic = f"GPU {number}"
                 memory = "" if gpu.memory_bytes is None else f", {format_bytes(gpu.memory_bytes)}"
-                found.append(Finding(topic, f"{gpu.name or 'name unknown'}{memory}, {gpu.uuid}"))
-                found += _one_gpu(nvml.Gpu(gpu.uuid), topic)
+                found.append(Fact(topic, f"{gpu.name or 'name unknown'}{memory}, {gpu.uuid}"))
+                found += _one_gpu(nvml.NvmlGpu(gpu.uuid), topic)
     except nvml.NvmlError as error:
-        return [Finding("GPU", f"none visible to NVML ({error})")]
+        return [Fact("GPU", f"none visible to NVML ({error})")]
     if not gpus:
         found.append(_nothing_visible(environ))
     elif not torch.cuda.is_available():
         advice = "this PyTorch cannot use the GPU: install a CUDA build that fits the driver"
-        found.append(Finding("PyTorch", f"{torch.__version__}, no CUDA", advice))
+        found.append(Fact("PyTorch", f"{torch.__version__}, no CUDA", advice))
     return found
 
 
-def _nothing_visible(environ: Mapping[str, str]) -> Finding:
+def _nothing_visible(environ: Mapping[str, str]) -> Fact:
     value = environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
-        return Finding("GPU", "none")
-    return Finding(
+        return Fact("GPU", "none")
+    return Fact(
         "GPU",
         f"CUDA_VISIBLE_DEVICES={value!r} hides every GPU",
         "programs will run on the CPU: name a GPU, or unset it",
@@ -49,36 +49,34 @@ def _nothing_visible(environ: Mapping[str, str]) -> Finding:
     )
 
 
-def _one_gpu(gpu: nvml.Gpu, topic: str) -> list[Finding]:
+def _one_gpu(gpu: nvml.NvmlGpu, topic: str) -> list[Fact]:
     """One line of all that is well, then what is to mend."""
-    found: list[Finding] = []
+    found: list[Fact] = []
     for check in (_clocks, _throttles, _temperature, _power, _modes, _processes):
         try:
             found += check(gpu)
         except nvml.NvmlError as error:
-            found.append(Finding("", f"{check.__name__.strip('_')}: NVML failed ({error})"))
-    well = "; ".join(finding.found for finding in found if finding.advice is None)
+            found.append(Fact("", f"{check.__name__.strip('_')}: NVML failed ({error})"))
+    well = "; ".join(fact.found for fact in found if fact.advice is None)
     return [
-        Finding(topic, well),
-        *(finding._replace(topic=topic) for finding in found if finding.advice is not None),
+        Fact(topic, well),
+        *(fact._replace(topic=topic) for fact in found if fact.advice is not None),
     ]
 
 
-def _clocks(gpu: nvml.Gpu) -> Iterator[Finding]:
+def _clocks(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     sm, most, memory = gpu.sm_clock_mhz(), gpu.max_sm_clock_mhz(), gpu.memory_clock_mhz()
-    yield Finding(
-        "", f"SM clock {_number(sm)} of {_number(most)} MHz, memory {_number(memory)} MHz"
-    )
+    yield Fact("", f"SM clock {_number(sm)} of {_number(most)} MHz, memory {_number(memory)} MHz")
 
 
-def _throttles(gpu: nvml.Gpu) -> Iterator[Finding]:
+def _throttles(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     active = gpu.active_throttles()
     if active is None:
         return
     if not active:
-        yield Finding("", "nothing holds the clocks back")
+        yield Fact("", "nothing holds the clocks back")
         return
-    yield Finding(
+    yield Fact(
         "",
         f"clocks held back now by {', '.join(active)}",
         "timings will follow that, not the code: see the reasons and mend them first",
@@ -86,14 +84,14 @@ def _throttles(gpu: nvml.Gpu) -> Iterator[Finding]:
     )
 
 
-def _temperature(gpu: nvml.Gpu) -> Iterator[Finding]:
+def _temperature(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     celsius = gpu.temperature_c()
     if celsius is None:
         return
     if celsius < _HOT_C:
-        yield Finding("", f"{celsius:.0f} °C")
+        yield Fact("", f"{celsius:.0f} °C")
         return
-    yield Finding(
+    yield Fact(
         "",
         f"{celsius:.0f} °C",
         "it will lower its clocks: let it cool, and watch it",
@@ -101,13 +99,13 @@ def _temperature(gpu: nvml.Gpu) -> Iterator[Finding]:
     )
 
 
-def _power(gpu: nvml.Gpu) -> Iterator[Finding]:
+def _power(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     cap, default = gpu.power_cap_w(), gpu.default_power_cap_w()
     found = f"{_number(gpu.power_w())} W, capped at {_number(cap)} W"
     if cap is None or default is None or cap >= default:
-        yield Finding("", found)
+        yield Fact("", found)
         return
-    yield Finding(
+    yield Fact(
         "",
         f"{found} of {default:.0f} W by default",
         "the cap lowers the clocks under load: raise it, or compare only with runs under it",
@@ -115,19 +113,19 @@ def _power(gpu: nvml.Gpu) -> Iterator[Finding]:
     )
 
 
-def _modes(gpu: nvml.Gpu) -> Iterator[Finding]:
+def _modes(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     ecc, mig, persistence = gpu.ecc(), gpu.mig(), gpu.persistence()
     if ecc is not None:
-        yield Finding("", f"ECC {_on(ecc)}")
+        yield Fact("", f"ECC {_on(ecc)}")
     if mig:
-        yield Finding(
+        yield Fact(
             "",
             "MIG on",
             "slices share power and heat, and a program sees one of them: switch it off",
             f"sudo nvidia-smi -i {gpu.whole_uuid} -mig 0",
         )
     if persistence is not None:
-        yield Finding(
+        yield Fact(
             "",
             f"persistence mode {_on(persistence)}",
             None if persistence else "the driver is loaded anew for each run, clocks start cold",
@@ -135,16 +133,16 @@ def _modes(gpu: nvml.Gpu) -> Iterator[Finding]:
         )
 
 
-def _processes(gpu: nvml.Gpu) -> Iterator[Finding]:
+def _processes(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     others = _others(gpu)
     if others is None:
         return
     if not others:
-        yield Finding("", "no other process computes on it")
+        yield Fact("", "no other process computes on it")
         return
-    free = next((uuid for uuid in nvml.all_uuids() if _others(nvml.Gpu(uuid)) == []), None)
+    free = next((uuid for uuid in nvml.all_uuids() if _others(nvml.NvmlGpu(uuid)) == []), None)
     advice = "wait for them" if free is None else "pick a free one"
-    yield Finding(
+    yield Fact(
         "",
         f"other processes compute on it: {', '.join(map(str, others))}",
         f"they take its time and memory: {advice}",
@@ -152,7 +150,7 @@ def _processes(gpu: nvml.Gpu) -> Iterator[Finding]:
     )
 
 
-def _others(gpu: nvml.Gpu) -> list[int] | None:
+def _others(gpu: nvml.NvmlGpu) -> list[int] | None:
     listed = gpu.processes()
     if listed is None:
         return None

@@ -16,6 +16,9 @@ from resblock_bench.bench.records import Environment
 from . import nvml
 
 _PACKAGES = ("torch", "triton", "numpy", "resblock-bench")
+_DECIDING = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
+_DECIDING_PACKAGES = ("python", "torch", "triton", "numpy", "cuda", "cudnn")
+"""What of an environment changes what a cell costs."""
 
 
 def gather(threads: int) -> Environment:
@@ -40,6 +43,17 @@ def gather(threads: int) -> Environment:
         dirty=dirty,
         ceilings=None,
     )
+
+
+def difference(before: Environment, now: Environment) -> str | None:
+    """The first thing in which two environments differ that changes what a cell costs, or None."""
+    for field in _DECIDING:
+        if getattr(before, field) != getattr(now, field):
+            return f"{field} was {getattr(before, field)} and is {getattr(now, field)}"
+    for name in _DECIDING_PACKAGES:
+        if before.versions.get(name) != now.versions.get(name):
+            return f"{name} was {before.versions.get(name)} and is {now.versions.get(name)}"
+    return None
 
 
 def machine_name() -> str:

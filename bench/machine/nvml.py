@@ -80,7 +80,7 @@ def process_bytes(uuid: str, pid: int) -> int | None:
     """Device memory that the driver charges the process with; None where it does not say."""
     try:
         with session():
-            return (Gpu(uuid).processes() or {}).get(pid)
+            return (NvmlGpu(uuid).processes() or {}).get(pid)
     except NvmlError:
         return None
 
@@ -96,7 +96,7 @@ def all_uuids() -> list[str]:
     return [_text(_ask("nvmlDeviceGetUUID", handle)) or "" for handle in handles]
 
 
-class Gpu:
+class NvmlGpu:
     """One GPU, or a MIG slice of one, by its UUID; to be used in a session.
 
     The UUID may lack its "GPU-" or "MIG-", as PyTorch's does. Every method returns None where the

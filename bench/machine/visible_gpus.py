@@ -32,7 +32,7 @@ def visible_gpus(environ: Mapping[str, str]) -> list[VisibleGpu]:
         everyone = nvml.all_uuids()
         entries = environ.get("CUDA_VISIBLE_DEVICES")
         uuids = everyone if entries is None else _named(entries.split(","), everyone)
-        gpus = map(nvml.Gpu, uuids)
+        gpus = map(nvml.NvmlGpu, uuids)
         return [VisibleGpu(gpu.uuid, gpu.name(), gpu.memory_bytes()) for gpu in gpus]
 
 
@@ -79,7 +79,7 @@ def _one(entry: str, everyone: list[str]) -> str | None:
         return everyone[int(entry)] if int(entry) < len(everyone) else None
     if entry.startswith("MIG-"):
         try:
-            return nvml.Gpu(entry).uuid
+            return nvml.NvmlGpu(entry).uuid
         except nvml.NvmlError:
             return None
     matches = [uuid for uuid in everyone if entry.startswith("GPU-") and uuid.startswith(entry)]

@@ -56,8 +56,7 @@ class Task(Record, frozen=True, kw_only=True):
     """A cell with all that its process needs to know; it travels as JSON.
 
     `memory_limit_bytes` is what a cell on a CPU may allocate, None for what is free; `folder` the
-    run's, which takes a snapshot where memory runs out, None where it cannot be reached;
-    `telemetry` a recorded trace that stands for the machine's own counters.
+    run's, which takes a snapshot where memory runs out, None where it cannot be reached.
     """
 
     cell: Cell
@@ -69,7 +68,6 @@ class Task(Record, frozen=True, kw_only=True):
     environment: Environment
     memory_limit_bytes: Count | None
     folder: str | None
-    telemetry: str | None
 
 
 def contract_of(task: Task) -> Contract:
@@ -239,8 +237,7 @@ def checked_workload(
 
 def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Conditions]:
     """The samples, and what the machine went through while they were taken."""
-    trace = None if task.telemetry is None else Path(task.telemetry)
-    probe = open_probe(device.kind, device.uuid, trace)
+    probe = open_probe(device.kind, device.uuid)
     readings: list[Reading] = []
     torch.manual_seed(task.seed)  # the masks of dropout
     try:
@@ -250,8 +247,7 @@ def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Cond
             task.rule,
             prepare=workload.reset,
             warm=lambda: readings.append(probe.read()),
-            # A trace has as many readings as a timing takes: the warm-up must not use them up.
-            clock_mhz=(lambda: probe.read().sm_clock_mhz) if trace is None else None,
+            clock_mhz=lambda: probe.read().sm_clock_mhz,
         )
         readings.append(probe.read())
     finally:

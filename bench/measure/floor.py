@@ -30,7 +30,7 @@ TOLERANCE = 1.25
 copies, while a step mostly reads."""
 
 
-class Work(NamedTuple):
+class LeastWork(NamedTuple):
     """What a step must do at least."""
 
     bytes: int
@@ -67,7 +67,7 @@ def impossible(floor: Floor, ceilings: Ceilings, fastest_ms: float) -> str | Non
 
 
 @functools.cache
-def _work(site: Cell) -> Work:
+def _work(site: Cell) -> LeastWork:
     # Here and not above: it imports Triton, 70 MB that only the process of a cell needs.
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,4 +82,4 @@ def _work(site: Cell) -> Work:
             written += read  # their gradients
             read = [*read, workload.cotangent]
         moved = sum(tensor.numel() * tensor.element_size() for tensor in [*read, *written])
-    return Work(moved, counter.get_total_flops())
+    return LeastWork(moved, counter.get_total_flops())

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock as ReferenceResBlock
 
-Call = Callable[[Tensor, Tensor], Tensor]
+BlockCall = Callable[[Tensor, Tensor], Tensor]
 """(x, emb) -> out."""
 
 
@@ -43,7 +43,7 @@ class Implementation:
 
     description: str
     build: Callable[[Cell], nn.Module]
-    wrap: Callable[[nn.Module, Cell], Call]
+    wrap: Callable[[nn.Module, Cell], BlockCall]
     unusable: Callable[[str], str | None]
 
 
@@ -73,7 +73,7 @@ def _build_fused(cell: Cell) -> nn.Module:
     return block
 
 
-def _as_it_is(module: nn.Module, cell: Cell) -> Call:
+def _as_it_is(module: nn.Module, cell: Cell) -> BlockCall:
     return module
 
 
@@ -84,7 +84,7 @@ def _keep_convolutions(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     return policy.PREFER_RECOMPUTE
 
 
-def _wrap_reference(module: nn.Module, cell: Cell) -> Call:
+def _wrap_reference(module: nn.Module, cell: Cell) -> BlockCall:
     if cell.checkpoint != "selective":
         return module
     contexts = functools.partial(
@@ -100,7 +100,7 @@ def _wrap_reference(module: nn.Module, cell: Cell) -> Call:
     return call
 
 
-def _wrap_compiled(module: nn.Module, cell: Cell) -> Call:
+def _wrap_compiled(module: nn.Module, cell: Cell) -> BlockCall:
     # Without a reset a sweep runs into dynamo's limit of recompilations and silently goes eager.
     torch._dynamo.reset()
     return torch.compile(_wrap_reference(module, cell), dynamic=False)

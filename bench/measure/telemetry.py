@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,8 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 import torch
 
-from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.machine.nvml import Gpu, NvmlError, session
+from resblock_bench.bench.machine.nvml import NvmlError, NvmlGpu, session
 from resblock_bench.bench.machine.processor import is_relative, read_cpu
 from resblock_bench.bench.records import Count, NonNegative, Record
 
@@ -53,13 +51,8 @@ class Probe(Protocol):
     def close(self) -> None: ...
 
 
-def open_probe(kind: Literal["cpu", "cuda"], uuid: str | None, trace: Path | None) -> Probe:
-    """The probe for this device, or one that plays back a recorded trace.
-
-    `uuid` is the GPU's, with or without its prefix. Raises UsageError for a bad trace only.
-    """
-    if trace is not None:
-        return Replay(trace)
+def open_probe(kind: Literal["cpu", "cuda"], uuid: str | None) -> Probe:
+    """The probe for this device. `uuid` is the GPU's, with or without its prefix."""
     return CpuProbe() if kind == "cpu" else GpuProbe(uuid)
 
 
@@ -94,13 +87,13 @@ class GpuProbe:
     def __init__(self, uuid: str | None, root: Path = Path("/")) -> None:
         self._root = root
         self._processor = CpuProbe(root)
-        self._gpu: Gpu | None = None
+        self._gpu: NvmlGpu | None = None
         self._failure = "the GPU's UUID is unknown"
         self._opened = ExitStack()
         if uuid is not None:
             try:
                 self._opened.enter_context(session())
-                self._gpu = Gpu(uuid)
+                self._gpu = NvmlGpu(uuid)
             except NvmlError as error:
                 self._failure = f"NVML failed: {error}"
 
@@ -131,7 +124,7 @@ class GpuProbe:
         notes += [f"NVML failed: {error} ({', '.join(names)})" for error, names in failures.items()]
         return msgspec.structs.replace(found, **answers, notes=[*found.notes, *notes])
 
-    def _foreign(self, gpu: Gpu) -> tuple[int | None, list[str]]:
+    def _foreign(self, gpu: NvmlGpu) -> tuple[int | None, list[str]]:
         listed = gpu.processes()
         if listed is None:
             return None, []
@@ -144,58 +137,3 @@ class GpuProbe:
     def close(self) -> None:
         self._gpu, self._failure = None, "the probe is closed"
         self._opened.close()
-
-
-class Replay:
-    """The readings of a trace, one JSON object a line, in order; then the last one again and again.
-
-    Raises UsageError that names the file and the line where it is not a reading.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.source = f"replay of {path.name}"
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        self._readings: list[Reading] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                self._readings.append(msgspec.json.decode(line, type=Reading))
-            except msgspec.DecodeError as error:
-                raise UsageError(f"{path}, line {number} is not a reading: {error}") from error
-        if not self._readings:
-            raise UsageError(f"{path} holds no readings: it has one JSON object a line")
-        self._next = 0
-
-    def read(self) -> Reading:
-        reading = self._readings[min(self._next, len(self._readings) - 1)]
-        self._next += 1
-        return reading
-
-    def close(self) -> None:
-        pass
-
-
-def record(
-    probe: Probe, path: Path, seconds: float, sleep: Callable[[float], object] = time.sleep
-) -> int:
-    """Write a trace that `Replay` reads: a reading a second, for so many seconds; their number.
-
-    Raises UsageError where the file cannot be written.
-    """
-    count = 0
-    try:
-        with path.open("xb") as file:
-            while True:
-                file.write(msgspec.json.encode(probe.read()) + b"\n")
-                file.flush()
-                count += 1
-                if count > seconds:
-                    return count
-                sleep(1.0)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror}; name a new file in a folder that is "
-            "writable"
-        ) from None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock
 
-from .implementations import IMPLEMENTATIONS, Call, block_arguments
+from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -123,7 +123,7 @@ class Workload:
         block.load_state_dict(_converted(weights, block, cell, device), assign=True)
         block.train(cell.mode != "inference")
         self.block = block
-        self.call: Call = implementation.wrap(block, cell)
+        self.call: BlockCall = implementation.wrap(block, cell)
         self.x = inputs.x.detach().requires_grad_(cell.mode != "inference")
         self.emb = inputs.emb.detach().requires_grad_(cell.mode != "inference")
         self.cotangent = inputs.cotangent

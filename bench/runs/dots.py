@@ -22,8 +22,6 @@ from .folder import Run
 from .style import GREY, MODE_TITLES, colour_of, finish, handle, marker_of, site_labels
 from .table import by_site
 
-"""How the reason of a cell begins that was skipped because a smaller one had run out."""
-
 
 @dataclass(frozen=True)
 class Quantity:

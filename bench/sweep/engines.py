@@ -8,23 +8,32 @@ import queue
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Protocol
 
+from msgspec.structs import replace
+
+from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.records import Row
+from resblock_bench.bench.measure.jobs import SurveyJob
+from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.records import Environment, Row
 
 from .lane import Lane
 
 
 class Engine(Protocol):
-    """Measures up to `lanes` tasks at a time. `close` ends what still runs; its rows are lost."""
+    """Measures up to `lanes` tasks at a time, on the machine that `survey` finds.
+
+    `close` ends what still runs; its rows are lost.
+    """
 
     @property
     def lanes(self) -> int: ...
+
+    def survey(self) -> Environment: ...
 
     def submit(self, task: Task) -> Future[Row]: ...
 
@@ -35,12 +44,14 @@ class LocalEngine:
     """This machine. Two cells never share a GPU, also not with another run of this suite.
 
     gpus        UUIDs of the GPUs to use, a lane each; empty for one lane on the CPU
+    threads     of a cell
     limit_s     the time limit of a cell, seconds
 
     Raises UsageError where another run uses one of the GPUs.
     """
 
-    def __init__(self, gpus: Sequence[str], *, limit_s: float) -> None:
+    def __init__(self, gpus: Sequence[str], *, threads: int, limit_s: float) -> None:
+        self._gpus, self._threads = gpus, threads
         self._open = ExitStack()
         self._processes = Processes()
         self._open.callback(self._processes.close)
@@ -56,18 +67,19 @@ class LocalEngine:
         except BaseException:
             self._open.close()
             raise
-        self._threads = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")
-        self._open.callback(self._threads.shutdown, wait=True, cancel_futures=True)
+        self._pool = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")
+        self._open.callback(self._pool.shutdown, wait=True, cancel_futures=True)
         # Last in, first out: the processes must end before their lanes can.
         self._open.callback(self._processes.close)
 
-    @property
-    def processes(self) -> Processes:
-        """For what is to be run beside the cells, such as the survey of the machine."""
-        return self._processes
+    def survey(self) -> Environment:
+        """This machine. Raises UsageError where its device cannot be used."""
+        job = SurveyJob("cuda" if self._gpus else "cpu", self._threads)
+        visible = {"CUDA_VISIBLE_DEVICES": self._gpus[0]} if self._gpus else None
+        return replace(survey(self._processes, job, visible), machine=machine_name())
 
     def submit(self, task: Task) -> Future[Row]:
-        return self._threads.submit(self._measure, task)
+        return self._pool.submit(self._measure, task)
 
     def _measure(self, task: Task) -> Row:
         lane = self._lanes.get()
@@ -78,14 +90,3 @@ class LocalEngine:
 
     def close(self) -> None:
         self._open.close()
-
-    def __enter__(self) -> "LocalEngine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

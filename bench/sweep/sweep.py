@@ -2,24 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec.structs import replace
 from rich.console import Console
 
+from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid.grid import PlannedCell, weight
-from resblock_bench.bench.grid.plan import Plan, difference
+from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
-from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task, id_of
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
-from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row, cell_name
+from resblock_bench.bench.runs import table
+from resblock_bench.bench.runs.derived import derive
 from resblock_bench.bench.runs.folder import (
     RunWriter,
     default_output,
@@ -30,7 +31,6 @@ from resblock_bench.bench.runs.folder import (
 from resblock_bench.bench.terminal import say
 
 from .engines import Engine, LocalEngine
-from .outcome import derive, exit_code, show
 from .ray_engine import RayEngine
 from .runner import OomRecord, run_tasks
 
@@ -39,7 +39,7 @@ TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """A sweep as asked for.
 
     plan         None resumes with the plan of the folder
@@ -47,7 +47,6 @@ class Request:
     resume       measure what the folder lacks
     retry        and again what failed there
     ignore_oom   try cells that are larger than one which ran out of memory
-    telemetry    a recorded trace in place of the machine's counters
     devices      of the visible GPUs these, by position or UUID; empty for all
     engine       "local" or "ray"
     accelerator  with "ray", the type of GPU; None where the cluster has one type only
@@ -60,7 +59,6 @@ class Request:
     ignore_oom: bool = False
     timeout_s: float = TIMEOUT_S
     budget_s: float | None = None
-    telemetry: Path | None = None
     devices: Sequence[str] = ()
     plots: bool = True
     formats: Sequence[str] = ()
@@ -68,7 +66,7 @@ class Request:
     accelerator: str | None = None
 
 
-def carry_out(request: Request, console: Console) -> int:
+def carry_out(request: SweepRequest, console: Console) -> int:
     """Measure the cells of a request; returns the exit code.
 
     Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE, not the
@@ -80,7 +78,8 @@ def carry_out(request: Request, console: Console) -> int:
             writer, plan = stack.enter_context(_reopened(request))
             earlier = read_rows(writer.folder)
             before = read_environment(writer.folder)
-            engine, found = _open_engine(request, plan, stack)
+            engine = stack.enter_context(closing(_engine(request, plan)))
+            found = engine.survey()
             _check_machine(writer.folder, before, found)
             found = replace(found, ceilings=before.ceilings)
             # Only now: of a folder that is refused nothing is touched.
@@ -90,15 +89,17 @@ def carry_out(request: Request, console: Console) -> int:
         else:
             assert request.plan is not None
             plan = request.plan
-            engine, found = _open_engine(request, plan, stack)
+            engine = stack.enter_context(closing(_engine(request, plan)))
+            found = engine.survey()
             folder = request.output or default_output(found.machine, Path.cwd())
             writer = stack.enter_context(RunWriter(folder))
         writer.describe(plan, found)
         return _sweep(request, plan, found, engine, writer, earlier, console)
 
 
-def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
-    """The engine of a request, and the machine that it measures on."""
+def _engine(request: SweepRequest, plan: Plan) -> Engine:
+    """The engine that a request names."""
+    threads = plan.threads or environment.usable_cpus()
     if plan.device == "cpu" and request.devices:
         raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
     if plan.device == "cuda" and plan.memory_limit_bytes is not None:
@@ -107,11 +108,7 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
         if request.accelerator is not None:
             raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
         gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
-        local = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
-        job = jobs.SurveyJob(plan.device, plan.threads or environment.usable_cpus())
-        visible = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
-        found = survey(local.processes, job, visible)
-        return local, replace(found, machine=environment.machine_name())
+        return LocalEngine(gpus, threads=threads, limit_s=request.timeout_s)
     if request.engine != "ray":
         raise unknown("engine", request.engine, ("local", "ray"))
     if request.devices:
@@ -119,15 +116,12 @@ def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine
             "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
             "or choose a type of GPU with --accelerator"
         )
-    cluster = stack.enter_context(
-        RayEngine(
-            plan.device,
-            threads=plan.threads or environment.usable_cpus(),
-            limit_s=request.timeout_s,
-            accelerator=request.accelerator,
-        )
+    return RayEngine(
+        plan.device,
+        threads=threads,
+        limit_s=request.timeout_s,
+        accelerator=request.accelerator,
     )
-    return cluster, cluster.survey()
 
 
 def folder_to_resume(output: Path | None) -> Path:
@@ -138,7 +132,7 @@ def folder_to_resume(output: Path | None) -> Path:
 
 
 @contextmanager
-def _reopened(request: Request) -> Iterator[tuple[RunWriter, Plan]]:
+def _reopened(request: SweepRequest) -> Iterator[tuple[RunWriter, Plan]]:
     """The folder of an earlier run, with its plan and the cells of the request."""
     folder = folder_to_resume(request.output)
     with RunWriter(folder, resume=True) as writer:
@@ -149,7 +143,7 @@ def _reopened(request: Request) -> Iterator[tuple[RunWriter, Plan]]:
 
 
 def _check_machine(folder: Path, earlier: Environment, found: Environment) -> None:
-    differs = difference(earlier, found)
+    differs = environment.difference(earlier, found)
     if differs is not None:
         raise UsageError(
             f"{folder} was measured on another machine or with other software ({differs}): "
@@ -158,7 +152,7 @@ def _check_machine(folder: Path, earlier: Environment, found: Environment) -> No
 
 
 def _sweep(
-    request: Request,
+    request: SweepRequest,
     plan: Plan,
     found: Environment,
     engine: Engine,
@@ -166,7 +160,7 @@ def _sweep(
     earlier: list[Row],
     console: Console,
 ) -> int:
-    tasks = plan.tasks(found, folder=writer.folder, telemetry=request.telemetry)
+    tasks = plan.tasks(found, folder=writer.folder)
     asked = {id_of(task) for task in tasks}
     rows = {row.id: row for row in earlier if row.id in asked}
     todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
@@ -180,7 +174,7 @@ def _sweep(
     rows = {row.id: row for row in read_rows(writer.folder) if row.id in asked}
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
-    show(console, list(rows.values()), len(tasks))
+    _show(console, list(rows.values()), len(tasks))
     if plan.device == "cuda" and ending is None:
         _show_predicted(list(rows.values()), found, console)
     if rows:
@@ -197,6 +191,16 @@ def _sweep(
     return exit_code(list(rows.values()), len(tasks), ending)
 
 
+def _show(console: Console, rows: Sequence[Row], planned: int) -> None:
+    """The table of the rows, what went wrong, and the summary."""
+    if rows:
+        width = min(console.width, table.WIDTH)
+        console.print(table.results_table(rows), width=width)
+    for line in filter(None, [*table.problems(rows), table.disturbed(rows)]):
+        say(console, line)
+    say(console, table.summary(rows, planned))
+
+
 def _show_predicted(rows: list[Row], found: Environment, console: Console) -> None:
     """What was predicted of the fused norms, where Triton is there to compile them."""
     from resblock_bench.kernels.dispatch import triton_installed
@@ -205,16 +209,15 @@ def _show_predicted(rows: list[Row], found: Environment, console: Console) -> No
         return
     from resblock_bench.bench.cost import predicted_run
     from resblock_bench.bench.machine.workers import JobFailed
-    from resblock_bench.bench.runs.table import WIDTH
 
     try:
-        predicted_run.show(rows, found.ceilings, console, WIDTH)
+        predicted_run.show(rows, found.ceilings, console, table.WIDTH)
     except JobFailed as error:  # the rows stand
         say(console, f"nothing is predicted of the norms: {error}")
 
 
 def _measure_all(
-    request: Request,
+    request: SweepRequest,
     todo: Sequence[Task],
     engine: Engine,
     oom: OomRecord | None,
@@ -295,3 +298,15 @@ def _begin_line(
             "and do not count"
         )
     return text
+
+
+def exit_code(rows: Sequence[Row], planned: int, ending: str | None) -> int:
+    """Of the rows of a run with `planned` cells; `ending` says why it ended early, or is None."""
+    statuses = {row.status for row in rows}
+    if "wrong" in statuses:
+        return exitcodes.WRONG
+    # Out of memory and skipped are results; but a sweep that measured nothing is not a success.
+    broken = statuses & {"failed", "timeout", "crashed", "impossible"}
+    if ending is not None or len(rows) < planned or broken or "ok" not in statuses:
+        return exitcodes.INCOMPLETE
+    return exitcodes.OK

@@ -14,8 +14,8 @@ from resblock_bench.kernels.tiers import (
 )
 from resblock_bench.kernels.tuned import Entry
 
-from .cases import Case, Truth, draw_case, mistake, poisoned, same_bits, truth_of
-from .choices import Work, bucket_name, candidates, choice_name
+from .cases import CallTruth, Case, draw_case, mistake, poisoned, same_bits, truth_of
+from .choices import BucketWork, bucket_name, candidates, choice_name
 from .gpu import Bench, DeviceLost, first_line
 
 # Relative gain of the median below which the rules' choice stays: about what repeats differ by.
@@ -34,13 +34,13 @@ class Refusal(NamedTuple):
 
 
 @dataclass
-class Outcome:
+class BucketOutcome:
     """What came of a bucket. entry None: nothing to write, for `problem` or lack of time.
 
     tried: choices that were launched, of `planned`.
     """
 
-    work: Work
+    work: BucketWork
     entry: Entry | None = None
     rules: Choice | None = None
     problem: str | None = None
@@ -61,12 +61,12 @@ class Outcome:
 
 def measure(
     bench: Bench,
-    work: Work,
+    work: BucketWork,
     *,
     seed: int,
     known: Choice | None = None,
     expired: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> BucketOutcome:
     """Measure the candidates of a bucket and decide.
 
     known     a choice from an earlier run, which is measured too
@@ -77,7 +77,7 @@ def measure(
     direction, problem, machine = work.bucket.direction, work.problem, bench.machine
     choices = candidates(direction, problem, machine, known)
     rules = choices[0]
-    outcome = Outcome(work, rules=rules, planned=len(choices))
+    outcome = BucketOutcome(work, rules=rules, planned=len(choices))
     try:
         case = draw_case(direction, problem, work.dtype, bench.device, seed)
         truth = truth_of(case)
@@ -141,7 +141,9 @@ def _beats(time_us: float, rules_us: float) -> bool:
     return time_us <= (1 - LEAST_GAIN) * rules_us
 
 
-def _checked(bench: Bench, choice: Choice, how: Launch, case: Case, truth: Truth) -> Refusal | None:
+def _checked(
+    bench: Bench, choice: Choice, how: Launch, case: Case, truth: CallTruth
+) -> Refusal | None:
     """Run a launch, compare it with the truth, and repeat it.
 
     Programs of a divided unit exchange its sums; the backward's last fold those of all samples.
@@ -167,7 +169,7 @@ def _checked(bench: Bench, choice: Choice, how: Launch, case: Case, truth: Truth
 
 
 @contextlib.contextmanager
-def _naming(work: Work, choice: Choice) -> Iterator[None]:
+def _naming(work: BucketWork, choice: Choice) -> Iterator[None]:
     try:
         yield
     except DeviceLost as error:

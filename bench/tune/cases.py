@@ -172,14 +172,14 @@ class Error(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Truth:
+class CallTruth:
     """A case's results in float64, and how far a launch's may be from them."""
 
     tensors: Tensors
     limits: dict[str, Error]
 
 
-def truth_of(case: Case) -> Truth:
+def truth_of(case: Case) -> CallTruth:
     """limit(norm) = 2 · eager's + 4 eps, limit(element) = 4 · the larger of eager's and eps · peak.
 
     Eager is the same formula in the case's own dtypes, eps that of a result's, and peak its largest
@@ -196,7 +196,7 @@ def truth_of(case: Case) -> Truth:
             EAGER_FACTOR * error.norm + FLOOR_EPS * eps,
             ELEMENT_FACTOR * max(error.element, eps * peak),
         )
-    return Truth(tensors, limits)
+    return CallTruth(tensors, limits)
 
 
 def errors(results: Tensors, truth: Tensors) -> dict[str, Error]:
@@ -224,7 +224,7 @@ def errors(results: Tensors, truth: Tensors) -> dict[str, Error]:
     return found
 
 
-def mistake(results: Tensors, truth: Truth) -> str | None:
+def mistake(results: Tensors, truth: CallTruth) -> str | None:
     """What is wrong with a launch's results, or None."""
     for name, error in errors(results, truth.tensors).items():
         limit = truth.limits[name]

@@ -3,14 +3,12 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import torch
 
 from resblock_bench.bench.grid.axes import Selection, models, parse_arguments
 from resblock_bench.bench.grid.grid import GROUPS, PlannedCell, plan
-from resblock_bench.bench.grid.presets import choose
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.bench.records import Cell
 from resblock_bench.kernels import tuned
@@ -40,7 +38,7 @@ TILES = (2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class Work:
+class BucketWork:
     """A bucket, the problem that stands for it, and the bytes that all its calls move."""
 
     bucket: Bucket
@@ -49,22 +47,18 @@ class Work:
     weight: int
 
 
-def select(
-    arguments: Sequence[str], preset: str | None = None, config: Path | None = None
-) -> list[PlannedCell]:
+def select(arguments: Sequence[str]) -> list[PlannedCell]:
     """The cells whose norms are measured, from the axis options of `run`.
 
-    Without a preset or a file: bf16 at batch 8 and 64, and the blocks of every published model
-    unless an axis says which blocks.
+    bf16 at batch 8 and 64 unless an axis says otherwise, and the blocks of every published model
+    unless one says which blocks.
     """
-    if preset is not None or config is not None:
-        return plan(choose(arguments, preset, config, "cuda").grids)
     given = parse_arguments(arguments)
     sites: Selection = {} if any(name in given for name in _SITES) else {"model": models()}
     return plan([{**sites, **DEFAULTS, **given}])
 
 
-def buckets(planned: Iterable[PlannedCell]) -> list[Work]:
+def buckets(planned: Iterable[PlannedCell]) -> list[BucketWork]:
     """The buckets of all norms of these cells, those first whose calls move most bytes.
 
     A block counts as often as it is in its model, however many of its variants are selected. The
@@ -82,19 +76,19 @@ def buckets(planned: Iterable[PlannedCell]) -> list[Work]:
             for problem in norms(cell):
                 key = direction, problem, DTYPES[cell.dtype]
                 calls[key] = calls.get(key, 0) + count
-    found: dict[Bucket, list[Work]] = {}
+    found: dict[Bucket, list[BucketWork]] = {}
     for (direction, problem, dtype), count in calls.items():
         if problem.HW >= QUAD:
             passes = 2 if direction == "forward" else 3
             size = problem.N * problem.C * problem.HW * problem.element_size
             bucket = tuned.bucket_of(direction, problem)
-            work = Work(bucket, problem, dtype, count * passes * size)
+            work = BucketWork(bucket, problem, dtype, count * passes * size)
             found.setdefault(bucket, []).append(work)
     works = []
     for members in found.values():
         first = max(members, key=lambda work: (work.weight, work.problem, str(work.dtype)))
         total = sum(work.weight for work in members)
-        works.append(Work(first.bucket, first.problem, first.dtype, total))
+        works.append(BucketWork(first.bucket, first.problem, first.dtype, total))
     return sorted(works, key=lambda work: (-work.weight, work.bucket))
 
 

@@ -9,11 +9,11 @@ from rich.table import Table as Grid
 from resblock_bench.bench.runs import table
 from resblock_bench.bench.terminal import say
 
-from .bucket import Outcome
+from .bucket import BucketOutcome
 from .choices import bucket_name, choice_name
 
 
-def results_table(outcomes: Iterable[Outcome]) -> Grid:
+def results_table(outcomes: Iterable[BucketOutcome]) -> Grid:
     """A line for each bucket, of at most 100 columns."""
     grid = Grid(
         expand=False,
@@ -38,14 +38,14 @@ def results_table(outcomes: Iterable[Outcome]) -> Grid:
     return grid
 
 
-def _lack(outcome: Outcome) -> str:
+def _lack(outcome: BucketOutcome) -> str:
     """Why there is no entry, in a word or two."""
     if outcome.rules_are_wrong:
         return "the rules' is WRONG"
     return "out of time" if outcome.problem is None else "not measured"
 
 
-def refusals(outcomes: Iterable[Outcome]) -> list[str]:
+def refusals(outcomes: Iterable[BucketOutcome]) -> list[str]:
     """Wrong launches one by one; then problems; then what did not launch, counted by reason."""
     wrong, problems = [], []
     counted: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def refusals(outcomes: Iterable[Outcome]) -> list[str]:
     ]  # fmt: skip
 
 
-def summary(outcomes: Sequence[Outcome], planned: int) -> str:
+def summary(outcomes: Sequence[BucketOutcome], planned: int) -> str:
     """How many buckets were measured, and by how much the rules were beaten."""
     measured = [outcome for outcome in outcomes if outcome.entry is not None]
     gains = [o.gain for o in measured if o.entry is not None and o.entry.choice != o.rules]
@@ -79,7 +79,7 @@ def summary(outcomes: Sequence[Outcome], planned: int) -> str:
     return text + "."
 
 
-def show(console: Console, outcomes: Sequence[Outcome], planned: int) -> None:
+def show(console: Console, outcomes: Sequence[BucketOutcome], planned: int) -> None:
     if outcomes:
         console.print(results_table(outcomes), width=min(console.width, table.WIDTH))
     for line in refusals(outcomes):
@@ -87,7 +87,7 @@ def show(console: Console, outcomes: Sequence[Outcome], planned: int) -> None:
     say(console, summary(outcomes, planned))
 
 
-def finished(outcome: Outcome) -> str:
+def finished(outcome: BucketOutcome) -> str:
     """What came of a bucket, in a line."""
     entry = outcome.entry
     if entry is None:

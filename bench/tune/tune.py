@@ -30,14 +30,14 @@ from resblock_bench.kernels import tuned
 from resblock_bench.kernels.tiers import QUAD
 from resblock_bench.kernels.tuned import Bucket, Entry
 
-from .bucket import Outcome, measure
+from .bucket import BucketOutcome, measure
 from .choices import bucket_name, buckets
 from .gpu import Bench, DeviceLost, open_gpu
 from .report import finished, show
 
 
 @dataclass(frozen=True)
-class Request:
+class TuneRequest:
     """A tuning run as asked for. output None: the table that the kernels read."""
 
     planned: list[PlannedCell]
@@ -97,7 +97,7 @@ def _make_writable(path: Path) -> None:
 
 
 def tune(
-    request: Request,
+    request: TuneRequest,
     console: Console,
     bench: Bench | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -120,7 +120,7 @@ def tune(
     head = _head(bench)
     say(console, f"{len(works)} buckets of calls on {bench.name} ({bench.arch}) into {path}")
 
-    outcomes: list[Outcome] = []
+    outcomes: list[BucketOutcome] = []
     ending: str | None = None
     lost = False
     started = clock()
@@ -169,7 +169,7 @@ def tune(
     return _exit_code(outcomes, ending)
 
 
-def _enter(entries: dict[Bucket, Entry], outcome: Outcome) -> bool:
+def _enter(entries: dict[Bucket, Entry], outcome: BucketOutcome) -> bool:
     """Take over what was found; whether the table has changed.
 
     An entry that an earlier run made, and this one refuses, goes even where none replaces it.
@@ -201,7 +201,7 @@ def _table(head: tuned.Table, entries: dict[Bucket, Entry]) -> tuned.Table:
     return msgspec.structs.replace(head, entries=ordered)
 
 
-def _exit_code(outcomes: Sequence[Outcome], ending: str | None) -> int:
+def _exit_code(outcomes: Sequence[BucketOutcome], ending: str | None) -> int:
     if any(outcome.rules_are_wrong for outcome in outcomes):
         return exitcodes.WRONG
     # A bucket that memory does not hold is a result, as in `run`.

@@ -26,7 +26,7 @@ from resblock_bench.bench.measure.timing import Rule
 from resblock_bench.bench.measure.truth_file import truth_path, write_truth
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
-from resblock_bench.bench.sweep import sweep
+from resblock_bench.bench.sweep import engines
 
 FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 
@@ -67,7 +67,6 @@ def tiny_task(found: Environment, **changes: object) -> Task:
         environment=found,
         memory_limit_bytes=None,
         folder=None,
-        telemetry=None,
     )
     own = {name: changes.pop(name) for name in list(changes) if name in Task.__struct_fields__}
     return msgspec.structs.replace(task, cell=msgspec.structs.replace(TINY, **changes), **own)
@@ -173,7 +172,7 @@ def run_cli(
     one_survey: Callable[..., Environment],
 ) -> Callable[..., Outcome]:
     """Run the command line in this process."""
-    monkeypatch.setattr(sweep, "survey", one_survey)
+    monkeypatch.setattr(engines, "survey", one_survey)
 
     def run(*arguments: object) -> Outcome:
         with pytest.raises(SystemExit) as ending:
@@ -183,11 +182,3 @@ def run_cli(
         return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory):
-    """A trace of an undisturbed machine."""
-    path = tmp_path_factory.mktemp("trace") / "quiet.jsonl"
-    path.write_text('{"t_s": 0}\n{"t_s": 1}\n')
-    return path

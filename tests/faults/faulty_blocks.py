@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pretended import pretend, quiet, throttled
 from torch import Tensor, nn
 
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, Implementation
+from resblock_bench.bench.measure.telemetry import Reading
 from resblock_bench.bench.records import Cell
 
 not_an_implementation = 3
@@ -70,6 +72,16 @@ def _dawdle(out: Tensor) -> Tensor:
     return out
 
 
+def _on(description: str, machine: Callable[[int], Reading]) -> Implementation:
+    """The fused block, whose process reads another machine than this one."""
+
+    def wrap(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+        pretend(machine)
+        return module
+
+    return replace(IMPLEMENTATIONS["fused"], description=description, wrap=wrap)
+
+
 wrong = _around("off by one per cent", lambda out: out * 1.01)
 raising = _around("raises", _raise)
 greedy = _around("wants 64 GiB", _exhaust)
@@ -79,3 +91,5 @@ segfaulting = _around("reads address 0", _segfault)
 killed = _around("ends by SIGKILL", _kill)
 exiting = _around("ends its process with code 7", _exit)
 slow = _around("sleeps 20 ms in each call", _dawdle)
+undisturbed = _on("on a machine that does nothing else", quiet)
+overheated = _on("on a machine that throttles", throttled)

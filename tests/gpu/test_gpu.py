@@ -21,9 +21,9 @@ from resblock_bench.bench.measure.cuda_graph import capture
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell
 from resblock_bench.bench.tune.cases import (
+    CallTruth,
     Case,
     Tensors,
-    Truth,
     draw_case,
     launched,
     mistake,
@@ -102,7 +102,7 @@ def ticket_launches(direction: Direction, site: tiers.Problem, tier: Tier) -> li
     return [planned, *(how._replace(lag=how.parts) for how in (planned, small))]
 
 
-def drawn(direction: Direction, site: tiers.Problem) -> tuple[Case, Truth]:
+def drawn(direction: Direction, site: tiers.Problem) -> tuple[Case, CallTruth]:
     device = torch.device("cuda", torch.cuda.current_device())
     case = draw_case(direction, site, torch.float32, device, 0)
     return case, truth_of(case)

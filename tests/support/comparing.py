@@ -1,6 +1,6 @@
 """What tests of rounds and comparisons begin with: quick rules, tiny plans, the gate about them."""
 
-from pathlib import Path
+import functools
 
 import msgspec
 from rich.console import Console
@@ -16,6 +16,12 @@ from .cells import TINY
 
 FAST = RoundRule(burst_s=0.0, bursts=3, seconds=0.0)
 COLD = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1)
+UNDISTURBED = """
+import pretended as _pretended
+
+_pretended.pretend(_pretended.quiet)
+"""
+"""Appended to a side's own code: its rounds count, whatever else runs on this machine."""
 
 
 def plan_of(*changes):
@@ -26,6 +32,6 @@ def plan_of(*changes):
 
 def checked(request):
     """What `check --timing` finds."""
-    timing = check.Timing(None, lambda console: check_timing.check(request, console))
-    (outcome,) = check.check(["timing"], Path("absent"), timing, Console(quiet=True))
+    timing = functools.partial(check_timing.check, request, Console(quiet=True))
+    (outcome,) = check.check(["timing"], {"timing": timing})
     return outcome

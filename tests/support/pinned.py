@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from resblock_bench.bench.findings.findings import Finding
-from resblock_bench.bench.gate.pins import Entries, Found, PinnedPart, Rule
+from resblock_bench.bench.gate.pins import Criterion, Entries, Found, PinnedPart
 
 
 def part_of(
@@ -25,7 +25,11 @@ def part_of(
         name="memory",
         cannot=lambda: cannot,
         measure=measure,
-        rules={"bytes": Rule("lower"), "error": Rule("lower", 0.25), "hash": Rule(None)},
+        criteria={
+            "bytes": Criterion("lower"),
+            "error": Criterion("lower", 0.25),
+            "hash": Criterion(None),
+        },
         made_with=lambda: {"tool": version},
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from resblock_bench.bench.gate import memory as check_memory
-from resblock_bench.bench.gate.accuracy_cases import Case, Errors
+from resblock_bench.bench.gate.accuracy_cases import AccuracyCase, Errors
 from resblock_bench.bench.records import Cell, Memory
 from resblock_bench.kernels import blocks
 from resblock_bench.kernels.dispatch import Backend
@@ -91,7 +91,7 @@ def predict_one_more(cell: Cell, backend: Backend) -> Memory | None:
         blocks.group_norm_silu = operator
 
 
-def measure_naively(case: Case) -> Errors:
+def measure_naively(case: AccuracyCase) -> Errors:
     """The errors of kernels that lose digits; imported where they are interpreted."""
     from . import naive_kernels
 

@@ -1,5 +1,6 @@
 """A revision of a repository against its working tree, each with its own packages."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.comparing import FAST, checked, plan_of
+from support.comparing import FAST, UNDISTURBED, checked, plan_of
 from support.sweeps import TINY, spawned
 
 from resblock_bench.bench.compare import compare
@@ -67,7 +68,7 @@ def project(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     blocks = folder / "kernels" / "blocks.py"
-    source = blocks.read_text()
+    source = blocks.read_text() + UNDISTURBED
     git(folder, "init", "--quiet", "--initial-branch=broken")
     for branch, text in (
         ("broken", source + "\n)\n"),
@@ -88,22 +89,20 @@ def project(tmp_path_factory):
     return folder
 
 
-def against(project, quiet, revision, batches=range(SAME, NEVER)):
+def against(project, revision, batches=range(SAME, NEVER)):
     """Compare the working tree, as `check --timing --base` does."""
-    request = compare.BaseRequest(
+    return compare.BaseRequest(
         base=revision,
         plan=plan_of(*({"impl": "fused", "batch": batch} for batch in batches)),
         start=project / "kernels",
         timeout_s=120.0,
-        telemetry=quiet,
         rule=FAST,
     )
-    return request
 
 
 @pytest.fixture(scope="module")
-def outcome(project, quiet):
-    return compare.against_base(against(project, quiet, "base"), Console(quiet=True))
+def outcome(project):
+    return compare.against_base(against(project, "base"), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def items(outcome):
 def level_of(outcome, batch):
     """The finding about a cell and the exit code that it means alone."""
     (item,) = [item for item in outcome.items if item.cell.batch == batch]
-    findings = compare.findings([item], "compare")
+    findings = compare.findings_of(dataclasses.replace(outcome, items=[item]), "compare")
     return (findings[0].level if findings else None), exit_code(findings), findings
 
 
@@ -169,8 +168,8 @@ def test_the_sides_are_named_and_differ(outcome, project):
         ("lacking", r"lacking .*(cannot be imported|not from .*: this side lacks it)"),
     ],
 )
-def test_a_base_that_does_not_build(project, quiet, revision, text):
-    found = checked(against(project, quiet, revision, [SAME]))
+def test_a_base_that_does_not_build(project, revision, text):
+    found = checked(against(project, revision, [SAME]))
     assert {finding.level for finding in found.findings} >= {"invalid"}
     assert re.search(text, found.findings[0].text)
     assert exit_code(found.findings) == 3

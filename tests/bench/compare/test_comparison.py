@@ -7,8 +7,7 @@ import pytest
 
 from resblock_bench.bench.compare.comparison import STAGES, Comparison
 from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE
-from resblock_bench.bench.lockstep.draws import ATTEMPTS
-from resblock_bench.bench.lockstep.rounds import Round, RoundError
+from resblock_bench.bench.lockstep.rounds import ATTEMPTS, Round, RoundError
 
 
 def a_round(ratio=1.0, base_ms=10.0, disturbances=()):

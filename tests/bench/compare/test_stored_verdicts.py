@@ -1,4 +1,4 @@
-"""Stored measurements against each other, calibrations, and baselines: made-up numbers in files."""
+"""Run folders against each other, and calibrations: made-up numbers in files."""
 
 import datetime
 import errno
@@ -11,11 +11,11 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 from support.cells import TINY
+from support.comparing import plan_of
 from support.sweeps import spawned
 
 from resblock_bench.bench.compare import compare
-from resblock_bench.bench.compare import report as compare_report
-from resblock_bench.bench.compare import stored_verdicts as compare_stored
+from resblock_bench.bench.compare import stored as compare_stored
 from resblock_bench.bench.compare.calibration import (
     CALIBRATION_VERSION,
     MAX_AGE_DAYS,
@@ -25,16 +25,18 @@ from resblock_bench.bench.compare.calibration import (
     stale,
     tolerance_of,
 )
-from resblock_bench.bench.compare.machine_store import calibration_file, history, writable, write
-from resblock_bench.bench.compare.stored import BASELINE_VERSION, Baseline, Series, Stored
+from resblock_bench.bench.compare.machine_store import calibration_file, writable, write
+from resblock_bench.bench.compare.stored import Stored
 from resblock_bench.bench.compare.verdict import Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule
-from resblock_bench.bench.measure.cell import contract_of
+from resblock_bench.bench.measure.cell import row_of
+from resblock_bench.bench.measure.conditions import conditions
+from resblock_bench.bench.measure.telemetry import Reading
 from resblock_bench.bench.records import cell_name
+from resblock_bench.bench.runs.folder import RunWriter
 
-NOISE = [1.002, 0.998, 1.001, 0.999, 1.0]
 REFERENCE = TINY
 FUSED = replace(TINY, impl="fused")
 NOW = "2026-01-31T12:00:00+00:00"
@@ -47,27 +49,25 @@ def environment(found):
 
 
 @pytest.fixture
-def baseline(tmp_path, environment, make_task):
-    """Write a baseline: the median of each cell, and what else is changed."""
-    task = make_task()
+def run_of(tmp_path, environment, make_task):
+    """Write a run folder: the median of each cell, None where it has no row; fields of its tasks
+    changed."""
 
-    def make(name, medians, **changes):
-        content = Baseline(
-            baseline_version=BASELINE_VERSION,
-            saved_at=NOW,
-            reason="a test",
-            code="abc",
-            environment=environment,
-            contract=contract_of(task),
-            rule=RoundRule(),
-            series=[
-                Series(cell=cell, rounds_ms=[median * factor for factor in NOISE])
-                for cell, median in medians.items()
-            ],
-        )
-        path = tmp_path / f"{name}.json"
-        path.write_bytes(msgspec.json.encode(replace(content, **changes)))
-        return path
+    def make(name, medians, conditions=None, **changes):
+        folder = tmp_path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        tasks = [replace(make_task(), cell=cell, environment=environment) for cell in medians]
+        tasks = [replace(task, **changes) for task in tasks]
+        rows = [
+            row_of(task, "ok", median_ms=medians[task.cell], conditions=conditions)
+            for task in tasks
+            if medians[task.cell] is not None
+        ]
+        with RunWriter(folder) as writer:
+            writer.describe(plan_of(*map(msgspec.structs.asdict, medians)), tasks[0].environment)
+            for row in rows:
+                writer.append(row)
+        return folder
 
     return make
 
@@ -87,10 +87,24 @@ def calibration(environment):
 
 
 @pytest.fixture
-def compared(tmp_path):
-    """The words by cell and the exit code of two files."""
+def calibrated(tmp_path, calibration):
+    """A machine's calibration, stored today; the one of `environment` unless another is given."""
+
+    def store(environment=calibration.environment):
+        path = calibration_file(environment, "cpu", tmp_path)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        write(path, replace(calibration, environment=environment, saved_at=now))
+
+    return store
+
+
+@pytest.fixture
+def compared(tmp_path, environment, calibrated):
+    """The words by cell and the exit code of two run folders, on a machine that is calibrated."""
 
     def run(base, head, **options):
+        if not calibration_file(environment, "cpu", tmp_path).exists():
+            calibrated()
         outcome = compare.of_stored(base, head, tmp_path, **{"relative": False, **options})
         words = [item.verdict.word for item in outcome.items]
         return words, exit_code(compare.report_of(outcome).findings), outcome
@@ -100,58 +114,53 @@ def compared(tmp_path):
 
 @pytest.mark.parametrize(
     ("ratio", "word", "code"),
-    [(1.0, "SAME", 0), (1.1, "SLOW", 1), (0.9, "FAST", 0), (1.02, "AMBIGUOUS", 4)],
+    [(1.0, "SAME", 0), (1.1, "SLOW", 1), (0.9, "FAST", 0), (1.03, "AMBIGUOUS", 4)],
 )
-def test_verdicts_and_codes(baseline, compared, ratio, word, code):
-    words, found, _ = compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0 * ratio}))
+def test_verdicts_and_codes(run_of, compared, ratio, word, code):
+    words, found, _ = compared(run_of("a", {TINY: 10.0}), run_of("b", {TINY: 10.0 * ratio}))
     assert (words, found) == ([word], code)
 
 
-def test_four_times_as_fast_is_to_be_explained(baseline, compared):
-    _, code, outcome = compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 2.5}))
+def test_four_times_as_fast_is_to_be_explained(run_of, compared):
+    _, code, outcome = compared(run_of("a", {TINY: 10.0}), run_of("b", {TINY: 2.5}))
     assert code == 3
     assert "4.0× as fast" in compare.report_of(outcome).findings[0].text
 
 
-def test_a_missing_cell_is_never_a_pass(baseline, compared):
+def test_a_missing_cell_is_never_a_pass(run_of, compared):
     both, one = {TINY: 10.0, FUSED: 9.0}, {TINY: 10.0}
     for base, head in ((both, one), (one, both)):
-        words, code, outcome = compared(baseline("a", base), baseline("b", head))
+        words, code, outcome = compared(run_of("a", base), run_of("b", head))
         assert code == 3
         assert words == ["SAME", "AMBIGUOUS"]
         assert "was not planned" in compare.report_of(outcome).findings[0].text
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"baseline_version": 0}, "is of schema 0, and this version reads 1"),
-        ({"rule": RoundRule(bursts=7)}, "rounds' bursts of their timing contracts was 30 and is 7"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(baseline, compared, changes, message):
-    with pytest.raises(InvalidError, match=message):
-        compared(baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.0}, **changes))
+def test_a_cell_that_was_disturbed_has_no_verdict(run_of, compared):
+    before, after = (Reading(t_s=s, throttled_us={"heat": s}) for s in (0, 5))
+    hot = conditions(before, after, source="test", images=1, threads=1)
+    words, code, outcome = compared(run_of("a", {TINY: 10.0}), run_of("b", {TINY: 10.0}, hot))
+    assert (words, code) == (["AMBIGUOUS"], 4)
+    assert "the heat held the clocks back" in compare.report_of(outcome).findings[0].text
 
 
-def test_another_machine_is_refused_by_name_of_the_field(baseline, compared, environment):
+def test_a_cell_that_was_planned_and_not_measured_is_missing(run_of, compared):
+    head = run_of("b", {TINY: 10.0, FUSED: None})
+    words, code, outcome = compared(run_of("a", {TINY: 10.0, FUSED: 9.0}), head)
+    assert (words, code) == (["SAME", "AMBIGUOUS"], 3)
+    assert "was planned and not measured" in compare.report_of(outcome).findings[0].text
+
+
+def test_another_machine_is_refused_by_name_of_the_field(run_of, compared, calibrated, environment):
     there = replace(environment, cpu="Another CPU", machine="there")
-    head = baseline("b", {TINY: 10.0, FUSED: 9.0}, environment=there)
-    base = baseline("a", {TINY: 20.0, FUSED: 18.0})
+    calibrated(there)
+    head = run_of("b", {TINY: 10.0, FUSED: 9.0}, environment=there)
+    base = run_of("a", {TINY: 20.0, FUSED: 18.0})
     with pytest.raises(InvalidError, match=r"machine was here and is there.*--relative"):
         compared(base, head)
     words, code, outcome = compared(base, head, relative=True)
     assert (words, code) == (["SAME"], 0)
     assert outcome.items[0].base == pytest.approx(0.9)
-
-
-def test_what_the_mode_decides_is_no_other_contract(baseline, compared, make_task):
-    """A baseline of several modes has the contract of its first cell."""
-    inference = contract_of(make_task(mode="inference"))
-    assert inference != contract_of(make_task())
-    head = baseline("b", {TINY: 10.0}, contract=inference)
-    words, code, _ = compared(baseline("a", {TINY: 10.0}), head)
-    assert (words, code) == (["SAME"], 0)
 
 
 def stored(environment, **changes):
@@ -160,7 +169,7 @@ def stored(environment, **changes):
         name="run",
         environment=environment,
         expected=[REFERENCE, FUSED],
-        rounds_ms={REFERENCE: [10.0], FUSED: [10.0]},
+        median_ms={REFERENCE: 10.0, FUSED: 10.0},
         missing={},
         disturbed={},
         contract={},
@@ -189,35 +198,35 @@ DISTURBED = {"disturbed": {FUSED: "throttled"}}
     ],
 )
 def test_the_heavier_of_two_problems_counts(environment, calibration, compared, base, head, code):
-    lacking = {"rounds_ms": {REFERENCE: [10.0]}}
+    lacking = {"median_ms": {REFERENCE: 10.0}}
     sides = [
         stored(environment, **(lacking | changes if changes else {})) for changes in (base, head)
     ]
     known = [calibration] * (2 if compared is compare_stored.relative else 1)
     items = compared(*sides, calibration.tolerance, *known)
     (item,) = [item for item in items if item.cell == FUSED]
-    assert exit_code(compare_report.findings([item], "compare")) == code
+    outcome = compare.ComparisonOutcome("", [item], calibration.tolerance, [], [])
+    assert exit_code(compare.findings_of(outcome, "compare")) == code
 
 
-def test_contracts_are_compared_field_by_field(baseline, compared, make_task):
-    other = replace(contract_of(make_task()), threads=3)
-    head = baseline("b", {TINY: 10.0}, contract=other)
-    with pytest.raises(InvalidError, match="threads of their timing contracts was 1 and is 3"):
-        compared(baseline("a", {TINY: 10.0}), head)
+def test_contracts_are_compared_field_by_field(run_of, compared, environment):
+    head = run_of("b", {TINY: 10.0}, seed=3)
+    with pytest.raises(InvalidError, match="seed of their timing contracts was 0 and is 3"):
+        compared(run_of("a", {TINY: 10.0}), head)
 
 
-def test_relative_sees_the_ratio_and_not_the_machine(baseline, compared):
-    base = baseline("a", {REFERENCE: 20.0, FUSED: 18.0})
-    words, code, _ = compared(base, baseline("b", {REFERENCE: 5.0, FUSED: 5.4}), relative=True)
+def test_relative_sees_the_ratio_and_not_the_machine(run_of, compared):
+    base = run_of("a", {REFERENCE: 20.0, FUSED: 18.0})
+    words, code, _ = compared(base, run_of("b", {REFERENCE: 5.0, FUSED: 5.4}), relative=True)
     assert (words, code) == (["SLOW"], 1)
-    words, code, _ = compared(base, baseline("b", {REFERENCE: 5.0, FUSED: 4.5}), relative=True)
+    words, code, _ = compared(base, run_of("b", {REFERENCE: 5.0, FUSED: 4.5}), relative=True)
     assert (words, code) == (["SAME"], 0)
 
 
 def test_each_run_is_judged_by_its_own_calibration(environment, calibration):
     """One machine before and after a new driver: what was calibrated holds for one of them."""
     wide = replace(calibration, cells=[replace(calibration.cells[0], spread=0.2)])
-    runs = [stored(environment, rounds_ms={REFERENCE: [10.0], FUSED: [8.0]}) for _ in range(2)]
+    runs = [stored(environment, median_ms={REFERENCE: 10.0, FUSED: 8.0}) for _ in range(2)]
     tolerance = calibration.tolerance
     errors = []
     for pair in ((wide, calibration), (calibration, wide), (calibration, calibration)):
@@ -226,46 +235,41 @@ def test_each_run_is_judged_by_its_own_calibration(environment, calibration):
     assert errors[0] == errors[1] > errors[2]
 
 
-def test_fused_against_reference_within_one(baseline, tmp_path):
+def test_fused_against_reference_within_one(run_of, calibrated, tmp_path):
+    calibrated()
     # Several times as fast is nothing sudden, here.
-    outcome = compare.of_variants(baseline("c", {REFERENCE: 20.0, FUSED: 5.0}), tmp_path)
+    outcome = compare.of_variants(run_of("c", {REFERENCE: 20.0, FUSED: 5.0}), tmp_path)
     assert exit_code(compare.report_of(outcome).findings) == 0
-    outcome = compare.of_variants(baseline("a", {REFERENCE: 20.0, FUSED: 15.0}), tmp_path)
+    outcome = compare.of_variants(run_of("a", {REFERENCE: 20.0, FUSED: 15.0}), tmp_path)
     (item,) = outcome.items
     assert item.verdict.ratio == pytest.approx(0.75)
     assert item.verdict.word == "FAST"
     with pytest.raises(InvalidError, match="has no fused cell"):
-        compare.of_variants(baseline("b", {REFERENCE: 20.0}), tmp_path)
+        compare.of_variants(run_of("b", {REFERENCE: 20.0}), tmp_path)
 
 
-def test_files_that_are_not_there_or_damaged(baseline, compared, tmp_path):
-    good = baseline("a", {TINY: 10.0})
-    with pytest.raises(UsageError, match="cannot be read"):
-        compared(good, tmp_path / "absent.json")
-    damaged = tmp_path / "damaged.json"
-    damaged.write_text('{"baseline_version": 1, "series": 3}')
-    with pytest.raises(InvalidError, match="is damaged"):
-        compared(good, damaged)
-    for value in ("NaN", "null", "0"):
-        damaged.write_bytes(good.read_bytes().replace(b"9.98", value.encode(), 1))
-        with pytest.raises(InvalidError, match="is damaged"):
-            compared(good, damaged)
+def test_what_is_no_run_folder_is_said(run_of, compared, tmp_path):
+    good = run_of("a", {TINY: 10.0})
+    (tmp_path / "file.json").write_text("{}")
+    for path in (tmp_path / "absent", tmp_path / "file.json"):
+        with pytest.raises(UsageError, match="is not a run folder"):
+            compared(good, path)
 
 
 def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
     """No verdict without a calibration, since one process shows no spread."""
-    folder, trace = tmp_path / "run", tmp_path / "quiet.jsonl"
-    trace.write_text('{"t_s": 0}\n{"t_s": 1}\n')
+    folder = tmp_path / "run"
     axes = ["channels=32", "resolution=8", "batch=1", "mode=train,inference", "checkpoint=none"]
+    axes.append("impl=undisturbed")
     arguments = [argument for axis in axes for argument in ("-a", axis)]
-    options = ["--samples", 6, "--threads", 1, "--telemetry", trace, "--no-plots"]
+    options = ["--samples", 6, "--threads", 1, "--no-plots"]
     done = run_cli("run", *arguments, *options, "--output", folder)
     assert done.code == 0, done.err
     same = shutil.copytree(folder, tmp_path / "same")
     outcome = compare.of_stored(folder, same, tmp_path, relative=False)
     assert {item.verdict.word for item in outcome.items} == {"AMBIGUOUS"}
     assert any("was never calibrated" in note for note in outcome.uncalibrated)
-    here = compare.load(folder).environment
+    here = compare_stored.load(folder).environment
     path = calibration_file(here, "cpu", tmp_path)
     now = datetime.datetime.now(datetime.timezone.utc)
     write(path, replace(calibration, environment=here, saved_at=now))
@@ -277,7 +281,7 @@ def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
     assert outcome.tolerance.relative == 0.03
     (same / "cells.jsonl").write_text((same / "cells.jsonl").read_text()[:500])
     with pytest.raises(InvalidError, match="holds no whole row: go on with"):
-        compare.load(same)
+        compare_stored.load(same)
 
 
 # Calibration
@@ -328,14 +332,14 @@ def test_a_calibration_goes_stale(calibration, environment):
 
 
 def test_a_stale_calibration_is_said_and_not_used(
-    baseline, compared, calibration, environment, tmp_path
+    run_of, compared, calibration, environment, tmp_path
 ):
     path = calibration_file(environment, "cpu", tmp_path)
     write(path, replace(calibration, saved_at=SAVED.replace(year=2020)))
-    sides = baseline("a", {TINY: 10.0}), baseline("b", {TINY: 10.25})
+    sides = run_of("a", {TINY: 10.0}), run_of("b", {TINY: 10.25})
     words, code, outcome = compared(*sides)
     # By the calibrated 3 % it would be SAME.
-    assert (words, code) == (["SLOW"], 1)
+    assert (words, code) == (["AMBIGUOUS"], 4)
     assert outcome.tolerance.relative == 0.02
     threads = environment.threads
     assert "is stale (it is" in outcome.uncalibrated[0]
@@ -355,14 +359,11 @@ def test_a_stale_calibration_is_said_and_not_used(
             compared(*sides)
 
 
-def test_what_is_replaced_is_kept(tmp_path):
-    path = tmp_path / "here" / "timing.json"
-    write(path, Tolerance(relative=0.01, absolute_ms=1.0))
-    write(path, Tolerance(relative=0.02, absolute_ms=1.0), keep=NOW)
-    write(path, Tolerance(relative=0.03, absolute_ms=1.0), keep="2026-02-01T00:00:00+00:00")
-    relatives = [msgspec.json.decode(file.read_bytes())["relative"] for file in history(path)]
-    assert relatives == [0.01, 0.02]
-    assert msgspec.json.decode(path.read_bytes())["relative"] == 0.03
+def test_what_cannot_be_stored_is_said(tmp_path):
+    path = tmp_path / "here" / "calibration.json"
+    for relative in (0.01, 0.02):
+        write(path, Tolerance(relative=relative, absolute_ms=1.0))
+    assert msgspec.json.decode(path.read_bytes())["relative"] == 0.02
     with pytest.raises(UsageError, match="cannot be written"):
         write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
 
@@ -371,7 +372,7 @@ def test_room_is_looked_for_before_anything_is_measured(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    path = tmp_path / "here" / "timing.json"
+    path = tmp_path / "here" / "calibration.json"
     writable(path)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UsageError, match="No space left"):
@@ -379,16 +380,16 @@ def test_room_is_looked_for_before_anything_is_measured(tmp_path, monkeypatch):
     assert not list(path.parent.iterdir())
 
 
-def test_a_run_is_not_compared_with_itself(baseline, compared):
-    path = baseline("a", {TINY: 10.0})
+def test_a_run_is_not_compared_with_itself(run_of, compared):
+    path = run_of("a", {TINY: 10.0})
     with pytest.raises(UsageError, match="are one and the same"):
         compared(path, path.parent / "." / path.name)
 
 
-def test_a_reader_who_has_gone_is_no_regression(baseline):
+def test_a_reader_who_has_gone_is_no_regression(run_of):
     reader, writer = os.pipe()
     os.close(reader)
-    paths = [str(baseline(name, {TINY: 10.0})) for name in ("a", "b")]
+    paths = [str(run_of(name, {TINY: 10.0})) for name in ("a", "b")]
     process = spawned("compare", *paths, "--format", "json", stdout=writer)
     os.close(writer)
     _, err = process.communicate(timeout=300)
@@ -396,19 +397,21 @@ def test_a_reader_who_has_gone_is_no_regression(baseline):
     assert "its output was closed" in err
 
 
-def test_the_report_names_every_cell(baseline, compared):
+def test_the_report_names_every_cell(run_of, compared):
     _, _, outcome = compared(
-        baseline("a", {REFERENCE: 10.0, FUSED: 9.0}), baseline("b", {REFERENCE: 10.0, FUSED: 11.0})
+        run_of("a", {REFERENCE: 10.0, FUSED: 9.0}), run_of("b", {REFERENCE: 10.0, FUSED: 11.0})
     )
     report = compare.report_of(outcome, explain=True)
     assert [row[0] for row in report.rows] == [cell_name(REFERENCE), cell_name(FUSED)]
     assert [row[5] for row in report.rows] == ["SAME", "SLOW"]
     assert report.rows[1][1:4] == ["9 ms", "11 ms", "1.222"]
-    assert any("both bounds are within the tolerance of 2.0%" in note for note in report.notes)
+    assert any("both bounds are within the tolerance of 3.0%" in note for note in report.notes)
 
 
-def test_the_command_line(run_cli, baseline, tmp_path):
-    a, b = baseline("a", {TINY: 10.0}), baseline("b", {TINY: 11.0})
+def test_the_command_line(run_cli, run_of, calibrated, tmp_path, monkeypatch):
+    calibrated()
+    monkeypatch.chdir(tmp_path)
+    a, b = run_of("a", {TINY: 10.0}), run_of("b", {TINY: 11.0})
     done = run_cli("compare", a, b, "--format", "json", "--output", tmp_path / "report.json")
     assert done.code == 1
     assert "SLOW" in done.out
@@ -424,7 +427,7 @@ def test_the_command_line(run_cli, baseline, tmp_path):
         ([a, b, "--base", "main"], 2, "--base measures two revisions"),
         ([a, b, "--threads", 1], 2, "--threads goes with --base"),
         ([a, b, "--format", "html"], 2, "unknown format 'html'"),
-        ([a, Path("absent")], 2, "cannot be read"),
+        ([a, Path("absent")], 2, "is not a run folder"),
     ):
         done = run_cli("compare", *arguments)
         assert done.code == code, done

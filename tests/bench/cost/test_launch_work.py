@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from resblock_bench.bench.compiled.kernel_key import compile_key
 from resblock_bench.bench.compiled.machine_code import MachineCode
 from resblock_bench.bench.compiled.norms import (
-    FLOOR,
+    LEAST_PASSES,
     Direction,
     KernelCode,
     Norm,
@@ -24,7 +24,7 @@ from resblock_bench.bench.compiled.norms import (
 from resblock_bench.bench.cost.expected_traffic import expected_traffic
 from resblock_bench.bench.cost.gpu_figures import GPUS
 from resblock_bench.bench.cost.launch_work import launch_work
-from resblock_bench.bench.cost.predict_time import Work
+from resblock_bench.bench.cost.predict_time import LaunchWork
 from resblock_bench.bench.cost.predictions import predict
 from resblock_bench.bench.cost.published_norms import groups_of, published_norms
 from resblock_bench.kernels.tiers import Launch, Tier
@@ -105,7 +105,7 @@ IMAGE = 8 * 256 * 65536 * 2
 SPLIT = [code("backward: split", 1, 2048, (18, 2), (19, 2))]
 
 
-def moved(works: Sequence[Work]) -> list[tuple[float, float, float]]:
+def moved(works: Sequence[LaunchWork]) -> list[tuple[float, float, float]]:
     """Passes read, written and read from L2, of all launches of each kernel."""
     return [
         tuple(
@@ -216,7 +216,7 @@ def test_the_traffic_expected_is_the_traffic_counted(
         assert expected.requested == pytest.approx(counted.requested)
         assert expected.sector_efficiency == pytest.approx(counted.sector_efficiency)
         assert expected.small == pytest.approx(counted.small, rel=0.1)
-        assert expected.floor == FLOOR[direction]
+        assert expected.floor == LEAST_PASSES[direction]
 
 
 def test_launches_that_compile_alike_have_one_key() -> None:

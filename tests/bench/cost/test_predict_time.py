@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from resblock_bench.bench.cost.gpu_figures import FIGURES, GPUS, Gpu
-from resblock_bench.bench.cost.predict_time import Part, Prediction, Work, predict_call, sum_up
+from resblock_bench.bench.cost.gpu_figures import FIGURES, GPUS, GpuFigures
+from resblock_bench.bench.cost.predict_time import (
+    LaunchWork,
+    Part,
+    Prediction,
+    predict_call,
+    sum_up,
+)
 
-ROUND = Gpu(
+ROUND = GpuFigures(
     multiprocessors=100,
     l2_bytes=40 * 2**20,
     peak_bytes_per_s=1.1e12,
@@ -42,9 +48,9 @@ def part(programs: int, **changes: Any) -> Part:
     return Part(programs, **fields | changes)
 
 
-def launch(*parts: Part, occupancy: float = 0.5, launches: int = 1, warps: int = 8) -> Work:
+def launch(*parts: Part, occupancy: float = 0.5, launches: int = 1, warps: int = 8) -> LaunchWork:
     """Of 8 warps and half a multiprocessor: 4 programs at once, 400 on the machine."""
-    return Work("kernel", launches, warps, occupancy, parts)
+    return LaunchWork("kernel", launches, warps, occupancy, parts)
 
 
 def predict(*parts: Part, **how: Any) -> Prediction:
@@ -239,7 +245,7 @@ def test_instructions_cap_the_backward(sums: float, apply: float, share: float) 
 
 def test_every_figure_says_where_it_stands() -> None:
     for arch, figures in FIGURES.items():
-        assert set(figures) == set(Gpu._fields), arch
+        assert set(figures) == set(GpuFigures._fields), arch
         for name, figure in figures.items():
             assert figure.value > 0 and len(figure.source) > 10, (arch, name)
         assert figures["copy_bytes_per_s"].value < figures["peak_bytes_per_s"].value

@@ -17,7 +17,7 @@ from resblock_bench.bench.findings.findings import LEVELS, Finding, exit_code
 from resblock_bench.bench.findings.report import (
     FORMATS,
     MARKDOWN_LIMIT,
-    Checked,
+    CheckedEntry,
     Document,
     Report,
     count_levels,
@@ -26,7 +26,7 @@ from resblock_bench.bench.findings.report import (
     write,
 )
 
-CHECKED = [Checked(part="memory", subject="a", entry=entry) for entry in ("x", "y")]
+CHECKED = [CheckedEntry(part="memory", subject="a", entry=entry) for entry in ("x", "y")]
 
 
 def report_of(findings: Sequence[Finding], rows: int = 1) -> Report:

@@ -137,8 +137,11 @@ def test_what_cannot_be_done_is_said_and_fails_where_it_was_asked_for(
     done = run_cli("check", "--pins", tmp_path)
     assert done.code == 0
     assert "note accuracy: not done here: no Triton" in done.out
-    assert "note timing: not done here: no base revision was named" in " ".join(done.out.split())
+    assert "note timing: not done here: no revision is named" in " ".join(done.out.split())
     assert run_cli("check", "--accuracy", "--pins", tmp_path).code == 3
+    done = run_cli("check", "--timing", "--pins", tmp_path)
+    assert done.code == 3
+    assert "to compare the time with: add --base REV" in " ".join(done.out.split())
 
 
 def test_the_advice_names_the_parts(checked: Callable) -> None:
@@ -165,6 +168,7 @@ def test_a_report_alone_on_the_standard_output(
         (["--output", "."], "is a folder: name a file in it"),
         (["--memory", "--base", "HEAD"], "--base goes with --timing"),
         (["--memory", "--threads", "1"], "--threads goes with --timing"),
+        (["--threads", "1"], "--threads goes with --base"),
         (["--pins", "absent"], "--pins absent is no folder"),
     ],
 )

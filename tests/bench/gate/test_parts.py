@@ -16,14 +16,14 @@ from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import accuracy as check_accuracy
 from resblock_bench.bench.gate import accuracy_cases, check
 from resblock_bench.bench.gate import memory as check_memory
-from resblock_bench.bench.gate.accuracy_cases import Case
+from resblock_bench.bench.gate.accuracy_cases import AccuracyCase
 from resblock_bench.bench.gate.pins import PINS, Found, PinnedPart, read_pins
 from resblock_bench.bench.measure.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
 from resblock_bench.kernels.spec import Spec
 
 ROOT = Path(__file__).parents[3]
-TINY = Case(None, "fp32", "nchw", "scale_shift", 0.0, 2, 8)
+TINY = AccuracyCase(None, "fp32", "nchw", "scale_shift", 0.0, 2, 8)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_pins_of_memory_hold() -> None:
 
 def test_the_statistics_of_the_kernels_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    about_zero = Case("A", "fp32", "nchw", "scale_shift", 0.0, 1, 8)
+    about_zero = AccuracyCase("A", "fp32", "nchw", "scale_shift", 0.0, 1, 8)
     cases = [about_zero, about_zero._replace(mean=1000.0)]
     assert not check_accuracy.measure_cases(cases, quiet()).findings
     monkeypatch.setattr(check_accuracy, "measure", process_functions.measure_naively)
@@ -142,7 +142,7 @@ def test_the_statistics_of_the_kernels_are_watched(monkeypatch: pytest.MonkeyPat
     assert exit_code([said]) == 5
 
 
-def in_this_process(cases: Sequence[Case]) -> PinnedPart:
+def in_this_process(cases: Sequence[AccuracyCase]) -> PinnedPart:
     """The accuracy part without processes of its own, so that a test may spoil the kernels."""
 
     def measure(console: object) -> Found:
@@ -237,11 +237,11 @@ def test_a_gradient_of_another_sign_is_wrong(
 def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(check_accuracy.environment, "usable_cpus", lambda: 1)
-    cases = [Case("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
+    cases = [AccuracyCase("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
     found = check_accuracy.measure_cases(cases, quiet())
     assert not found.findings
     figures = found.subjects["triton-A"][cases[0].name]
-    assert set(figures) <= set(check_accuracy.PART.rules)
+    assert set(figures) <= set(check_accuracy.PART.criteria)
     assert 0 < figures["y error"] < 1e-4
     assert list(found.subjects["aten"]) == [cases[1].name]
     monkeypatch.setattr(check_accuracy, "measure", process_functions.die)
@@ -257,7 +257,7 @@ def test_the_pins_of_accuracy_are_those_of_the_cases() -> None:
     assert {(pin.subject, entry) for pin in pins.values() for entry in pin.entries} == names
     for pin in pins.values():
         for figures in pin.entries.values():
-            assert set(figures) <= set(check_accuracy.PART.rules)
+            assert set(figures) <= set(check_accuracy.PART.criteria)
 
 
 def test_every_kind_of_block_and_path_is_there() -> None:

@@ -253,7 +253,7 @@ def test_the_pins_are_those_of_the_configuration() -> None:
     assert {subject: list(committed[subject].entries) for subject in names} == expected
     for pin in committed.values():
         for figures in pin.entries.values():
-            assert figures.keys() <= PART.rules.keys()
+            assert figures.keys() <= PART.criteria.keys()
             assert figures.get("spill_bytes", 0) == 0
     launched = {
         (item.job.arguments[0].layout, item.job.arguments[1], item.job.arguments[2].tier)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.machine.checkup import Finding, cpu_findings, versions_finding
+from resblock_bench.bench.machine.checkup import Fact, cpu_facts, versions_fact
 from resblock_bench.kernels import versions
 
 CORES = "".join(
@@ -11,12 +11,12 @@ CORES = "".join(
 )
 
 
-def found(root: Path, files: dict[str, str]) -> dict[str, Finding]:
+def found(root: Path, files: dict[str, str]) -> dict[str, Fact]:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return {finding.topic: finding for finding in cpu_findings(root)}
+    return {finding.topic: finding for finding in cpu_facts(root)}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_smt_is_fine_where_each_core_has_one_usable_thread(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2})
     files = {"sys/devices/system/cpu/smt/active": "1\n", "proc/cpuinfo": CORES}
-    assert found(tmp_path, files)["SMT"] == Finding("SMT", "on")
+    assert found(tmp_path, files)["SMT"] == Fact("SMT", "on")
 
 
 def test_more_threads_than_granted_cpus_is_advised_on(
@@ -131,8 +131,8 @@ def test_a_pair_of_versions_that_nobody_tested_is_to_be_mended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(versions, "installed", lambda: versions.LOCKED)
-    assert versions_finding().advice is None
+    assert versions_fact().advice is None
     monkeypatch.setattr(versions, "installed", lambda: versions.Pair("2.7.0", "3.6.0"))
-    finding = versions_finding()
+    finding = versions_fact()
     assert finding.found.startswith("torch 2.7.0, triton 3.6.0: not tested together")
     assert finding.advice is not None and "2.6.0 with 3.2.0" in finding.advice

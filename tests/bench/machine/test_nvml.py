@@ -25,7 +25,7 @@ def lost():
 def test_every_question_exists_in_nvidia_ml_py_and_closes_its_session(monkeypatch) -> None:
     fake = install(monkeypatch, FakeGpu(A))
     with nvml.session():
-        gpu = nvml.Gpu(A)
+        gpu = nvml.NvmlGpu(A)
         assert (gpu.sm_clock_mhz(), gpu.memory_clock_mhz(), gpu.temperature_c()) == (1500, 2600, 41)
         assert (gpu.power_w(), gpu.energy_j()) == (250, 1234.5)
         assert (gpu.power_cap_w(), gpu.default_power_cap_w()) == (700, 700)
@@ -39,14 +39,14 @@ def test_every_question_exists_in_nvidia_ml_py_and_closes_its_session(monkeypatc
 def test_a_gpu_is_found_by_its_uuid_with_and_without_prefix(monkeypatch, name: str) -> None:
     install(monkeypatch, FakeGpu(A, nvmlDeviceGetPowerUsage=1000), FakeGpu(B))
     with nvml.session():
-        assert nvml.Gpu(name).uuid == B
-        assert nvml.Gpu(name).power_w() == 250
+        assert nvml.NvmlGpu(name).uuid == B
+        assert nvml.NvmlGpu(name).power_w() == 250
 
 
 def test_an_unknown_uuid_is_an_error(monkeypatch) -> None:
     install(monkeypatch, FakeGpu(A))
     with nvml.session(), pytest.raises(nvml.NvmlError, match="Not Found"):
-        nvml.Gpu("dddd")
+        nvml.NvmlGpu("dddd")
 
 
 def test_a_slice_has_its_own_processes_and_the_whole_gpus_clocks(monkeypatch) -> None:
@@ -57,7 +57,7 @@ def test_a_slice_has_its_own_processes_and_the_whole_gpus_clocks(monkeypatch) ->
     part.answers["nvmlDeviceGetClockInfo"] = {}
     fake.slices.append(part)
     with nvml.session():
-        gpu = nvml.Gpu(SLICE.removeprefix("MIG-"))
+        gpu = nvml.NvmlGpu(SLICE.removeprefix("MIG-"))
         assert (gpu.uuid, gpu.whole_uuid) == (SLICE, A)
         assert list(gpu.processes() or {}) == [2]
         assert gpu.sm_clock_mhz() == 1500
@@ -68,16 +68,16 @@ def test_what_a_gpu_does_not_support_is_none_and_a_failure_is_an_error(monkeypat
     del gpu.answers["nvmlDeviceGetPowerUsage"]
     install(monkeypatch, gpu)
     with nvml.session():
-        assert nvml.Gpu(A).power_w() is None
+        assert nvml.NvmlGpu(A).power_w() is None
         with pytest.raises(nvml.NvmlError, match="lost"):
-            nvml.Gpu(A).energy_j()
+            nvml.NvmlGpu(A).energy_j()
 
 
 def test_a_function_that_nvidia_ml_py_lacks_is_none(monkeypatch) -> None:
     monkeypatch.delattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption")
     install(monkeypatch, FakeGpu(A))
     with nvml.session():
-        assert nvml.Gpu(A).energy_j() is None
+        assert nvml.NvmlGpu(A).energy_j() is None
 
 
 def test_throttle_counters_come_from_policies_and_fields_in_microseconds(monkeypatch) -> None:
@@ -85,7 +85,7 @@ def test_throttle_counters_come_from_policies_and_fields_in_microseconds(monkeyp
     gpu.throttle(POWER=5_000, THERMAL=0)
     install(monkeypatch, gpu)
     with nvml.session():
-        found = nvml.Gpu(A).throttled_us()
+        found = nvml.NvmlGpu(A).throttled_us()
     assert found == {"power cap": 5, "thermal limit": 0, "board limit": 8}
 
 
@@ -97,13 +97,13 @@ def test_throttle_counters_come_from_policies_and_fields_in_microseconds(monkeyp
 def test_moved_fields_are_told_by_their_type(monkeypatch, fields) -> None:
     install(monkeypatch, FakeGpu(A, nvmlDeviceGetFieldValues=fields))
     with nvml.session():
-        assert nvml.Gpu(A).throttled_us() == {"hardware thermal slowdown": 7}
+        assert nvml.NvmlGpu(A).throttled_us() == {"hardware thermal slowdown": 7}
 
 
 def test_no_throttle_counters_at_all_are_none_and_not_zero(monkeypatch) -> None:
     install(monkeypatch, FakeGpu(A))
     with nvml.session():
-        assert nvml.Gpu(A).throttled_us() is None
+        assert nvml.NvmlGpu(A).throttled_us() is None
 
 
 @pytest.mark.parametrize("function", ["ClocksEventReasons", "ClocksThrottleReasons"])
@@ -113,9 +113,9 @@ def test_idleness_is_no_throttling(monkeypatch, function: str) -> None:
     gpu.answers[f"nvmlDeviceGetCurrent{function}"] = 0x1 | 0x2 | 0x100
     install(monkeypatch, gpu)
     with nvml.session():
-        assert nvml.Gpu(A).active_throttles() == []
+        assert nvml.NvmlGpu(A).active_throttles() == []
         gpu.answers[f"nvmlDeviceGetCurrent{function}"] = 0x1 | 0x4 | 0x40
-        assert nvml.Gpu(A).active_throttles() == ["power cap", "hardware thermal slowdown"]
+        assert nvml.NvmlGpu(A).active_throttles() == ["power cap", "hardware thermal slowdown"]
 
 
 def test_the_bits_of_throttle_reasons_are_nvidia_ml_pys() -> None:

@@ -2,13 +2,11 @@ import os
 from contextlib import closing
 from pathlib import Path
 
-import msgspec
 import pynvml
 import pytest
 import torch
 from support.fake_nvml import FakeGpu, FakeNvml, processes
 
-from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine import nvml
 from resblock_bench.bench.machine.processor import is_relative, read_cpu
 from resblock_bench.bench.machine.visible_gpus import visible_gpus
@@ -16,9 +14,7 @@ from resblock_bench.bench.measure.telemetry import (
     CpuProbe,
     GpuProbe,
     Reading,
-    Replay,
     open_probe,
-    record,
 )
 
 OWN = os.getpid()
@@ -107,7 +103,7 @@ def test_relatives_are_ancestors_and_descendants(machine: Path) -> None:
 
 
 def test_this_machine_can_be_read() -> None:
-    probe = open_probe("cpu", None, None)
+    probe = open_probe("cpu", None)
     first, last = probe.read(), probe.read()
     probe.close()
     assert last.t_s >= first.t_s
@@ -134,7 +130,7 @@ def test_the_gpu_of_the_uuid_is_read_and_the_processor_beside_it(
 
 def test_the_visible_gpu_is_read_and_not_the_first(gpus: FakeNvml) -> None:
     (visible,) = visible_gpus({"CUDA_VISIBLE_DEVICES": "1"})
-    with closing(open_probe("cuda", visible.uuid, None)) as probe:
+    with closing(open_probe("cuda", visible.uuid)) as probe:
         assert probe.read().power_w == 250
 
 
@@ -195,51 +191,6 @@ def test_without_the_gpu_the_processor_is_read(gpus: FakeNvml, machine: Path, uu
 
 def test_without_a_driver_a_run_goes_on(gpus: FakeNvml) -> None:
     gpus.init = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
-    probe = open_probe("cuda", B, None)
+    probe = open_probe("cuda", B)
     assert "NVML failed: Driver Not Loaded" in probe.read().notes
     probe.close()
-
-
-def test_a_trace_is_played_back_and_its_last_reading_stays(tmp_path: Path) -> None:
-    readings = [Reading(t_s=1.0, power_w=3.0), Reading(t_s=2.0, throttled_us={"power cap": 5})]
-    path = tmp_path / "trace.jsonl"
-    path.write_bytes(b"".join(msgspec.json.encode(reading) + b"\n" for reading in readings))
-    probe = open_probe("cuda", None, path)
-    assert [probe.read() for _ in range(4)] == [*readings, readings[1], readings[1]]
-    assert "trace.jsonl" in probe.source
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"t_s": 1}\n{"t_s": "soon"}\n', "line 2"),
-        ('{"t_s": 1, "volts": 2}\n', "volts"),
-        ('{"t_s": 1, "energy_j": -2}\n', "energy_j"),
-        ('{"t_s": 1}\n\n', "line 2"),
-        ("not JSON", "line 1"),
-        ("", "no readings"),
-    ],
-)
-def test_a_bad_trace_names_file_and_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text(text)
-    with pytest.raises(UsageError, match=message) as caught:
-        Replay(path)
-    assert str(path) in str(caught.value)
-
-
-def test_an_absent_trace_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
-        open_probe("cpu", None, tmp_path / "absent")
-
-
-def test_what_is_recorded_is_played_back(machine: Path, tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    slept: list[float] = []
-    probe = CpuProbe(machine)
-    assert record(probe, path, 2.0, slept.append) == 3
-    assert slept == [1.0, 1.0]
-    replayed = Replay(path)
-    assert replayed.read().busy_cpu_s == probe.read().busy_cpu_s
-    with pytest.raises(UsageError, match="File exists; name a new file"):
-        record(probe, path, 1.0, slept.append)
