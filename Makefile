@@ -13,11 +13,12 @@ WORKERS ?=
 CORES = nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 
 .DELETE_ON_ERROR:
-.PHONY: help bench benchmark test test-gpu test-versions gate lint install clean
+.PHONY: help bench benchmark test test-fast test-gpu test-versions gate lint install clean
 
 help:
 	@echo "make bench    run the benchmark           ARGS='...' goes to resblock-bench run"
 	@echo "make test     run the tests               ARGS='...' goes to pytest, WORKERS=N sets how many run at once"
+	@echo "make test-fast without the tests that start processes, compile or interpret much"
 	@echo "make test-gpu the tests that need a GPU, with compiled kernels"
 	@echo "make test-versions other versions of torch and Triton, about an hour; ARGS=--short: a minute"
 	@echo "make benchmark the kernels under pytest-benchmark, e.g. ARGS='-k forward --benchmark-json=FILE'"
@@ -34,10 +35,12 @@ bench: $(INSTALLED)
 # takes from another's part when its own is done.
 # The workers share the cores, so each gets one thread. Torch's builds with MKL read MKL_NUM_THREADS;
 # OMP_NUM_THREADS=1 would do it too, but a test checks that nothing leaves that in the environment.
-test: $(INSTALLED)
+SELECTED =
+test-fast: SELECTED = -m 'not slow and not benchmark'
+test test-fast: $(INSTALLED)
 	@workers='$(WORKERS)'; \
 	if [ -z "$$workers" ]; then workers=`$(CORES)`; [ "$$workers" -le 8 ] || workers=8; fi; \
-	MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} $(BIN)/python -m pytest -n "$$workers" --dist worksteal $(ARGS)
+	MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1} $(BIN)/python -m pytest -n "$$workers" --dist worksteal $(SELECTED) $(ARGS)
 
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu $(ARGS)
