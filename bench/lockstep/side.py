@@ -13,7 +13,6 @@ it may be newer than the moment BEGAN, in seconds since 1970.
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Collection, Sequence
 from multiprocessing.connection import Connection
@@ -31,7 +30,7 @@ from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, packages_of
 from resblock_bench.bench.measure.memory_limit import limit_memory
 from resblock_bench.bench.measure.telemetry import open_probe
-from resblock_bench.bench.measure.timing import ClockError, warm_up
+from resblock_bench.bench.measure.timing import Sampler
 from resblock_bench.bench.measure.truth_file import read_truth
 
 from .orders import (
@@ -113,25 +112,14 @@ def _serve(socket: Connection, order: Open) -> None:
     workload = checked.workload
     trace = None if task.telemetry is None else Path(task.telemetry)
     probe = open_probe(device.kind, device.uuid, trace)
-
-    def sample_ms() -> float:
-        workload.reset()
-        sample = device.timer.sample_ms(workload.step)
-        if not sample > 0:
-            raise ClockError(f"the timer {device.timer.name} says that a step took {sample} ms")
-        return sample
-
+    sampler = Sampler(workload.step, device.timer, prepare=workload.reset)
     torch.manual_seed(task.seed)  # the masks of dropout
-    warm_up(sample_ms, task.rule, time.monotonic, None)
+    sampler.warm_up(task.rule)
     _answer(socket, Opened("ok", None))
     while True:
         match msgspec.json.decode(socket.recv_bytes(), type=Order):
             case Burst(seconds):
-                samples = [sample_ms()]
-                until = time.monotonic() + seconds - samples[0] / 1e3
-                while time.monotonic() < until:
-                    samples.append(sample_ms())
-                _answer(socket, Samples(samples))
+                _answer(socket, Samples(list(sampler.burst(seconds))))
             case Read():
                 _answer(socket, Counters(probe.source, probe.read()))
             case _:

@@ -11,10 +11,11 @@ is known well enough is asked at the end of a burst only, and not before BURSTS 
 that is looked at after every sample is narrow by luck sooner or later.
 """
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +88,84 @@ class Timing:
     bursts: list[int]
 
 
+class Sampler:
+    """Takes samples of a step: makes it ready, times it, and checks the clock.
+
+    step      what is timed; what it returns is freed after the sample
+    prepare   called before every step, outside the timed span
+    clock     monotonic seconds, for everything but the samples
+
+    Raises ClockError for a sample that is not above zero.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        timer: Timer,
+        *,
+        prepare: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._step, self._timer, self._prepare = step, timer, prepare
+        self.clock = clock
+
+    def sample_ms(self) -> float:
+        """One sample."""
+        self._prepare()
+        sample = self._timer.sample_ms(self._step)
+        if not sample > 0:
+            raise ClockError(
+                f"the timer {self._timer.name} says that a step took {sample} ms: its clock went "
+                "backwards or is too coarse for this step, so no time can be trusted"
+            )
+        return sample
+
+    def burst(self, seconds: float, least: int = 1) -> Iterator[float]:
+        """Samples for so many seconds, but at least so many samples."""
+        opened = self.clock()
+        for count in itertools.count(1):
+            yield self.sample_ms()
+            if count >= least and self.clock() - opened >= seconds:
+                return
+
+    def warm_up(
+        self, rule: Rule, clock_mhz: Callable[[], float | None] | None = None
+    ) -> tuple[int, float, bool]:
+        """Take samples until the speed is steady, as the rule has it.
+
+        clock_mhz   the device's clock, or None where it cannot be read; it has to be steady, too
+
+        Returns steps, seconds, and whether the last two windows agreed.
+        """
+        steps, steady = 0, False
+        window: list[float] = []
+        medians: list[float] = []
+        clocks: list[float] = []
+        started = opened = self.clock()
+        while True:
+            elapsed = self.clock() - started
+            least = steps >= rule.warmup_min_steps and elapsed >= rule.warmup_s
+            if least and (steady or elapsed >= rule.warmup_max_s):
+                return steps, elapsed, steady
+            window.append(self.sample_ms())
+            steps += 1
+            now = self.clock()
+            if now - opened >= rule.warmup_s / 2 and len(window) >= rule.warmup_min_steps / 2:
+                medians.append(statistics.median(window))
+                reading = clock_mhz() if clock_mhz is not None else None
+                if reading is not None:
+                    clocks.append(reading)
+                steady = _agree(medians, rule.steady)
+                steady = steady and (not clocks or _agree(clocks, rule.steady))
+                window, opened = [], now
+
+
+def _agree(values: list[float], tolerance: float) -> bool:
+    """Whether the last two of them exist and differ by at most this fraction."""
+    last = values[-2:]
+    return len(last) == 2 and max(last) - min(last) <= tolerance * max(last)
+
+
 def time_fn(
     step: Step,
     timer: Timer,
@@ -98,110 +177,54 @@ def time_fn(
     sleep: Callable[[float], object] = time.sleep,
     clock_mhz: Callable[[], float | None] | None = None,
 ) -> Timing:
-    """Sample `step` until the rule stops it.
+    """Sample `step` until the rule stops it; step, prepare, clock and what is raised as in Sampler.
 
-    step        what is timed; what it returns is freed after the sample
-    prepare     called before every step, outside the timed span
     warm        called once, between the warm-up and the first sample
-    clock       monotonic seconds, for the warm-up, the bursts and the time limit only
-    clock_mhz   the device's clock, or None where it cannot be read; the warm-up also waits for
-                it to be steady
-
-    Raises ClockError for a sample that is not above zero.
+    clock_mhz   as in Sampler.warm_up
     """
-
-    def sample_ms() -> float:
-        prepare()
-        sample = timer.sample_ms(step)
-        if not sample > 0:
-            raise ClockError(
-                f"the timer {timer.name} says that a step took {sample} ms: its clock went "
-                "backwards or is too coarse for this step, so no time can be trusted"
-            )
-        return sample
-
+    sampler = Sampler(step, timer, prepare=prepare, clock=clock)
     try:
-        warmup_steps, warmup_s, steady = warm_up(sample_ms, rule, clock, clock_mhz)
+        warmup_steps, warmup_s, steady = sampler.warm_up(rule, clock_mhz)
         warm()
-        samples, bursts, stop = _sample(sample_ms, rule, clock, sleep)
+        samples, bursts, stop = _series(sampler, rule, sleep)
         return Timing(samples, stop, warmup_steps, warmup_s, steady, bursts)
     finally:
         timer.close()
 
 
-def warm_up(
-    sample_ms: Callable[[], float],
-    rule: Rule,
-    clock: Callable[[], float],
-    clock_mhz: Callable[[], float | None] | None,
-) -> tuple[int, float, bool]:
-    """Take samples until the speed is steady, as the rule has it.
-
-    Returns steps, seconds, and whether the last two windows agreed.
-    """
-    steps, steady = 0, False
-    window: list[float] = []
-    medians: list[float] = []
-    clocks: list[float] = []
-    started = opened = clock()
-    while True:
-        elapsed = clock() - started
-        least = steps >= rule.warmup_min_steps and elapsed >= rule.warmup_s
-        if least and (steady or elapsed >= rule.warmup_max_s):
-            return steps, elapsed, steady
-        window.append(sample_ms())
-        steps += 1
-        now = clock()
-        if now - opened >= rule.warmup_s / 2 and len(window) >= rule.warmup_min_steps / 2:
-            medians.append(statistics.median(window))
-            reading = clock_mhz() if clock_mhz is not None else None
-            if reading is not None:
-                clocks.append(reading)
-            steady = _agree(medians, rule.steady) and (not clocks or _agree(clocks, rule.steady))
-            window, opened = [], now
-
-
-def _agree(values: list[float], tolerance: float) -> bool:
-    """Whether the last two of them exist and differ by at most this fraction."""
-    last = values[-2:]
-    return len(last) == 2 and max(last) - min(last) <= tolerance * max(last)
-
-
-def _sample(
-    sample_ms: Callable[[], float],
-    rule: Rule,
-    clock: Callable[[], float],
-    sleep: Callable[[float], object],
+def _series(
+    sampler: Sampler, rule: Rule, sleep: Callable[[float], object]
 ) -> tuple[list[float], list[int], StopRule]:
+    """All samples, the number of them in each burst, and what ended them."""
     samples: list[float] = []
     bursts: list[int] = []
     longest = max(rule.min_samples, math.ceil(rule.max_samples / BURSTS))
-    started = clock()
+    started = sampler.clock()
 
     def limit() -> StopRule | None:
         if len(samples) < rule.min_samples:
             return None
         if len(samples) >= rule.max_samples:
             return "samples"
-        return "time" if clock() - started >= rule.max_time_s else None
+        return "time" if sampler.clock() - started >= rule.max_time_s else None
 
-    while True:
+    stop: StopRule | None = None
+    while stop is None:
         # A step that fills a burst alone is neither helped by a gap nor worth doing twice.
         if bursts and bursts[-1] > 1:
             sleep(rule.gap_s)
-            sample_ms()  # what the gap has let go idle is not part of a sample
-        opened, before, stop = clock(), len(samples), None
-        while stop is None and len(samples) - before < longest:
-            samples.append(sample_ms())
+            sampler.sample_ms()  # what the gap has let go idle is not part of a sample
+        before = len(samples)
+        for sample in itertools.islice(sampler.burst(rule.burst_s), longest):
+            samples.append(sample)
             stop = limit()
-            if clock() - opened >= rule.burst_s:
+            if stop is not None:
                 break
         bursts.append(len(samples) - before)
         enough = len(bursts) >= BURSTS and len(samples) >= rule.min_samples
         if enough and stats.relative_half_width(samples, rule.confidence) <= rule.rel_half_width:
             stop = "precision"
-        if stop is not None:
-            return samples, bursts, stop
+    return samples, bursts, stop
 
 
 class CpuTimer:

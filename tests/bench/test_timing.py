@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from resblock_bench.bench.measure.stats import relative_half_width
-from resblock_bench.bench.measure.timing import BURSTS, ClockError, CpuTimer, Rule, Timing, time_fn
+from resblock_bench.bench.measure.timing import (
+    BURSTS,
+    ClockError,
+    CpuTimer,
+    Rule,
+    Sampler,
+    Timing,
+    time_fn,
+)
 
 
 class ScriptedTimer:
@@ -95,6 +103,15 @@ def test_a_step_longer_than_a_burst_has_no_gaps() -> None:
 def test_the_samples_of_a_quick_step_are_spread_over_the_bursts() -> None:
     timing, _ = timed(cycle([0.001, 0.002]), max_samples=800)
     assert timing.bursts == [100] * BURSTS
+
+
+@pytest.mark.parametrize(("seconds", "least", "taken"), [(0.05, 1, 3), (0.0, 1, 1), (0.05, 5, 5)])
+def test_a_burst_lasts_so_long_and_has_at_least_so_many_samples(
+    seconds: float, least: int, taken: int
+) -> None:
+    timer = ScriptedTimer(count(20.0))  # 20, 21, 22 … ms
+    sampler = Sampler(lambda: None, timer, clock=lambda: timer.now_s)
+    assert list(sampler.burst(seconds, least)) == [20.0 + n for n in range(taken)]
 
 
 def test_warm_up_lasts_as_long_as_asked_and_is_not_sampled() -> None:
