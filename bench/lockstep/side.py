@@ -28,10 +28,8 @@ from resblock_bench.bench.measure.cell import Checked, Task, checked_workload, r
 from resblock_bench.bench.measure.devices import Device, open_device
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, packages_of
-from resblock_bench.bench.measure.memory_limit import limit_memory
 from resblock_bench.bench.measure.telemetry import open_probe
 from resblock_bench.bench.measure.timing import Sampler
-from resblock_bench.bench.measure.truth_file import read_truth
 
 from .orders import (
     ADDR_NO_RANDOMIZE,
@@ -106,8 +104,8 @@ def _serve(socket: Connection, order: Open) -> None:
     except Exception as error:
         _answer(socket, Opened(status_of(error), reason_of(error)))
         return
-    if checked.wrong is not None:
-        _answer(socket, Opened("wrong", checked.wrong))
+    if checked.verdict.status != "ok":
+        _answer(socket, Opened(checked.verdict.status, checked.verdict.reason))
         return
     workload = checked.workload
     trace = None if task.telemetry is None else Path(task.telemetry)
@@ -132,9 +130,7 @@ def _prepared(task: Task, truth: Path, device: Device) -> Checked:
     reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
     if reason is not None:
         raise RuntimeError(reason)
-    if task.memory_limit_bytes is not None:
-        limit_memory(task.memory_limit_bytes)
-    checked = checked_workload(task, read_truth(truth), device)
+    checked = checked_workload(task, truth, device)
     began, root, *folders = sys.argv[3:]
     if folders:
         _refuse_strays(packages_of(task.cell.impl), before, root, folders)

@@ -16,12 +16,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from msgspec import Struct
+from msgspec.structs import asdict
 
-from resblock_bench.bench.records import StopRule
+from resblock_bench.bench.records import Rule, StopRule
 
 from . import stats
 
@@ -45,47 +46,35 @@ class Timer(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Rule:
-    """When to stop: warm-up, wanted precision of the median, and the limits.
-
-    warmup_s, warmup_min_steps   the least warm-up
-    steady, warmup_max_s         it goes on until two successive windows of half of that least
-                                 warm-up differ by at most this fraction, or until it took so long
-    burst_s, gap_s               a burst ends after burst_s; sleep before the next one
-    confidence, rel_half_width   stop once the median's interval is so narrow
-    min_samples                  taken whatever the limits below say; no burst is cut shorter for
-                                 max_samples, which else spreads over BURSTS bursts
-    max_time_s                   of sampling with its preparations and gaps, without the warm-up
-    """
-
-    warmup_s: float = 0.1
-    warmup_max_s: float = 1.0
-    warmup_min_steps: int = 2
-    steady: float = 0.02
-    burst_s: float = 0.2
-    gap_s: float = 0.05
-    confidence: float = 0.95
-    rel_half_width: float = 0.02
-    min_samples: int = 8
-    max_samples: int = 1000
-    max_time_s: float = 3.0
+DEFAULT_RULE = Rule(
+    warmup_s=0.1,
+    warmup_max_s=1.0,
+    warmup_min_steps=2,
+    steady=0.02,
+    burst_s=0.2,
+    gap_s=0.05,
+    confidence=0.95,
+    rel_half_width=0.02,
+    min_samples=8,
+    max_samples=1000,
+    max_time_s=3.0,
+)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The raw samples of one cell in order, which rule ended them, and the warm-up before.
+class WarmUp(Struct, frozen=True, kw_only=True):
+    """What came before the samples; `warmup_steady`: it ended because the speed was steady."""
 
-    `bursts` is the number of samples of each burst; `warmup_steady` whether the warm-up ended
-    because the speed was steady.
-    """
-
-    samples_ms: list[float]
-    stop_rule: StopRule
     warmup_steps: int
     warmup_s: float
     warmup_steady: bool
+
+
+class Timing(WarmUp, frozen=True, kw_only=True):
+    """The raw samples of one cell in order, how many each burst has, and which rule ended them."""
+
+    samples_ms: list[float]
     bursts: list[int]
+    stop_rule: StopRule
 
 
 class Sampler:
@@ -128,14 +117,10 @@ class Sampler:
             if count >= least and self.clock() - opened >= seconds:
                 return
 
-    def warm_up(
-        self, rule: Rule, clock_mhz: Callable[[], float | None] | None = None
-    ) -> tuple[int, float, bool]:
+    def warm_up(self, rule: Rule, clock_mhz: Callable[[], float | None] | None = None) -> WarmUp:
         """Take samples until the speed is steady, as the rule has it.
 
         clock_mhz   the device's clock, or None where it cannot be read; it has to be steady, too
-
-        Returns steps, seconds, and whether the last two windows agreed.
         """
         steps, steady = 0, False
         window: list[float] = []
@@ -146,7 +131,7 @@ class Sampler:
             elapsed = self.clock() - started
             least = steps >= rule.warmup_min_steps and elapsed >= rule.warmup_s
             if least and (steady or elapsed >= rule.warmup_max_s):
-                return steps, elapsed, steady
+                return WarmUp(warmup_steps=steps, warmup_s=elapsed, warmup_steady=steady)
             window.append(self.sample_ms())
             steps += 1
             now = self.clock()
@@ -184,10 +169,10 @@ def time_fn(
     """
     sampler = Sampler(step, timer, prepare=prepare, clock=clock)
     try:
-        warmup_steps, warmup_s, steady = sampler.warm_up(rule, clock_mhz)
+        warmup = sampler.warm_up(rule, clock_mhz)
         warm()
         samples, bursts, stop = _series(sampler, rule, sleep)
-        return Timing(samples, stop, warmup_steps, warmup_s, steady, bursts)
+        return Timing(**asdict(warmup), samples_ms=samples, bursts=bursts, stop_rule=stop)
     finally:
         timer.close()
 

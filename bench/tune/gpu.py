@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+from msgspec.structs import replace
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.measure.timing import CudaTimer, Rule, time_fn
+from resblock_bench.bench.measure.timing import DEFAULT_RULE, CudaTimer, time_fn
 from resblock_bench.bench.units import format_duration
 from resblock_bench.kernels import dispatch
 from resblock_bench.kernels.tiers import (
@@ -22,7 +23,8 @@ from resblock_bench.kernels.tiers import (
 from .cases import Case, Tensors, launched
 
 # Within a bucket most of the time goes to compiling, 0.2 to 0.7 s a kernel.
-TIMING = Rule(
+TIMING = replace(
+    DEFAULT_RULE,
     warmup_s=0.01,
     warmup_max_s=0.1,
     warmup_min_steps=3,

@@ -3,13 +3,14 @@ from itertools import chain, count, cycle
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from resblock_bench.bench.measure.stats import relative_half_width
 from resblock_bench.bench.measure.timing import (
     BURSTS,
+    DEFAULT_RULE,
     ClockError,
     CpuTimer,
-    Rule,
     Sampler,
     Timing,
     time_fn,
@@ -42,7 +43,7 @@ def timed(samples: Iterator[float], **rule: float) -> tuple[Timing, ScriptedTime
     """One series on a clock that only steps and gaps advance; no warm-up unless asked for."""
     timer = ScriptedTimer(samples)
     none = {"warmup_s": 0.0, "warmup_max_s": 0.0, "warmup_min_steps": 0, "gap_s": 0.01}
-    chosen = Rule(**{**none, **rule})  # type: ignore[arg-type]
+    chosen = replace(DEFAULT_RULE, **{**none, **rule})
 
     def sleep(seconds: float) -> None:
         timer.now_s += seconds
@@ -150,7 +151,7 @@ def test_warm_up_waits_for_the_device_s_clock(readings: list[float | None], stea
     timing = time_fn(
         lambda: None,
         timer,
-        Rule(warmup_s=0.1, warmup_max_s=0.5),
+        replace(DEFAULT_RULE, warmup_s=0.1, warmup_max_s=0.5),
         clock=lambda: timer.now_s,
         sleep=lambda seconds: None,
         clock_mhz=lambda: next(clock_mhz),
@@ -185,7 +186,14 @@ def test_prepare_runs_before_every_step_and_outside_the_timed_span() -> None:
     time_fn(
         lambda: events.append("step"),
         Timer(cycle([1.0])),
-        Rule(warmup_s=0, warmup_max_s=0, warmup_min_steps=1, min_samples=6, max_samples=6),
+        replace(
+            DEFAULT_RULE,
+            warmup_s=0,
+            warmup_max_s=0,
+            warmup_min_steps=1,
+            min_samples=6,
+            max_samples=6,
+        ),
         prepare=lambda: events.append("prepare"),
     )
     assert events == ["prepare", "start", "step", "end"] * 7
@@ -194,7 +202,7 @@ def test_prepare_runs_before_every_step_and_outside_the_timed_span() -> None:
 def test_the_timer_is_closed_also_when_the_step_fails() -> None:
     timer = ScriptedTimer(cycle([1.0]))
     with pytest.raises(ZeroDivisionError):
-        time_fn(lambda: 1 // 0, timer, Rule())
+        time_fn(lambda: 1 // 0, timer, DEFAULT_RULE)
     assert timer.closed
     assert timed(cycle([1.0]))[1].closed
 
