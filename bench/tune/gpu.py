@@ -12,6 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.measure.operator import Tensors
 from resblock_bench.bench.measure.timing import DEFAULT_RULE, CudaTimer, time_fn
 from resblock_bench.bench.units import format_duration
 from resblock_bench.kernels import dispatch
@@ -20,7 +21,7 @@ from resblock_bench.kernels.tiers import (
     Machine,
 )
 
-from .cases import Case, Tensors, launched
+from .cases import Case, launched
 
 # Within a bucket most of the time goes to compiling, 0.2 to 0.7 s a kernel.
 TIMING = replace(
