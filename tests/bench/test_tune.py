@@ -244,6 +244,7 @@ def test_a_bucket_weighs_what_all_its_calls_move() -> None:
         ({"updown": "up"}, (48, 256)),
         ({"updown": "down"}, (48, 16)),
         ({"dims": 3}, (48, 512)),
+        ({"dims": 3, "updown": "up"}, (48, 2048)),  # never resampled is the outermost size
     ],
     ids=str,
 )
