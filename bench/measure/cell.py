@@ -18,6 +18,7 @@ import torch
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from resblock_bench.bench.errors import first_line
 from resblock_bench.bench.machine.process import Announce
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
@@ -347,7 +348,6 @@ def status_of(error: Exception) -> Status:
 
 def reason_of(error: Exception) -> str:
     """Class, first line, and the innermost line of code, which is where a reader starts."""
-    first_line = (str(error).strip().splitlines() or ["no message"])[0]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
-    return f"{type(error).__name__}: {first_line}{place}"
+    return f"{first_line(error)}{place}"

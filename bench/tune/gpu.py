@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from msgspec.structs import replace
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import UsageError, first_line
 from resblock_bench.bench.measure.operator import Tensors
 from resblock_bench.bench.measure.timing import DEFAULT_RULE, CudaTimer, time_fn
 from resblock_bench.bench.units import format_duration
@@ -150,8 +150,3 @@ def open_gpu() -> GpuBench:
     if dispatch.interpreting():
         raise UsageError("TRITON_INTERPRET=1 is set, and tune measures compiled kernels: unset it")
     return GpuBench(torch.device("cuda", torch.cuda.current_device()))
-
-
-def first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {line}"
