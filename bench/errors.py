@@ -16,6 +16,12 @@ class InvalidError(Exception):
     """What cannot be relied on: missing, damaged, or of another machine; exit code 3."""
 
 
+def first_line(error: BaseException) -> str:
+    """The class of an error, and the first line of what it says."""
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {line}"
+
+
 def unknown(kind: str, received: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name outside a closed list, with the closest match if one is near."""
     names = list(allowed)

@@ -58,12 +58,19 @@ class Cell(Record, frozen=True, kw_only=True):
     checkpoint: Checkpoint
 
 
-class Contract(Record, frozen=True, kw_only=True):
-    """How a cell is timed. Rows with different contracts are not comparable."""
+class Rule(Record, frozen=True, kw_only=True):
+    """When to stop: warm-up, wanted precision of the median, and the limits.
 
-    device: str
-    timer: str
-    threads: Positive
+    warmup_s, warmup_min_steps   the least warm-up
+    steady, warmup_max_s         it goes on until two successive windows of half of that least
+                                 warm-up differ by at most this fraction, or until it took so long
+    burst_s, gap_s               a burst ends after burst_s; sleep before the next one
+    confidence, rel_half_width   stop once the median's interval is so narrow
+    min_samples                  taken whatever the limits below say; no burst is cut shorter for
+                                 max_samples, which else spreads over several bursts
+    max_time_s                   of sampling with its preparations and gaps, without the warm-up
+    """
+
     warmup_s: NonNegative
     warmup_max_s: NonNegative
     warmup_min_steps: Count
@@ -75,6 +82,14 @@ class Contract(Record, frozen=True, kw_only=True):
     min_samples: Positive
     max_samples: Positive
     max_time_s: Annotated[float, Meta(gt=0)]
+
+
+class Contract(Rule, frozen=True, kw_only=True):
+    """How a cell is timed, by which rule. Rows with different contracts are not comparable."""
+
+    device: str
+    timer: str
+    threads: Positive
     l2: str
     backend: str
     seed: int
@@ -246,7 +261,10 @@ class Row(Record, frozen=True, kw_only=True):
 
 def cell_id(cell: Cell, contract: Contract, code: str) -> str:
     """The content address of a cell: 16 hexadecimal digits over schema, axes, contract and code."""
-    content = msgspec.json.encode([SCHEMA_VERSION, cell, contract, code], order="deterministic")
+    # The fields of the contract have one order in all addresses, wherever the struct has them.
+    names = dict.fromkeys(("device", "timer", "threads", *contract.__struct_fields__))
+    fields = {name: getattr(contract, name) for name in names}
+    content = msgspec.json.encode([SCHEMA_VERSION, cell, fields, code])
     return hashlib.sha256(content).hexdigest()[:16]
 
 

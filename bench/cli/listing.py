@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from resblock_bench.bench.errors import first_line
 from resblock_bench.bench.grid.axes import axes, models
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.presets import presets
@@ -79,8 +80,7 @@ def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
             memory = predict_memory(item.cell)
         except Exception as error:  # an implementation's; the list is of use without it
             memory = None
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            unpredicted[item.cell.impl, first_line] += 1
+            unpredicted[item.cell.impl, first_line(error)] += 1
         numbers = ["–", "–", "–"]
         if memory is not None:
             largest = max(largest, memory.peak_bytes)

@@ -105,7 +105,7 @@ def run(
     Writes a run folder (cells.jsonl, environment.json, figures), prints a table. Ctrl-C keeps
     what was measured and exits with 3.
     """
-    import dataclasses
+    from msgspec.structs import replace
 
     from resblock_bench.bench.grid.grid import plan
     from resblock_bench.bench.grid.plan import Plan
@@ -128,9 +128,9 @@ def run(
         sweep = choose(axis or [], preset, config, kind or default_kind())
         rule = sweep.settings.rule()
         if max_time is not None:
-            rule = dataclasses.replace(rule, max_time_s=parse_duration_s(max_time))
+            rule = replace(rule, max_time_s=parse_duration_s(max_time))
         if samples is not None:
-            rule = dataclasses.replace(rule, min_samples=samples, max_samples=samples)
+            rule = replace(rule, min_samples=samples, max_samples=samples)
         asked = Plan(
             device=kind or sweep.device or default_kind(),
             rule=rule,

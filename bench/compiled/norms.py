@@ -8,14 +8,16 @@ must not have it. Both take the launch that the kernels' own rules choose for a 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor
 
-from resblock_bench.bench.measure.workload import DTYPES
-from resblock_bench.bench.records import DType, Layout, Record
+from resblock_bench.bench.grid.grid import GROUPS
+from resblock_bench.bench.measure.workload import DTYPES, norm_shapes
+from resblock_bench.bench.records import Cell, DType, Layout, Record
 from resblock_bench.kernels import launch as launches
 from resblock_bench.kernels.spec import Modulation, Spec
 from resblock_bench.kernels.tiers import (
@@ -71,6 +73,33 @@ class Norm(Record, frozen=True, kw_only=True):
         size = DTYPES[self.dtype].itemsize
         nhwc = self.layout == "nhwc"
         return Problem(self.batch, self.channels, self.positions, self.groups, nhwc, size)
+
+
+def norms_of_block(
+    cell: Cell, groups: Callable[[int], int] = lambda channels: GROUPS
+) -> tuple[Norm, Norm]:
+    """Both as the fused block runs them on a GPU: conv1's bias is in the add before the second.
+
+    groups: of a norm over so many channels
+    """
+
+    def norm(shape: tuple[int, int], **how: Any) -> Norm:
+        channels, positions = shape
+        return Norm(
+            batch=cell.batch,
+            channels=channels,
+            positions=positions,
+            groups=groups(channels),
+            dtype=cell.dtype,
+            layout=cell.layout,
+            **how,
+        )
+
+    first, second = norm_shapes(cell)
+    return (
+        norm(first, modulation="none", bias_folded=False, dropout=0.0),
+        norm(second, modulation=cell.conditioning, bias_folded=True, dropout=cell.dropout),
+    )
 
 
 class Traffic(Record, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ processes of its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.grid.grid import GROUPS, plan
+from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.machine import environment, workers
 from resblock_bench.bench.machine.workers import Answer, Job
 from resblock_bench.bench.progress import counted
@@ -24,7 +24,6 @@ from resblock_bench.bench.records import site_of
 if TYPE_CHECKING:
     from resblock_bench.bench.compiled.norms import Direction, KernelCode, Norm, Traffic
     from resblock_bench.bench.grid.axes import Selection
-    from resblock_bench.bench.records import Cell
     from resblock_bench.kernels.tiers import Launch, Tier
 
     from .predictions import Predicted
@@ -49,6 +48,7 @@ def norms_of(selection: Selection) -> list[Norm]:
 
 def weights_of(selection: Selection) -> dict[Norm, int]:
     """Both norms of every selected block, each once, in order, with C·HW × how often it occurs."""
+    from resblock_bench.bench.compiled.norms import norms_of_block
     from resblock_bench.bench.measure.workload import unsupported
 
     planned = plan([selection])
@@ -58,38 +58,9 @@ def weights_of(selection: Selection) -> dict[Norm, int]:
     sites = {site_of(item.cell): item.multiplicity for item in planned}
     weights: dict[Norm, int] = {}
     for cell, count in sites.items():
-        for norm in norms_of_cell(cell):
+        for norm in norms_of_block(cell):
             weights[norm] = weights.get(norm, 0) + norm.channels * norm.positions * count
     return weights
-
-
-def norms_of_cell(cell: Cell) -> Iterator[Norm]:
-    """As the fused block runs them on a GPU: conv1's bias is in the add before the second norm."""
-    from resblock_bench.bench.compiled.norms import Norm
-
-    factor = {"up": 2, "down": 0.5, "none": 1}[cell.updown]
-    common: dict[str, Any] = {
-        "batch": cell.batch,
-        "groups": GROUPS,
-        "dtype": cell.dtype,
-        "layout": cell.layout,
-    }
-    yield Norm(
-        channels=cell.channels,
-        positions=cell.resolution**cell.dims,
-        modulation="none",
-        bias_folded=False,
-        dropout=0.0,
-        **common,
-    )
-    yield Norm(
-        channels=cell.out_channels,
-        positions=int(cell.resolution * factor) ** cell.dims,
-        modulation=cell.conditioning,
-        bias_folded=True,
-        dropout=cell.dropout,
-        **common,
-    )
 
 
 class Call(NamedTuple):

@@ -15,12 +15,12 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from resblock_bench.bench.compiled.norms import Direction, Norm
+from resblock_bench.bench.compiled.norms import Direction, Norm, norms_of_block
 from resblock_bench.bench.records import Ceilings, Cell, Row, site_name, variant_name
 from resblock_bench.bench.runs.table import by_site
 from resblock_bench.kernels.tiers import Launch
 
-from .costs import Cost, norms_of_cell, survey
+from .costs import Cost, survey
 from .gpu_figures import GpuFigures, architecture, gpu_that_copies
 from .predictions import Predicted, predict
 
@@ -78,7 +78,7 @@ def beside(rows: Sequence[Row], predictions: Predictions) -> list[Beside]:
     for members in by_site(rows).values():
         for row in predicted_cells(members):
             assert row.median_ms is not None
-            norms = list(norms_of_cell(row.axes))
+            norms = norms_of_block(row.axes)
             own = sum(predictions[n, d].us for n in norms for d in fused_directions(row.axes))
             eager = sum(
                 predictions[n, d].eager_us for n in norms for d in reference_directions(row.axes)
@@ -152,7 +152,7 @@ def show(rows: Sequence[Row], ceilings: Ceilings | None, console: Console, width
         return
     arch = architecture(chosen[0].device_name)
     assert arch is not None
-    norms = list(dict.fromkeys(norm for row in chosen for norm in norms_of_cell(row.axes)))
+    norms = list(dict.fromkeys(norm for row in chosen for norm in norms_of_block(row.axes)))
     costs, _ = survey(norms, [arch], None, console, rewrite=True)
     found = beside(
         rows,

@@ -7,8 +7,7 @@ from msgspec.structs import replace
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind
-from resblock_bench.bench.measure.timing import Rule
-from resblock_bench.bench.records import SCHEMA_VERSION, Count, Environment, Positive, Record
+from resblock_bench.bench.records import SCHEMA_VERSION, Count, Environment, Positive, Record, Rule
 
 from .grid import PlannedCell
 

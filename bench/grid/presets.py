@@ -25,7 +25,8 @@ from msgspec import Meta, Struct
 
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.measure.devices import Kind
-from resblock_bench.bench.measure.timing import Rule
+from resblock_bench.bench.measure.timing import DEFAULT_RULE
+from resblock_bench.bench.records import Rule
 from resblock_bench.bench.units import parse_duration_s
 
 from .axes import Selection, parse_arguments, parse_values
@@ -39,7 +40,7 @@ PRESETS_FILE = Path(__file__).with_name("presets.toml")
 
 
 class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """How cells are timed; None keeps the default of timing.Rule."""
+    """How cells are timed; None keeps what timing.DEFAULT_RULE has."""
 
     warmup: str | None = None
     warmup_max: str | None = None
@@ -59,7 +60,7 @@ class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
             "rel_half_width": self.rel_half_width,
         }
         given = {name: value for name, value in changes.items() if value is not None}
-        rule = dataclasses.replace(Rule(), **given)
+        rule = msgspec.structs.replace(DEFAULT_RULE, **given)
         if rule.min_samples > rule.max_samples:
             raise UsageError(
                 f"min_samples={rule.min_samples} is above max_samples={rule.max_samples}: "

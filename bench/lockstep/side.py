@@ -13,7 +13,6 @@ it may be newer than the moment BEGAN, in seconds since 1970.
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Collection, Sequence
 from multiprocessing.connection import Connection
@@ -29,10 +28,8 @@ from resblock_bench.bench.measure.cell import Checked, Task, checked_workload, r
 from resblock_bench.bench.measure.devices import Device, open_device
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, packages_of
-from resblock_bench.bench.measure.memory_limit import limit_memory
 from resblock_bench.bench.measure.telemetry import open_probe
-from resblock_bench.bench.measure.timing import ClockError, warm_up
-from resblock_bench.bench.measure.truth_file import read_truth
+from resblock_bench.bench.measure.timing import Sampler
 
 from .orders import (
     ADDR_NO_RANDOMIZE,
@@ -107,30 +104,19 @@ def _serve(socket: Connection, order: Open) -> None:
     except Exception as error:
         _answer(socket, Opened(status_of(error), reason_of(error)))
         return
-    if checked.wrong is not None:
-        _answer(socket, Opened("wrong", checked.wrong))
+    if checked.verdict.status != "ok":
+        _answer(socket, Opened(checked.verdict.status, checked.verdict.reason))
         return
     workload = checked.workload
     probe = open_probe(device.kind, device.uuid)
-
-    def sample_ms() -> float:
-        workload.reset()
-        sample = device.timer.sample_ms(workload.step)
-        if not sample > 0:
-            raise ClockError(f"the timer {device.timer.name} says that a step took {sample} ms")
-        return sample
-
+    sampler = Sampler(workload.step, device.timer, prepare=workload.reset)
     torch.manual_seed(task.seed)  # the masks of dropout
-    warm_up(sample_ms, task.rule, time.monotonic, None)
+    sampler.warm_up(task.rule)
     _answer(socket, Opened("ok", None))
     while True:
         match msgspec.json.decode(socket.recv_bytes(), type=Order):
             case Burst(seconds):
-                samples = [sample_ms()]
-                until = time.monotonic() + seconds - samples[0] / 1e3
-                while time.monotonic() < until:
-                    samples.append(sample_ms())
-                _answer(socket, Samples(samples))
+                _answer(socket, Samples(list(sampler.burst(seconds))))
             case Read():
                 _answer(socket, Counters(probe.source, probe.read()))
             case _:
@@ -143,9 +129,7 @@ def _prepared(task: Task, truth: Path, device: Device) -> Checked:
     reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
     if reason is not None:
         raise RuntimeError(reason)
-    if task.memory_limit_bytes is not None:
-        limit_memory(task.memory_limit_bytes)
-    checked = checked_workload(task, read_truth(truth), device)
+    checked = checked_workload(task, truth, device)
     began, root, *folders = sys.argv[3:]
     if folders:
         _refuse_strays(packages_of(task.cell.impl), before, root, folders)

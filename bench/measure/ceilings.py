@@ -11,7 +11,6 @@ sample of a small size holds many copies, of which only the first finds its byte
 """
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from resblock_bench.bench.records import Ceilings
 
 from .devices import Device
+from .timing import Sampler
 from .workload import DTYPES
 
 COPY_BYTES = {"cpu": (64 * 2**20, 512 * 2**20), "cuda": (256 * 2**20, 1024 * 2**20)}
@@ -96,8 +96,5 @@ def _flops_per_s(device: Device, name: str) -> float:
 
 def _best_per_s(device: Device, step: Callable[[], object], amount: int) -> float:
     step()  # untimed: touches the memory, loads the library
-    started = time.monotonic()
-    samples: list[float] = []
-    while len(samples) < SAMPLES or time.monotonic() - started < SAMPLING_S:
-        samples.append(device.timer.sample_ms(step))
+    samples = Sampler(step, device.timer).burst(SAMPLING_S, least=SAMPLES)
     return amount / min(samples) * 1e3

@@ -10,12 +10,15 @@ import platform
 import statistics
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from msgspec.structs import replace
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
+from resblock_bench.bench.errors import first_line
 from resblock_bench.bench.machine.process import Announce
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
@@ -25,16 +28,19 @@ from resblock_bench.bench.records import (
     Correctness,
     Count,
     Environment,
+    Floor,
+    Memory,
     Positive,
     Record,
     Row,
+    Rule,
     Status,
     cell_id,
 )
 
 from . import stats
 from .conditions import conditions
-from .correctness import Truth, check, checked_cell
+from .correctness import check, checked_cell
 from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
 from .fingerprint import code_fingerprint
@@ -45,7 +51,7 @@ from .memory_limit import limit_memory
 from .out_of_memory import is_out_of_memory
 from .snapshot import recording
 from .telemetry import Reading, open_probe
-from .timing import Rule, Timing, time_fn
+from .timing import Timing, time_fn
 from .truth_file import read_truth
 from .workload import INPUTS, PRECISION, STEPS, Workload, draw_inputs, draw_weights
 
@@ -72,22 +78,12 @@ class Task(Record, frozen=True, kw_only=True):
 
 def contract_of(task: Task) -> Contract:
     """The conditions under which a task's cell is timed."""
-    rule, tools = task.rule, TOOLS[task.device]
+    tools = TOOLS[task.device]
     return Contract(
+        **asdict(task.rule),
         device=task.device,
         timer=tools.timer.name,
         threads=task.environment.threads,
-        warmup_s=rule.warmup_s,
-        warmup_max_s=rule.warmup_max_s,
-        warmup_min_steps=rule.warmup_min_steps,
-        steady=rule.steady,
-        burst_s=rule.burst_s,
-        gap_s=rule.gap_s,
-        confidence=rule.confidence,
-        rel_half_width=rule.rel_half_width,
-        min_samples=rule.min_samples,
-        max_samples=rule.max_samples,
-        max_time_s=rule.max_time_s,
         l2=tools.timer.l2,
         backend=tools.backend,
         seed=task.seed,
@@ -142,19 +138,15 @@ def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) ->
     """
     started = time.monotonic()
     row = row_of(task, "failed")
-    found: dict[str, Any] = {}
     try:
-        reason = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
-        if reason is not None:
-            found |= {"status": "skipped", "reason": reason}
-        else:
-            _measure(task, truth, announce, found)
+        for found in _steps(task, truth, announce):
+            row = replace(row, **asdict(found))
     except Exception as error:
-        found |= {"status": status_of(error), "reason": reason_of(error)}
+        row = replace(row, status=status_of(error), reason=reason_of(error))
     snapshot = _snapshot_file(task)
     if snapshot is not None and snapshot.exists():
-        found["snapshot"] = f"{SNAPSHOTS}/{snapshot.name}"
-    return replace(row, **found, wall_s=time.monotonic() - started)
+        row = replace(row, snapshot=f"{SNAPSHOTS}/{snapshot.name}")
+    return replace(row, wall_s=time.monotonic() - started)
 
 
 def _snapshot_file(task: Task) -> Path | None:
@@ -164,58 +156,105 @@ def _snapshot_file(task: Task) -> Path | None:
     return Path(task.folder) / SNAPSHOTS / f"{id_of(task)}-{task.attempt}.pickle"
 
 
-def _measure(task: Task, truth_file: Path, announce: Announce, found: dict[str, Any]) -> None:
-    """Put into `found` what there is to find, step by step."""
+def _steps(task: Task, truth: Path, announce: Announce) -> Iterator[Struct]:
+    """Measure step by step: what each finds are fields of the row, and the last status stands."""
+    unusable = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
+    if unusable is not None:
+        yield Verdict("skipped", unusable)
+        return
     device = open_device(task.device, task.environment.threads)
-    found |= {"device_name": device.name, "device_uuid": device.uuid}
+    yield Opened(device.name, device.uuid)
     announce("check")
-    truth = read_truth(truth_file)
-    if task.memory_limit_bytes is not None:
-        limit_memory(task.memory_limit_bytes)
     with recording(device.torch_device, _snapshot_file(task)):
         checked = checked_workload(task, truth, device, device.meter)
-        found["correctness"] = checked.correctness
-        # An allocator cannot tell it from what the measured step allocates.
-        del truth
-        gc.collect()
-        if checked.wrong is not None:
-            found |= {"status": "wrong", "reason": checked.wrong}
+        yield checked.verdict
+        if checked.verdict.status == "wrong":
             return
-        workload = checked.workload
         announce("memory")
-        found["memory_note"] = device.meter.unusable(task.cell.impl)
-        if found["memory_note"] is None:
-            found["memory"] = device.meter.measure(workload, checked.cold_peak_bytes)
+        yield _needed(task, checked, device)
     announce("timing")
-    timing, found["conditions"] = _timed(task, workload, device)
-    found |= {"status": "ok", "reason": None}
-    _add_timing(timing, task, found)
+    timed = _timed(task, checked.workload, device)
+    yield timed
+    yield _judged(task, timed)
     if device.kind == "cuda":
         # Last, since a graph's memory pool stays.
-        found |= _graph_fields(task, workload, device)
+        yield _replayed(task, checked.workload, device)
+
+
+class Verdict(Struct, frozen=True):
+    """What a cell came to."""
+
+    status: Status
+    reason: str | None
+
+
+class Compared(Verdict, frozen=True):
+    """Of the check, "ok" or "wrong"."""
+
+    correctness: Correctness
+
+
+class Judged(Verdict, frozen=True):
+    """Of the timing, "ok" or "impossible" by the machine's ceilings."""
+
+    floor: Floor | None
+
+
+class Opened(Struct, frozen=True):
+    """The device that measures."""
+
+    device_name: str
+    device_uuid: str | None
+
+
+class Needed(Struct, frozen=True):
+    """The memory that a step needs, or why it cannot be measured."""
+
+    memory: Memory | None
+    memory_note: str | None
+
+
+class Timed(Timing, frozen=True, kw_only=True):
+    """The samples, what follows from them, and what the machine went through meanwhile."""
+
+    median_ms: float
+    ci_low_ms: float | None
+    ci_high_ms: float | None
+    outliers: int
+    throughput_images_per_s: float
+    conditions: Conditions
+
+
+class Replayed(Struct, frozen=True, kw_only=True):
+    """The same step replayed by a CUDA graph, or why it was not."""
+
+    graph_samples_ms: list[float] | None = None
+    graph_median_ms: float | None = None
+    graph_note: str | None = None
 
 
 class Checked(NamedTuple):
     """A cell made runnable and held against its truth.
 
-    `cold_peak_bytes` is the peak of its first step, None where it cannot be measured; `wrong` says
-    which error is above its limit, None where none is.
+    `cold_peak_bytes` is the peak of its first step, None where it cannot be measured.
     """
 
     workload: Workload
-    correctness: Correctness
+    verdict: Compared
     cold_peak_bytes: int | None
-    wrong: str | None
 
 
 def checked_workload(
-    task: Task, truth: Truth, device: Device, meter: MemoryMeter | None = None
+    task: Task, truth_file: Path, device: Device, meter: MemoryMeter | None = None
 ) -> Checked:
-    """Make a task's cell runnable, make its first step, and check the results.
+    """Limit the memory, make a task's cell runnable, make its first step, and check the results.
 
     meter   measures the peak of the first step; None leaves it out
     """
     cell, seed = task.cell, task.seed
+    truth = read_truth(truth_file)
+    if task.memory_limit_bytes is not None:
+        limit_memory(task.memory_limit_bytes)
     weights = draw_weights(cell, seed)
     inputs = draw_inputs(cell, device.torch_device, seed)
     workload = Workload(cell, weights, inputs, device.torch_device)
@@ -227,16 +266,25 @@ def checked_workload(
     if cell.dropout:
         results = Workload(checked_cell(cell), weights, inputs, device.torch_device).results()
     right, correctness = check(results, truth)
-    wrong = None
+    verdict = Compared("ok", None, correctness)
     if not right:
         worst = correctness.worst
         error, limit = correctness.errors[worst], correctness.limits[worst]
-        wrong = f"{worst}: relative error {error} is above its limit {limit}"
-    return Checked(workload, correctness, cold_peak_bytes, wrong)
+        reason = f"{worst}: relative error {error} is above its limit {limit}"
+        verdict = Compared("wrong", reason, correctness)
+    return Checked(workload, verdict, cold_peak_bytes)
 
 
-def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Conditions]:
-    """The samples, and what the machine went through while they were taken."""
+def _needed(task: Task, checked: Checked, device: Device) -> Needed:
+    # An allocator cannot tell what is left of the check from what the measured step allocates.
+    gc.collect()
+    note = device.meter.unusable(task.cell.impl)
+    if note is not None:
+        return Needed(None, note)
+    return Needed(device.meter.measure(checked.workload, checked.cold_peak_bytes), None)
+
+
+def _timed(task: Task, workload: Workload, device: Device) -> Timed:
     probe = open_probe(device.kind, device.uuid)
     readings: list[Reading] = []
     torch.manual_seed(task.seed)  # the masks of dropout
@@ -252,45 +300,39 @@ def _timed(task: Task, workload: Workload, device: Device) -> tuple[Timing, Cond
         readings.append(probe.read())
     finally:
         probe.close()
-    images = task.cell.batch * len(timing.samples_ms)
-    threads = task.environment.threads
-    return timing, conditions(*readings, source=probe.source, images=images, threads=threads)
+    samples, batch, threads = timing.samples_ms, task.cell.batch, task.environment.threads
+    median_ms = statistics.median(samples)
+    low, high = stats.median_interval(samples, task.rule.confidence) or (None, None)
+    images = batch * len(samples)
+    return Timed(
+        **asdict(timing),
+        median_ms=median_ms,
+        ci_low_ms=low,
+        ci_high_ms=high,
+        outliers=stats.outlier_count(samples),
+        throughput_images_per_s=batch / median_ms * 1e3,
+        conditions=conditions(*readings, source=probe.source, images=images, threads=threads),
+    )
 
 
-def _add_timing(timing: Timing, task: Task, found: dict[str, Any]) -> None:
-    median_ms = statistics.median(timing.samples_ms)
-    low, high = stats.median_interval(timing.samples_ms, task.rule.confidence) or (None, None)
-    found |= {
-        "samples_ms": timing.samples_ms,
-        "bursts": timing.bursts,
-        "median_ms": median_ms,
-        "ci_low_ms": low,
-        "ci_high_ms": high,
-        "stop_rule": timing.stop_rule,
-        "outliers": stats.outlier_count(timing.samples_ms),
-        "warmup_steps": timing.warmup_steps,
-        "warmup_s": timing.warmup_s,
-        "warmup_steady": timing.warmup_steady,
-        "throughput_images_per_s": task.cell.batch / median_ms * 1e3,
-    }
+def _judged(task: Task, timed: Timed) -> Judged:
     ceilings = task.environment.ceilings
-    if ceilings is not None:
-        found["floor"] = floor_of(task.cell, ceilings, median_ms)
-        reason = impossible(found["floor"], ceilings, min(timing.samples_ms))
-        if reason is not None:
-            found |= {"status": "impossible", "reason": reason}
+    if ceilings is None:
+        return Judged("ok", None, None)
+    floor = floor_of(task.cell, ceilings, timed.median_ms)
+    reason = impossible(floor, ceilings, min(timed.samples_ms))
+    return Judged("ok" if reason is None else "impossible", reason, floor)
 
 
-def _graph_fields(task: Task, workload: Workload, device: Device) -> dict[str, Any]:
-    """The same step replayed by a CUDA graph, without the host's cost of launching it."""
+def _replayed(task: Task, workload: Workload, device: Device) -> Replayed:
+    """Without the host's cost of launching the step."""
     try:
-        timing = time_fn(capture(workload), device.timer, task.rule)
+        samples = time_fn(capture(workload), device.timer, task.rule).samples_ms
     except CaptureError as error:
-        return {"graph_note": str(error)}
+        return Replayed(graph_note=str(error))
     except Exception as error:  # the eager figures stand
-        return {"graph_note": reason_of(error)}
-    samples = timing.samples_ms
-    return {"graph_samples_ms": samples, "graph_median_ms": statistics.median(samples)}
+        return Replayed(graph_note=reason_of(error))
+    return Replayed(graph_samples_ms=samples, graph_median_ms=statistics.median(samples))
 
 
 def status_of(error: Exception) -> Status:
@@ -302,7 +344,6 @@ def status_of(error: Exception) -> Status:
 
 def reason_of(error: Exception) -> str:
     """Class, first line, and the innermost line of code, which is where a reader starts."""
-    first_line = (str(error).strip().splitlines() or ["no message"])[0]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
-    return f"{type(error).__name__}: {first_line}{place}"
+    return f"{first_line(error)}{place}"

@@ -1,10 +1,8 @@
 """Right before fast: a cell's output and gradients against reference.ResBlock in float64.
 
-    error(t) = ‖t − t64‖ / ‖t64‖          limit(t) = max(2 · error of the eager reference, floor)
+    error(t) = ‖t − t64‖ / ‖t64‖
 
-with the eager reference at the cell's own dtype on the same inputs. The floor keeps a lucky
-reference from failing an equally good implementation: 4 eps of float32, since sums are taken in
-another order, or 1 eps of a 16-bit dtype, since a result is rounded to it.
+of at most a `limit` that the eager reference sets, at the cell's own dtype on the same inputs.
 
 Some gradients vanish mathematically: a bias before a norm with one channel a group cannot change
 the output. Their relative error has no meaning, so where ‖t64‖ is below 1e-9 of what the root mean
@@ -23,8 +21,8 @@ from resblock_bench.bench.records import Cell, Correctness
 from .out_of_memory import is_out_of_memory
 from .workload import DTYPES, Inputs, Workload, draw_inputs, draw_weights
 
-FLOOR_EPS = {"fp32": 4, "bf16": 1, "fp16": 1}
-EAGER_FACTOR = 2.0
+_EAGER_FACTOR = 2.0
+_FLOOR_EPS = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 _VANISHES = 1e-9
 # Blocks treat images independently, so the truth is computed a few images at a time: float64
 # activations of a whole batch may not fit where the cell itself does.
@@ -61,12 +59,20 @@ def compute_truth(site: Cell, device: torch.device, seed: int) -> Truth:
             raise
         # A block that needs less memory may fit where eager does not, and still needs a limit.
         eager = _results_in_parts(site, rounded, inputs, device, DTYPES[site.dtype])
-    floor = FLOOR_EPS[site.dtype] * torch.finfo(DTYPES[site.dtype]).eps
-    limits = {
-        name: max(EAGER_FACTOR * error, floor) if math.isfinite(error) else floor
-        for name, error in relative_errors(eager, tensors, scales).items()
-    }
+    errors = relative_errors(eager, tensors, scales)
+    limits = {name: limit(error, DTYPES[site.dtype]) for name, error in errors.items()}
     return Truth(tensors, scales, limits)
+
+
+def limit(eager: float, dtype: torch.dtype) -> float:
+    """The error that is allowed where eager PyTorch's is `eager`: max(2 · eager, floor).
+
+    The floor keeps a lucky eager from failing what is equally good: 4 eps of float32, since sums
+    are taken in another order, or 1 eps of a 16-bit dtype, since a result is rounded to it. It is
+    the limit where eager's error is not finite.
+    """
+    floor = _FLOOR_EPS[dtype] * torch.finfo(dtype).eps
+    return max(_EAGER_FACTOR * eager, floor) if math.isfinite(eager) else floor
 
 
 def _results_in_parts(

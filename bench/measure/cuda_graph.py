@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from resblock_bench.bench.errors import first_line
+
 from .workload import Workload
 
 WARMUP_STEPS = 3
@@ -43,8 +45,7 @@ def capture(workload: Workload) -> Callable[[], object]:
     except Exception as error:
         workload.reset()
         reason = first or error
-        message = (str(reason).strip().splitlines() or ["no message"])[0]
-        raise CaptureError(f"{type(reason).__name__}: {message}") from reason
+        raise CaptureError(first_line(reason)) from reason
 
     def replay() -> object:
         graph.replay()

@@ -11,16 +11,18 @@ is known well enough is asked at the end of a burst only, and not before BURSTS 
 that is looked at after every sample is narrow by luck sooner or later.
 """
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+from msgspec import Struct
+from msgspec.structs import asdict
 
-from resblock_bench.bench.records import StopRule
+from resblock_bench.bench.records import Rule, StopRule
 
 from . import stats
 
@@ -44,47 +46,109 @@ class Timer(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Rule:
-    """When to stop: warm-up, wanted precision of the median, and the limits.
-
-    warmup_s, warmup_min_steps   the least warm-up
-    steady, warmup_max_s         it goes on until two successive windows of half of that least
-                                 warm-up differ by at most this fraction, or until it took so long
-    burst_s, gap_s               a burst ends after burst_s; sleep before the next one
-    confidence, rel_half_width   stop once the median's interval is so narrow
-    min_samples                  taken whatever the limits below say; no burst is cut shorter for
-                                 max_samples, which else spreads over BURSTS bursts
-    max_time_s                   of sampling with its preparations and gaps, without the warm-up
-    """
-
-    warmup_s: float = 0.1
-    warmup_max_s: float = 1.0
-    warmup_min_steps: int = 2
-    steady: float = 0.02
-    burst_s: float = 0.2
-    gap_s: float = 0.05
-    confidence: float = 0.95
-    rel_half_width: float = 0.02
-    min_samples: int = 8
-    max_samples: int = 1000
-    max_time_s: float = 3.0
+DEFAULT_RULE = Rule(
+    warmup_s=0.1,
+    warmup_max_s=1.0,
+    warmup_min_steps=2,
+    steady=0.02,
+    burst_s=0.2,
+    gap_s=0.05,
+    confidence=0.95,
+    rel_half_width=0.02,
+    min_samples=8,
+    max_samples=1000,
+    max_time_s=3.0,
+)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The raw samples of one cell in order, which rule ended them, and the warm-up before.
+class WarmUp(Struct, frozen=True, kw_only=True):
+    """What came before the samples; `warmup_steady`: it ended because the speed was steady."""
 
-    `bursts` is the number of samples of each burst; `warmup_steady` whether the warm-up ended
-    because the speed was steady.
-    """
-
-    samples_ms: list[float]
-    stop_rule: StopRule
     warmup_steps: int
     warmup_s: float
     warmup_steady: bool
+
+
+class Timing(WarmUp, frozen=True, kw_only=True):
+    """The raw samples of one cell in order, how many each burst has, and which rule ended them."""
+
+    samples_ms: list[float]
     bursts: list[int]
+    stop_rule: StopRule
+
+
+class Sampler:
+    """Takes samples of a step: makes it ready, times it, and checks the clock.
+
+    step      what is timed; what it returns is freed after the sample
+    prepare   called before every step, outside the timed span
+    clock     monotonic seconds, for everything but the samples
+
+    Raises ClockError for a sample that is not above zero.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        timer: Timer,
+        *,
+        prepare: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._step, self._timer, self._prepare = step, timer, prepare
+        self.clock = clock
+
+    def sample_ms(self) -> float:
+        """One sample."""
+        self._prepare()
+        sample = self._timer.sample_ms(self._step)
+        if not sample > 0:
+            raise ClockError(
+                f"the timer {self._timer.name} says that a step took {sample} ms: its clock went "
+                "backwards or is too coarse for this step, so no time can be trusted"
+            )
+        return sample
+
+    def burst(self, seconds: float, least: int = 1) -> Iterator[float]:
+        """Samples for so many seconds, but at least so many samples."""
+        opened = self.clock()
+        for count in itertools.count(1):
+            yield self.sample_ms()
+            if count >= least and self.clock() - opened >= seconds:
+                return
+
+    def warm_up(self, rule: Rule, clock_mhz: Callable[[], float | None] | None = None) -> WarmUp:
+        """Take samples until the speed is steady, as the rule has it.
+
+        clock_mhz   the device's clock, or None where it cannot be read; it has to be steady, too
+        """
+        steps, steady = 0, False
+        window: list[float] = []
+        medians: list[float] = []
+        clocks: list[float] = []
+        started = opened = self.clock()
+        while True:
+            elapsed = self.clock() - started
+            least = steps >= rule.warmup_min_steps and elapsed >= rule.warmup_s
+            if least and (steady or elapsed >= rule.warmup_max_s):
+                return WarmUp(warmup_steps=steps, warmup_s=elapsed, warmup_steady=steady)
+            window.append(self.sample_ms())
+            steps += 1
+            now = self.clock()
+            if now - opened >= rule.warmup_s / 2 and len(window) >= rule.warmup_min_steps / 2:
+                medians.append(statistics.median(window))
+                reading = clock_mhz() if clock_mhz is not None else None
+                if reading is not None:
+                    clocks.append(reading)
+                steady = _agree(medians, rule.steady)
+                steady = steady and (not clocks or _agree(clocks, rule.steady))
+                window, opened = [], now
+
+
+def _agree(values: list[float], tolerance: float) -> bool:
+    """Whether the last two of them exist and differ by at most this fraction."""
+    last = values[-2:]
+    return len(last) == 2 and max(last) - min(last) <= tolerance * max(last)
 
 
 def time_fn(
@@ -98,110 +162,54 @@ def time_fn(
     sleep: Callable[[float], object] = time.sleep,
     clock_mhz: Callable[[], float | None] | None = None,
 ) -> Timing:
-    """Sample `step` until the rule stops it.
+    """Sample `step` until the rule stops it; step, prepare, clock and what is raised as in Sampler.
 
-    step        what is timed; what it returns is freed after the sample
-    prepare     called before every step, outside the timed span
     warm        called once, between the warm-up and the first sample
-    clock       monotonic seconds, for the warm-up, the bursts and the time limit only
-    clock_mhz   the device's clock, or None where it cannot be read; the warm-up also waits for
-                it to be steady
-
-    Raises ClockError for a sample that is not above zero.
+    clock_mhz   as in Sampler.warm_up
     """
-
-    def sample_ms() -> float:
-        prepare()
-        sample = timer.sample_ms(step)
-        if not sample > 0:
-            raise ClockError(
-                f"the timer {timer.name} says that a step took {sample} ms: its clock went "
-                "backwards or is too coarse for this step, so no time can be trusted"
-            )
-        return sample
-
+    sampler = Sampler(step, timer, prepare=prepare, clock=clock)
     try:
-        warmup_steps, warmup_s, steady = warm_up(sample_ms, rule, clock, clock_mhz)
+        warmup = sampler.warm_up(rule, clock_mhz)
         warm()
-        samples, bursts, stop = _sample(sample_ms, rule, clock, sleep)
-        return Timing(samples, stop, warmup_steps, warmup_s, steady, bursts)
+        samples, bursts, stop = _series(sampler, rule, sleep)
+        return Timing(**asdict(warmup), samples_ms=samples, bursts=bursts, stop_rule=stop)
     finally:
         timer.close()
 
 
-def warm_up(
-    sample_ms: Callable[[], float],
-    rule: Rule,
-    clock: Callable[[], float],
-    clock_mhz: Callable[[], float | None] | None,
-) -> tuple[int, float, bool]:
-    """Take samples until the speed is steady, as the rule has it.
-
-    Returns steps, seconds, and whether the last two windows agreed.
-    """
-    steps, steady = 0, False
-    window: list[float] = []
-    medians: list[float] = []
-    clocks: list[float] = []
-    started = opened = clock()
-    while True:
-        elapsed = clock() - started
-        least = steps >= rule.warmup_min_steps and elapsed >= rule.warmup_s
-        if least and (steady or elapsed >= rule.warmup_max_s):
-            return steps, elapsed, steady
-        window.append(sample_ms())
-        steps += 1
-        now = clock()
-        if now - opened >= rule.warmup_s / 2 and len(window) >= rule.warmup_min_steps / 2:
-            medians.append(statistics.median(window))
-            reading = clock_mhz() if clock_mhz is not None else None
-            if reading is not None:
-                clocks.append(reading)
-            steady = _agree(medians, rule.steady) and (not clocks or _agree(clocks, rule.steady))
-            window, opened = [], now
-
-
-def _agree(values: list[float], tolerance: float) -> bool:
-    """Whether the last two of them exist and differ by at most this fraction."""
-    last = values[-2:]
-    return len(last) == 2 and max(last) - min(last) <= tolerance * max(last)
-
-
-def _sample(
-    sample_ms: Callable[[], float],
-    rule: Rule,
-    clock: Callable[[], float],
-    sleep: Callable[[float], object],
+def _series(
+    sampler: Sampler, rule: Rule, sleep: Callable[[float], object]
 ) -> tuple[list[float], list[int], StopRule]:
+    """All samples, the number of them in each burst, and what ended them."""
     samples: list[float] = []
     bursts: list[int] = []
     longest = max(rule.min_samples, math.ceil(rule.max_samples / BURSTS))
-    started = clock()
+    started = sampler.clock()
 
     def limit() -> StopRule | None:
         if len(samples) < rule.min_samples:
             return None
         if len(samples) >= rule.max_samples:
             return "samples"
-        return "time" if clock() - started >= rule.max_time_s else None
+        return "time" if sampler.clock() - started >= rule.max_time_s else None
 
-    while True:
+    stop: StopRule | None = None
+    while stop is None:
         # A step that fills a burst alone is neither helped by a gap nor worth doing twice.
         if bursts and bursts[-1] > 1:
             sleep(rule.gap_s)
-            sample_ms()  # what the gap has let go idle is not part of a sample
-        opened, before, stop = clock(), len(samples), None
-        while stop is None and len(samples) - before < longest:
-            samples.append(sample_ms())
+            sampler.sample_ms()  # what the gap has let go idle is not part of a sample
+        before = len(samples)
+        for sample in itertools.islice(sampler.burst(rule.burst_s), longest):
+            samples.append(sample)
             stop = limit()
-            if clock() - opened >= rule.burst_s:
+            if stop is not None:
                 break
         bursts.append(len(samples) - before)
         enough = len(bursts) >= BURSTS and len(samples) >= rule.min_samples
         if enough and stats.relative_half_width(samples, rule.confidence) <= rule.rel_half_width:
             stop = "precision"
-        if stop is not None:
-            return samples, bursts, stop
+    return samples, bursts, stop
 
 
 class CpuTimer:

@@ -5,6 +5,7 @@ Every implementation of a site gets the same weights and the same inputs, drawn 
 and the embedding in float32.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,13 @@ def _output_size(cell: Cell) -> tuple[int, ...]:
     resampled = {"none": size, "up": 2 * size, "down": size // 2}[cell.updown]
     kept = (size,) if cell.dims == 3 else ()  # in 3D the outermost size is never resampled
     return kept + (resampled,) * (cell.dims - len(kept))
+
+
+def norm_shapes(cell: Cell) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Channels and positions of a block's norms: over its input, and over what its first
+    convolution returns."""
+    positions = cell.resolution**cell.dims
+    return (cell.channels, positions), (cell.out_channels, math.prod(_output_size(cell)))
 
 
 def _formatted(tensor: Tensor, cell: Cell) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.errors import UsageError, first_line, unknown
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.process import ProcessesClosed
 from resblock_bench.bench.measure import jobs
@@ -235,8 +235,7 @@ def _connect(ray: Any, address: str) -> None:
 def _cause(error: Exception) -> str:
     """The first line of what went wrong on a node, without Ray's report around it."""
     inner = getattr(error, "cause", None) or error
-    lines = str(inner).strip().splitlines() or ["no message"]
-    return lines[0] if isinstance(inner, UsageError) else f"{type(inner).__name__}: {lines[0]}"
+    return str(inner) if isinstance(inner, UsageError) else first_line(inner)
 
 
 def _row_without_node(task: Task, status: Status, reason: str) -> Row:

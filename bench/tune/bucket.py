@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from resblock_bench.bench.errors import first_line
 from resblock_bench.kernels.tiers import (
     Choice,
     Launch,
@@ -16,7 +17,7 @@ from resblock_bench.kernels.tuned import Entry
 
 from .cases import CallTruth, Case, draw_case, mistake, poisoned, same_bits, truth_of
 from .choices import BucketWork, bucket_name, candidates, choice_name
-from .gpu import Bench, DeviceLost, first_line
+from .gpu import Bench, DeviceLost
 
 # Relative gain of the median below which the rules' choice stays: about what repeats differ by.
 LEAST_GAIN = 0.02

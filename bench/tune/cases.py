@@ -7,31 +7,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from resblock_bench.kernels.spec import Modulation, Spec, spread
-from resblock_bench.kernels.tiers import (
-    Direction,
-    Launch,
-    Problem,
-)
+from resblock_bench.bench.measure import operator
+from resblock_bench.bench.measure.correctness import limit
+from resblock_bench.bench.measure.operator import PART_ELEMENTS, Inputs, Tensors
+from resblock_bench.kernels.spec import Modulation, Spec
+from resblock_bench.kernels.tiers import Direction, Launch, Problem
 
-Tensors = dict[str, Tensor]
-EPS = 1e-5
-EAGER_FACTOR = 2.0
+NORM_FACTOR = 2.0
 ELEMENT_FACTOR = 4.0
-FLOOR_EPS = 4
-# Elements of the part of a case whose reference is computed at once, in float64.
-PART_ELEMENTS = 2**24
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
 class Saved(NamedTuple):
-    """What the backward reads beside what the forward reads."""
+    """What a backward reads of its forward, for each group."""
 
-    dy: Tensor
     mean: Tensor
     rstd: Tensor
 
@@ -40,8 +32,7 @@ class Saved(NamedTuple):
 class Case:
     """The tensors of one call with everything present; saved None: of a forward."""
 
-    x: Tensor
-    modulation: Modulation
+    inputs: Inputs
     spec: Spec
     saved: Saved | None
 
@@ -49,38 +40,27 @@ class Case:
 def draw_case(
     direction: Direction, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Case:
-    """Standard normal tensors; the modulation as a block passes it to its second norm.
+    """Normal tensors; the modulation as a block passes it to its second norm.
 
-    The affine is fp32 and the rest in `dtype`. Without a pre_shift where a channel is a group: it
-    then has no effect, and its gradient no relative error.
+    Without a pre_shift where a channel is a group: it then has no effect, and its gradient no
+    relative error.
     """
-    N, C, HW = problem.N, problem.C, problem.HW
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=dtype)
-
-    def activation() -> Tensor:
-        if not problem.channels_last:
-            return normal(N, C, HW)
-        return normal(N, C, HW, 1).contiguous(memory_format=torch.channels_last)
-
-    x = activation()
-    # One tensor split in two: their rows lie 2C apart, as from chunk.
-    scale, shift = normal(N, 2 * C).chunk(2, dim=1)
-    modulation = Modulation(
-        weight=1 + normal(C, dtype=torch.float32),
-        bias=normal(C, dtype=torch.float32),
-        scale=scale,
-        shift=shift,
-        pre_shift=normal(N, C) if problem.channels_per_group > 1 else None,
+    positions = (problem.HW, 1) if problem.channels_last else (problem.HW,)
+    inputs = operator.draw(
+        (problem.N, problem.C, *positions),
+        problem.G,
+        dtype,
+        channels_last=problem.channels_last,
+        scale_shift=True,
+        pre_shift=problem.channels_per_group > 1,
+        device=device,
+        seed=seed,
     )
-    case = Case(x, modulation, Spec(problem.G, EPS, True, 0.0, dtype), None)
-    if direction == "forward":
-        return case
-    truth = reference(case, torch.float64)
-    saved = Saved(activation(), truth["mean"].float(), truth["rstd"].float())
-    return Case(x, modulation, case.spec, saved)
+    saved = None
+    if direction == "backward":
+        truth = operator.in_parts(operator.forward, inputs, torch.float64)
+        saved = Saved(truth["mean"].float(), truth["rstd"].float())
+    return Case(inputs, Spec(problem.G, operator.EPS, True, 0.0, dtype), saved)
 
 
 def launched(case: Case, how: Launch) -> Tensors:
@@ -88,80 +68,26 @@ def launched(case: Case, how: Launch) -> Tensors:
     # Here and not above: it needs Triton, which is asked for later.
     from resblock_bench.kernels import launch
 
+    x, dy, modulation, _ = case.inputs
     if case.saved is None:
-        y, mean, rstd = launch.forward(case.x, case.modulation, None, case.spec, how)
+        y, mean, rstd = launch.forward(x, modulation, None, case.spec, how)
         return {"y": y, "mean": mean, "rstd": rstd}
-    dx, gradients = launch.backward(
-        case.saved.dy,
-        case.x,
-        case.saved.mean,
-        case.saved.rstd,
-        case.modulation,
-        None,
-        case.spec,
-        how,
-    )
+    dx, gradients = launch.backward(dy, x, *case.saved, modulation, None, case.spec, how)
     named = zip(Modulation._fields, gradients, strict=True)
     return {"dx": dx} | {f"d{name}": g for name, g in named if g is not None}
 
 
 def reference(case: Case, dtype: torch.dtype | None = None) -> Tensors:
-    """A case in eager PyTorch as the published blocks compute it; in `dtype`, or as it stands.
-
-    The norm in at least fp32, everything else in x's dtype. A few samples at a time, so that
-    float64 needs little memory beside its results; the affine's gradients are summed in float64.
-    """
-    size = max(1, PART_ELEMENTS // case.x[0].numel())
-    parts = []
-    for first in range(0, len(case.x), size):
-        part = _samples(case, slice(first, first + size))
-        parts.append(_reference_of(part if dtype is None else _converted(part, dtype)))
-    joined = {}
-    for name in parts[0]:
-        pieces = [part[name] for part in parts]
-        if name in ("dweight", "dbias"):
-            joined[name] = torch.stack(pieces).sum(0, dtype=torch.float64).to(pieces[0].dtype)
-        else:
-            joined[name] = torch.cat(pieces)
-    return joined
-
-
-def _converted(case: Case, dtype: torch.dtype) -> Case:
-    saved = None if case.saved is None else Saved(*(t.to(dtype) for t in case.saved))
-    rows = Modulation(*(None if t is None else t.to(dtype) for t in case.modulation))
-    return Case(case.x.to(dtype), rows, case.spec, saved)
-
-
-def _samples(case: Case, rows: slice) -> Case:
-    pick = Modulation(*(t if t is None or t.dim() == 1 else t[rows] for t in case.modulation))
-    saved = None if case.saved is None else Saved(*(t[rows] for t in case.saved))
-    return Case(case.x[rows], pick, case.spec, saved)
-
-
-def _reference_of(case: Case) -> Tensors:
+    """What a launch should return, of eager PyTorch; in `dtype`, or as the case stands."""
     if case.saved is None:
-        with torch.no_grad():
-            return _formula(case.x, case.modulation, case.spec)
-    named = {"x": case.x, **case.modulation._asdict()}
-    leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
-    rows = Modulation(*(leaves.get(name) for name in Modulation._fields))
-    y = _formula(leaves["x"], rows, case.spec)["y"]
-    gradients = torch.autograd.grad(y, list(leaves.values()), case.saved.dy)
-    return {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+        return operator.in_parts(operator.forward, case.inputs, dtype)
+    return operator.in_parts(_backward, case.inputs, dtype)
 
 
-def _formula(x: Tensor, m: Modulation, spec: Spec) -> Tensors:
-    """silu(norm(x + pre_shift)·γ·(1 + s) + …), and mean and rstd of every group."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    h = (x if m.pre_shift is None else x + spread(m.pre_shift, x)).to(compute)
-    groups = h.reshape(len(x), spec.num_groups, -1)
-    rstd = (groups.var(2, correction=0) + spec.eps).rsqrt()
-    assert m.weight is not None and m.bias is not None
-    assert m.scale is not None and m.shift is not None
-    weight, bias = m.weight.to(compute), m.bias.to(compute)
-    z = F.group_norm(h, spec.num_groups, weight, bias, spec.eps).to(x.dtype)
-    y = F.silu(z * (1 + spread(m.scale, x)) + spread(m.shift, x))
-    return {"y": y, "mean": groups.mean(2), "rstd": rstd}
+def _backward(inputs: Inputs) -> Tensors:
+    found = operator.gradients(inputs)
+    del found["y"]
+    return found
 
 
 class Error(NamedTuple):
@@ -180,21 +106,22 @@ class CallTruth:
 
 
 def truth_of(case: Case) -> CallTruth:
-    """limit(norm) = 2 · eager's + 4 eps, limit(element) = 4 · the larger of eager's and eps · peak.
+    """limit(norm) = 2 · that of `correctness`, limit(element) = 4 · max(eager's, eps · peak).
 
-    Eager is the same formula in the case's own dtypes, eps that of a result's, and peak its largest
-    element over its root mean square. One wrong tile of many hardly shows in a norm, but its
-    elements are off by about the root mean square; hence the second measure.
+    There is more room than for a whole block, since small tiles add up more roughly than eager
+    does. Eager is the same formula in the case's own dtypes, eps that of a result's, and peak its
+    largest element over its root mean square. One wrong tile of many hardly shows in a norm, but
+    its elements are off by about the root mean square; hence the second measure.
     """
     tensors, eager = reference(case, torch.float64), reference(case)
     limits = {}
     for name, error in errors(eager, tensors).items():
         exact = tensors[name]
-        eps = torch.finfo(eager[name].dtype).eps
+        dtype = eager[name].dtype
         peak = float(vector_norm(exact, math.inf) / vector_norm(exact)) * exact.numel() ** 0.5
         limits[name] = Error(
-            EAGER_FACTOR * error.norm + FLOOR_EPS * eps,
-            ELEMENT_FACTOR * max(error.element, eps * peak),
+            NORM_FACTOR * limit(error.norm, dtype),
+            ELEMENT_FACTOR * max(error.element, torch.finfo(dtype).eps * peak),
         )
     return CallTruth(tensors, limits)
 
@@ -227,15 +154,15 @@ def errors(results: Tensors, truth: Tensors) -> dict[str, Error]:
 def mistake(results: Tensors, truth: CallTruth) -> str | None:
     """What is wrong with a launch's results, or None."""
     for name, error in errors(results, truth.tensors).items():
-        limit = truth.limits[name]
+        most = truth.limits[name]
         if math.isnan(error.norm):
             return f"{name} has elements that are NaN or were never written"
-        if not error.norm <= limit.norm:
-            return f"{name} has a relative error of {error.norm:.2g}, and {limit.norm:.2g} is right"
-        if not error.element <= limit.element:
+        if not error.norm <= most.norm:
+            return f"{name} has a relative error of {error.norm:.2g}, and {most.norm:.2g} is right"
+        if not error.element <= most.element:
             return (
                 f"an element of {name} is off by {error.element:.2g} of the root mean square, and "
-                f"{limit.element:.2g} is right"
+                f"{most.element:.2g} is right"
             )
     return None
 

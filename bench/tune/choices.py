@@ -9,7 +9,7 @@ import torch
 
 from resblock_bench.bench.grid.axes import Selection, models, parse_arguments
 from resblock_bench.bench.grid.grid import GROUPS, PlannedCell, plan
-from resblock_bench.bench.measure.workload import DTYPES
+from resblock_bench.bench.measure.workload import DTYPES, norm_shapes
 from resblock_bench.bench.records import Cell
 from resblock_bench.kernels import tuned
 from resblock_bench.kernels.tiers import (
@@ -93,8 +93,7 @@ def buckets(planned: Iterable[PlannedCell]) -> list[BucketWork]:
 
 
 def norms(cell: Cell) -> tuple[Problem, Problem]:
-    """The two norms of a block: over its input, and over what its first convolution returns."""
-    factor = {"up": 2, "down": 0.5, "none": 1}[cell.updown]
+    """The two norms of a block."""
 
     def problem(channels: int, positions: int) -> Problem:
         size = DTYPES[cell.dtype].itemsize
@@ -102,10 +101,8 @@ def norms(cell: Cell) -> tuple[Problem, Problem]:
         channels_last = cell.layout == "nhwc" and positions > 1
         return Problem(cell.batch, channels, positions, GROUPS, channels_last, size)
 
-    return (
-        problem(cell.channels, cell.resolution**cell.dims),
-        problem(cell.out_channels, int(cell.resolution * factor) ** cell.dims),
-    )
+    first, second = norm_shapes(cell)
+    return problem(*first), problem(*second)
 
 
 def candidates(

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+from msgspec.structs import replace
 
-from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.measure.timing import CudaTimer, Rule, time_fn
+from resblock_bench.bench.errors import UsageError, first_line
+from resblock_bench.bench.measure.operator import Tensors
+from resblock_bench.bench.measure.timing import DEFAULT_RULE, CudaTimer, time_fn
 from resblock_bench.bench.units import format_duration
 from resblock_bench.kernels import dispatch
 from resblock_bench.kernels.tiers import (
@@ -19,10 +21,11 @@ from resblock_bench.kernels.tiers import (
     Machine,
 )
 
-from .cases import Case, Tensors, launched
+from .cases import Case, launched
 
 # Within a bucket most of the time goes to compiling, 0.2 to 0.7 s a kernel.
-TIMING = Rule(
+TIMING = replace(
+    DEFAULT_RULE,
     warmup_s=0.01,
     warmup_max_s=0.1,
     warmup_min_steps=3,
@@ -147,8 +150,3 @@ def open_gpu() -> GpuBench:
     if dispatch.interpreting():
         raise UsageError("TRITON_INTERPRET=1 is set, and tune measures compiled kernels: unset it")
     return GpuBench(torch.device("cuda", torch.cuda.current_device()))
-
-
-def first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {line}"

@@ -22,13 +22,20 @@ from resblock_bench.bench.measure.correctness import checked_cell, compute_truth
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.jobs import SurveyJob
 from resblock_bench.bench.measure.survey import survey
-from resblock_bench.bench.measure.timing import Rule
+from resblock_bench.bench.measure.timing import DEFAULT_RULE
 from resblock_bench.bench.measure.truth_file import truth_path, write_truth
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
 from resblock_bench.bench.sweep import engines
 
-FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
+FAST = msgspec.structs.replace(
+    DEFAULT_RULE,
+    warmup_s=0.0,
+    warmup_max_s=0.0,
+    warmup_min_steps=1,
+    min_samples=6,
+    max_samples=6,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,12 +18,12 @@ from support.running import run_operator
 from torch import Tensor
 
 from resblock_bench.bench.measure.cuda_graph import capture
+from resblock_bench.bench.measure.operator import Tensors
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell
 from resblock_bench.bench.tune.cases import (
     CallTruth,
     Case,
-    Tensors,
     draw_case,
     launched,
     mistake,

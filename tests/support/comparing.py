@@ -10,12 +10,12 @@ from resblock_bench.bench.gate import timing as check_timing
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.rounds import RoundRule
-from resblock_bench.bench.measure.timing import Rule
+from resblock_bench.bench.measure.timing import DEFAULT_RULE
 
 from .cells import TINY
 
 FAST = RoundRule(burst_s=0.0, bursts=3, seconds=0.0)
-COLD = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1)
+COLD = msgspec.structs.replace(DEFAULT_RULE, warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1)
 UNDISTURBED = """
 import pretended as _pretended
 

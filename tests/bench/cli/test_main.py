@@ -114,7 +114,7 @@ def test_a_cell_that_cannot_be_predicted_is_named_and_does_not_end_the_list(
     add_implementation("unpredictable", fail)
     done = run_cli("list", "-a", "channels=32", "-a", "impl=reference,unpredictable")
     assert done.code == 0
-    assert "no prediction for unpredictable (1 cell): no fake kernel" in done.out
+    assert "no prediction for unpredictable (1 cell): RuntimeError: no fake kernel" in done.out
     assert "2 cell(s)" in done.out
 
 

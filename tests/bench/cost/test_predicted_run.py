@@ -13,9 +13,8 @@ pytest.importorskip("triton")
 
 from rich.console import Console
 
-from resblock_bench.bench.compiled.norms import DIRECTIONS
+from resblock_bench.bench.compiled.norms import DIRECTIONS, norms_of_block
 from resblock_bench.bench.cost import predicted_run
-from resblock_bench.bench.cost.costs import norms_of_cell
 from resblock_bench.bench.cost.gpu_figures import GPUS, architecture, gpu_that_copies
 from resblock_bench.bench.cost.predictions import Predicted
 from resblock_bench.bench.machine.workers import JobFailed
@@ -62,7 +61,7 @@ def besides(rows: list[Row]) -> list[predicted_run.Beside]:
     known = {
         (norm, direction): predicted(direction)
         for row in rows
-        for norm in norms_of_cell(row.axes)
+        for norm in norms_of_block(row.axes)
         for direction in DIRECTIONS
     }
     return predicted_run.beside(rows, known)
@@ -118,7 +117,7 @@ def test_the_table_fits_and_says_predicted(
     make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [make_row(2.0, impl="reference"), make_row(1.4, impl="fused")]
-    norms = list(norms_of_cell(rows[1].axes))
+    norms = list(norms_of_block(rows[1].axes))
     known = {(norm, d): predicted(d) for norm in norms for d in DIRECTIONS}
     asked: list[Any] = []
 

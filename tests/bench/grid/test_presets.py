@@ -1,11 +1,12 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.grid.presets import choose, load, named, presets
-from resblock_bench.bench.measure.timing import Rule
+from resblock_bench.bench.measure.timing import DEFAULT_RULE
 
 
 def written(folder: Path, text: str) -> Path:
@@ -50,8 +51,8 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
         )
     )
     assert preset.grids == ({"channels": (64, 32), "resolution": (8, 16)}, {"dims": (1,)})
-    assert preset.settings.rule() == Rule(
-        warmup_s=0.01, warmup_max_s=0.02, max_time_s=3.0, min_samples=7
+    assert preset.settings.rule() == msgspec.structs.replace(
+        DEFAULT_RULE, warmup_s=0.01, warmup_max_s=0.02, max_time_s=3.0, min_samples=7
     )
     assert (preset.name, preset.description, preset.device) == ("sweep", "mine", "cpu")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure.cell import Task, contract_of, id_of
 from resblock_bench.bench.measure.stats import median_interval
 from resblock_bench.bench.records import Cell, Row, cell_id
@@ -77,6 +78,21 @@ def test_an_exception_becomes_a_status_with_its_reason(
     row = measure(impl="failing")
     assert row.status == status
     assert re.search(reason, row.reason or "")
+    assert row.samples_ms is None
+
+
+def test_what_was_measured_before_an_exception_stays_in_the_row(
+    measure: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("the timer broke")
+
+    monkeypatch.setattr(measuring, "time_fn", fail)
+    row = measure(mode="inference")
+    assert row.status == "failed"
+    assert (row.reason or "").startswith("RuntimeError: the timer broke (line")
+    assert row.correctness is not None
+    assert row.memory is not None
     assert row.samples_ms is None
 
 

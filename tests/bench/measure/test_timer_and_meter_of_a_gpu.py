@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from resblock_bench.bench.measure.memory import CudaMeter
-from resblock_bench.bench.measure.timing import CudaTimer, Rule, time_fn
+from resblock_bench.bench.measure.timing import DEFAULT_RULE, CudaTimer, time_fn
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell
 
@@ -55,7 +56,7 @@ def test_the_cache_is_flushed_before_the_timed_span(events: list[str]) -> None:
 
 def test_the_flush_buffer_lives_for_one_series(events: list[str]) -> None:
     timer = CudaTimer(CPU)
-    rule = Rule(warmup_s=0, warmup_max_s=0, min_samples=6, max_samples=6)
+    rule = replace(DEFAULT_RULE, warmup_s=0, warmup_max_s=0, min_samples=6, max_samples=6)
     for _ in range(2):
         time_fn(lambda: None, timer, rule)
         assert timer._buffer is None
@@ -158,7 +159,7 @@ def test_no_flush_buffer_is_counted(
 
     alive: list[int] = []
     monkeypatch.setattr(torch, "empty", allocate)
-    timer, rule = CudaTimer(CPU), Rule(warmup_s=0, min_samples=6, max_samples=6)
+    timer, rule = CudaTimer(CPU), replace(DEFAULT_RULE, warmup_s=0, min_samples=6, max_samples=6)
     time_fn(lambda: alive.append(len(gpu.flush)), timer, rule)
     assert set(alive) == {1}
     assert CudaMeter(CPU).measure(workload).baseline_bytes == 1000

@@ -3,9 +3,18 @@ from itertools import chain, count, cycle
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from resblock_bench.bench.measure.stats import relative_half_width
-from resblock_bench.bench.measure.timing import BURSTS, ClockError, CpuTimer, Rule, Timing, time_fn
+from resblock_bench.bench.measure.timing import (
+    BURSTS,
+    DEFAULT_RULE,
+    ClockError,
+    CpuTimer,
+    Sampler,
+    Timing,
+    time_fn,
+)
 
 
 class ScriptedTimer:
@@ -34,7 +43,7 @@ def timed(samples: Iterator[float], **rule: float) -> tuple[Timing, ScriptedTime
     """One series on a clock that only steps and gaps advance; no warm-up unless asked for."""
     timer = ScriptedTimer(samples)
     none = {"warmup_s": 0.0, "warmup_max_s": 0.0, "warmup_min_steps": 0, "gap_s": 0.01}
-    chosen = Rule(**{**none, **rule})  # type: ignore[arg-type]
+    chosen = replace(DEFAULT_RULE, **{**none, **rule})
 
     def sleep(seconds: float) -> None:
         timer.now_s += seconds
@@ -97,6 +106,15 @@ def test_the_samples_of_a_quick_step_are_spread_over_the_bursts() -> None:
     assert timing.bursts == [100] * BURSTS
 
 
+@pytest.mark.parametrize(("seconds", "least", "taken"), [(0.05, 1, 3), (0.0, 1, 1), (0.05, 5, 5)])
+def test_a_burst_lasts_so_long_and_has_at_least_so_many_samples(
+    seconds: float, least: int, taken: int
+) -> None:
+    timer = ScriptedTimer(count(20.0))  # 20, 21, 22 … ms
+    sampler = Sampler(lambda: None, timer, clock=lambda: timer.now_s)
+    assert list(sampler.burst(seconds, least)) == [20.0 + n for n in range(taken)]
+
+
 def test_warm_up_lasts_as_long_as_asked_and_is_not_sampled() -> None:
     timing, _ = timed((float(n) for n in count(100)), warmup_s=0.3, max_samples=8)
     assert timing.warmup_steps == 3  # 100 + 101 + 102 ms
@@ -133,7 +151,7 @@ def test_warm_up_waits_for_the_device_s_clock(readings: list[float | None], stea
     timing = time_fn(
         lambda: None,
         timer,
-        Rule(warmup_s=0.1, warmup_max_s=0.5),
+        replace(DEFAULT_RULE, warmup_s=0.1, warmup_max_s=0.5),
         clock=lambda: timer.now_s,
         sleep=lambda seconds: None,
         clock_mhz=lambda: next(clock_mhz),
@@ -168,7 +186,14 @@ def test_prepare_runs_before_every_step_and_outside_the_timed_span() -> None:
     time_fn(
         lambda: events.append("step"),
         Timer(cycle([1.0])),
-        Rule(warmup_s=0, warmup_max_s=0, warmup_min_steps=1, min_samples=6, max_samples=6),
+        replace(
+            DEFAULT_RULE,
+            warmup_s=0,
+            warmup_max_s=0,
+            warmup_min_steps=1,
+            min_samples=6,
+            max_samples=6,
+        ),
         prepare=lambda: events.append("prepare"),
     )
     assert events == ["prepare", "start", "step", "end"] * 7
@@ -177,7 +202,7 @@ def test_prepare_runs_before_every_step_and_outside_the_timed_span() -> None:
 def test_the_timer_is_closed_also_when_the_step_fails() -> None:
     timer = ScriptedTimer(cycle([1.0]))
     with pytest.raises(ZeroDivisionError):
-        time_fn(lambda: 1 // 0, timer, Rule())
+        time_fn(lambda: 1 // 0, timer, DEFAULT_RULE)
     assert timer.closed
     assert timed(cycle([1.0]))[1].closed
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.axes import models
 from resblock_bench.bench.machine import environment
+from resblock_bench.bench.measure import operator
+from resblock_bench.bench.measure.operator import Tensors
 from resblock_bench.bench.records import Cell
 from resblock_bench.bench.runs.table import WIDTH
 from resblock_bench.bench.tune import bucket as tune_measure
@@ -29,7 +31,7 @@ from resblock_bench.bench.tune import gpu as tune_gpu
 from resblock_bench.bench.tune import report as tune_report
 from resblock_bench.bench.tune import tune
 from resblock_bench.bench.tune.bucket import BucketOutcome
-from resblock_bench.bench.tune.cases import Case, Tensors
+from resblock_bench.bench.tune.cases import Case
 from resblock_bench.bench.tune.choices import BucketWork
 from resblock_bench.bench.tune.gpu import DeviceLost
 from resblock_bench.bench.tune.tune import TuneRequest
@@ -242,6 +244,7 @@ def test_a_bucket_weighs_what_all_its_calls_move() -> None:
         ({"updown": "up"}, (48, 256)),
         ({"updown": "down"}, (48, 16)),
         ({"dims": 3}, (48, 512)),
+        ({"dims": 3, "updown": "up"}, (48, 2048)),  # never resampled is the outermost size
     ],
     ids=str,
 )
@@ -279,18 +282,17 @@ def test_what_is_measured_by_default() -> None:
 def test_the_reference_is_that_of_the_tests(
     monkeypatch: pytest.MonkeyPatch, direction: Direction, channels_last: bool
 ) -> None:
-    monkeypatch.setattr(tune_cases, "PART_ELEMENTS", 2 * 6 * 300)  # 2 samples, 2 and 1
+    monkeypatch.setattr(operator, "PART_ELEMENTS", 2 * 6 * 300)  # 2 samples, 2 and 1
     problem = PROBLEM._replace(N=5, channels_last=channels_last)
     case = tune_cases.draw_case(direction, problem, torch.float32, CPU, 0)
-    assert dispatch.problem_of(case.x, 2) == problem
-    m = case.modulation
-    dy = torch.ones_like(case.x) if case.saved is None else case.saved.dy
-    call = oracle.Problem(case.x, dy, 2, m.weight, m.bias, m.scale, m.shift, m.pre_shift)
+    x, dy, m, _ = case.inputs
+    assert dispatch.problem_of(x, 2) == problem
+    call = oracle.Problem(x, dy, 2, m.weight, m.bias, m.scale, m.shift, m.pre_shift)
     wanted = oracle.gradients(oracle.eager, call.to(torch.float64))
     found = tune_cases.reference(case, torch.float64)
     if direction == "forward":
         torch.testing.assert_close(found["y"], wanted["y"])
-        h = (case.x + m.pre_shift.reshape(5, 6, *(1,) * (case.x.dim() - 2))).double()
+        h = (x + m.pre_shift.reshape(5, 6, *(1,) * (x.dim() - 2))).double()
         groups = h.reshape(5, 2, -1)
         torch.testing.assert_close(found["mean"], groups.mean(2))
         torch.testing.assert_close(found["rstd"], 1 / (groups.var(2, correction=0) + 1e-5).sqrt())
@@ -328,7 +330,7 @@ def test_one_channel_a_group(monkeypatch: pytest.MonkeyPatch, direction: Directi
     monkeypatch.setattr(tune_measure, "REPEATS", 1)
     problem = Problem(2, 4, 40, 4, False, 4)
     case = tune_cases.draw_case(direction, problem, torch.float32, CPU, 0)
-    assert case.modulation.pre_shift is None
+    assert case.inputs.modulation.pre_shift is None
     how = tiers.plan_launch(direction, problem, SMALL)
     refusal = tune_measure._checked(
         Interpreted(), choices()[0], how, case, tune_cases.truth_of(case)
@@ -419,10 +421,12 @@ def test_limits_follow_from_the_error_of_eager(monkeypatch: pytest.MonkeyPatch) 
     )
     limit = tune_cases.truth_of(None).limits["t"]
     eps, rms = 2**-23, 12.5**0.5
-    assert limit.norm == pytest.approx(2 / 5 + 4 * eps, rel=1e-12)
+    assert limit.norm == pytest.approx(2 * 2 / 5, rel=1e-12)
     assert limit.element == pytest.approx(4 / rms, rel=1e-12)
     eager = torch.tensor([3.0, -4.0])
-    assert tune_cases.truth_of(None).limits["t"].element == pytest.approx(4 * eps * 4 / rms)
+    floor = tune_cases.truth_of(None).limits["t"]
+    assert floor.norm == pytest.approx(2 * 4 * eps, rel=1e-12)
+    assert floor.element == pytest.approx(4 * eps * 4 / rms)
 
 
 def test_a_launch_must_repeat_to_the_bit() -> None:
@@ -766,7 +770,7 @@ def test_runs_add_up(run_tune: Tune) -> None:
         bench = Scripted()
         budget_s = len(choices(problem=work_.problem))
         done = run_tune(bench, *THREE, clock=ticking(bench), budget_s=budget_s)
-        calls = [dispatch.problem_of(case.x, 32) for case, _ in bench.ran]
+        calls = [dispatch.problem_of(case.inputs.x, 32) for case, _ in bench.ran]
         assert set(calls) == {work_.problem}
         seen.append(len(done.entries))
     assert seen == [1, 2, 3, 3]
@@ -818,7 +822,7 @@ def test_a_hanging_launch_ends_a_run_and_keeps_what_was_measured(run_tune: Tune)
     first, second, _ = tune_choices.buckets(tune_choices.select(THREE))
 
     def around(case: Case, how: Launch, out: Tensors) -> Tensors:
-        if case.x[0, 0].numel() == second.problem.HW:
+        if case.inputs.x[0, 0].numel() == second.problem.HW:
             raise DeviceLost("did not end within 20s")
         return out
 
