@@ -160,10 +160,10 @@ def _steps(task: Task, truth: Path, announce: Announce) -> Iterator[Struct]:
     """Measure step by step: what each finds are fields of the row, and the last status stands."""
     unusable = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
     if unusable is not None:
-        yield Verdict("skipped", unusable)
+        yield CellStatus("skipped", unusable)
         return
     device = open_device(task.device, task.environment.threads)
-    yield Opened(device.name, device.uuid)
+    yield OpenedDevice(device.name, device.uuid)
     announce("check")
     with recording(device.torch_device, _snapshot_file(task)):
         checked = checked_workload(task, truth, device, device.meter)
@@ -181,26 +181,26 @@ def _steps(task: Task, truth: Path, announce: Announce) -> Iterator[Struct]:
         yield _replayed(task, checked.workload, device)
 
 
-class Verdict(Struct, frozen=True):
+class CellStatus(Struct, frozen=True):
     """What a cell came to."""
 
     status: Status
     reason: str | None
 
 
-class Compared(Verdict, frozen=True):
+class Verified(CellStatus, frozen=True):
     """Of the check, "ok" or "wrong"."""
 
     correctness: Correctness
 
 
-class Judged(Verdict, frozen=True):
+class Judged(CellStatus, frozen=True):
     """Of the timing, "ok" or "impossible" by the machine's ceilings."""
 
     floor: Floor | None
 
 
-class Opened(Struct, frozen=True):
+class OpenedDevice(Struct, frozen=True):
     """The device that measures."""
 
     device_name: str
@@ -240,7 +240,7 @@ class Checked(NamedTuple):
     """
 
     workload: Workload
-    verdict: Compared
+    verdict: Verified
     cold_peak_bytes: int | None
 
 
@@ -266,12 +266,12 @@ def checked_workload(
     if cell.dropout:
         results = Workload(checked_cell(cell), weights, inputs, device.torch_device).results()
     right, correctness = check(results, truth)
-    verdict = Compared("ok", None, correctness)
+    verdict = Verified("ok", None, correctness)
     if not right:
         worst = correctness.worst
         error, limit = correctness.errors[worst], correctness.limits[worst]
         reason = f"{worst}: relative error {error} is above its limit {limit}"
-        verdict = Compared("wrong", reason, correctness)
+        verdict = Verified("wrong", reason, correctness)
     return Checked(workload, verdict, cold_peak_bytes)
 
 

@@ -24,7 +24,7 @@ PART_ELEMENTS = 2**24
 """Elements of x whose results are computed at once."""
 
 
-class Inputs(NamedTuple):
+class CallInputs(NamedTuple):
     """x and the gradient of y: (N, C, *S); what modulates it; the number of groups."""
 
     x: Tensor
@@ -32,14 +32,14 @@ class Inputs(NamedTuple):
     modulation: Modulation
     groups: int
 
-    def part(self, samples: slice, dtype: torch.dtype | None) -> Inputs:
+    def part(self, samples: slice, dtype: torch.dtype | None) -> CallInputs:
         """Some samples, in `dtype` or as they stand."""
 
         def taken(t: Tensor) -> Tensor:
             return (t if t.dim() == 1 else t[samples]).to(dtype or t.dtype)
 
         rows = (None if t is None else taken(t) for t in self.modulation)
-        return Inputs(taken(self.x), taken(self.dy), Modulation(*rows), self.groups)
+        return CallInputs(taken(self.x), taken(self.dy), Modulation(*rows), self.groups)
 
 
 def draw(
@@ -53,7 +53,7 @@ def draw(
     mean: float = 0.0,
     device: torch.device | None = None,
     seed: int = 0,
-) -> Inputs:
+) -> CallInputs:
     """Normal inputs as a 16-bit model has them: the affine is float32, everything else in `dtype`.
 
     shape                    (N, C, *S)
@@ -76,7 +76,7 @@ def draw(
         # One tensor split in two: their rows lie 2C apart, as from chunk.
         scale, shift = normal(N, 2 * C).to(dtype).chunk(2, dim=1)
         m = m._replace(scale=scale, shift=shift)
-    return Inputs(x, dy, m, groups)
+    return CallInputs(x, dy, m, groups)
 
 
 def eager(x: Tensor, m: Modulation, groups: int) -> Tensor:
@@ -92,7 +92,7 @@ def _normed(x: Tensor, m: Modulation) -> Tensor:
     return h.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def forward(inputs: Inputs) -> Tensors:
+def forward(inputs: CallInputs) -> Tensors:
     """Eager's y, and of every group the mean and 1/√(variance + eps) as "mean" and "rstd"."""
     x, _, m, groups = inputs
     with torch.no_grad():
@@ -101,7 +101,9 @@ def forward(inputs: Inputs) -> Tensors:
         return {"y": eager(x, m, groups), "mean": rows.mean(2), "rstd": rstd}
 
 
-def gradients(inputs: Inputs, call: Callable[[Tensor, Modulation, int], Tensor] = eager) -> Tensors:
+def gradients(
+    inputs: CallInputs, call: Callable[[Tensor, Modulation, int], Tensor] = eager
+) -> Tensors:
     """The output of a call as "y", and every gradient as "dx", "dweight", …"""
     named = {"x": inputs.x, **inputs.modulation._asdict()}
     leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
@@ -113,7 +115,7 @@ def gradients(inputs: Inputs, call: Callable[[Tensor, Modulation, int], Tensor] 
 
 
 def in_parts(
-    results: Callable[[Inputs], Tensors], inputs: Inputs, dtype: torch.dtype | None = None
+    results: Callable[[CallInputs], Tensors], inputs: CallInputs, dtype: torch.dtype | None = None
 ) -> Tensors:
     """`forward` or `gradients` in `dtype`, or as the inputs stand, a few samples at a time.
 

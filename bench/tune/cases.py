@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 
 from resblock_bench.bench.measure import operator
 from resblock_bench.bench.measure.correctness import limit
-from resblock_bench.bench.measure.operator import PART_ELEMENTS, Inputs, Tensors
+from resblock_bench.bench.measure.operator import PART_ELEMENTS, CallInputs, Tensors
 from resblock_bench.kernels.spec import Modulation, Spec
 from resblock_bench.kernels.tiers import Direction, Launch, Problem
 
@@ -32,7 +32,7 @@ class Saved(NamedTuple):
 class Case:
     """The tensors of one call with everything present; saved None: of a forward."""
 
-    inputs: Inputs
+    inputs: CallInputs
     spec: Spec
     saved: Saved | None
 
@@ -84,7 +84,7 @@ def reference(case: Case, dtype: torch.dtype | None = None) -> Tensors:
     return operator.in_parts(_backward, case.inputs, dtype)
 
 
-def _backward(inputs: Inputs) -> Tensors:
+def _backward(inputs: CallInputs) -> Tensors:
     found = operator.gradients(inputs)
     del found["y"]
     return found
