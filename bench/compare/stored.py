@@ -10,11 +10,11 @@ import msgspec
 from msgspec import Meta
 
 from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.files import read_versioned
 from resblock_bench.bench.grid.plan import difference
 from resblock_bench.bench.lockstep.rounds import PositiveMs, RoundRule
 from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status
 from resblock_bench.bench.runs.folder import read_plan, read_run
-from resblock_bench.bench.versioned import read_versioned
 
 BASELINE_VERSION = 1
 

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench import exitcodes
+from resblock_bench.bench import exitcodes, files
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.records import Record
 from resblock_bench.bench.runs.export import escaped
@@ -28,6 +27,7 @@ SHOWN = 20
 """Findings that a terminal shows."""
 MARKDOWN_LIMIT = 60_000
 """Characters; a comment on GitHub holds 65,536."""
+_ADVICE = "name another file"
 _FOLDED = 10  # findings above which Markdown folds them up
 
 _STYLES: dict[Level, str] = {
@@ -84,13 +84,12 @@ class Destination(NamedTuple):
 
 
 def destination(format: str, file: Path | None) -> Destination:
-    """Raises UsageError for an unknown format and where the file's folder is not there."""
+    """Raises UsageError for an unknown format and where the file cannot be written."""
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if file is not None and os.path.isdir(file):
-        raise UsageError(f"{file} is a folder: name a file in it")
-    if file is not None and not os.path.isdir(file.absolute().parent):
-        raise UsageError(f"{file.parent} is not a folder: make it, or name another file")
+    if file is not None:
+        with files.explained(file, _ADVICE):
+            files.check_writable(file)
     return Destination(format, file)
 
 
@@ -108,9 +107,9 @@ def write(report: Report, to: Destination, console: Console) -> int:
     if to.file is None:
         return code
     try:
-        to.file.write_text(FORMATS[to.format](report), encoding="utf-8")
-    except OSError as error:
-        say(console, f"{to.file} cannot be written ({error.strerror}): name another file")
+        files.write(to.file, FORMATS[to.format](report).encode(), _ADVICE)
+    except UsageError as error:
+        say(console, str(error))
         return code or exitcodes.INCOMPLETE
     return code
 
@@ -155,7 +154,7 @@ def _json(report: Report) -> str:
     document = Document(
         report_version=REPORT_VERSION, exit_code=exit_code(report.findings), report=report
     )
-    return msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n"
+    return files.as_json(document).decode()
 
 
 def _markdown(report: Report) -> str:

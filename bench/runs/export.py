@@ -10,7 +10,6 @@ import csv
 import html
 import importlib.util
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.records import Row, site_name
 
@@ -46,14 +46,7 @@ def export(run: Run, formats: Iterable[str]) -> list[Path]:
     """
     contents = {run.folder / f"{STEM}.{name}": FORMATS[name](run) for name in formats}
     for path, content in contents.items():
-        part = path.with_name(f"{path.name}.part")
-        try:
-            part.write_bytes(content)
-            os.replace(part, path)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write {path}: {error.strerror}; make its folder writable"
-            ) from None
+        files.write(path, content, "make its folder writable")
     return list(contents)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from resblock_bench.bench import files
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import SCHEMA_VERSION, Environment, Row, cell_id
@@ -24,6 +25,7 @@ CELLS = "cells.jsonl"
 PLAN = "plan.json"
 ENVIRONMENT = "environment.json"
 FIGURES = "figures"
+_ADVICE = "give an --output that is writable"
 
 
 class Run(NamedTuple):
@@ -103,9 +105,7 @@ class RunWriter:
                 raise UsageError(
                     f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
                 ) from None
-            raise UsageError(
-                f"cannot write to {folder}: {error.strerror}; give an --output that is writable"
-            ) from None
+            raise UsageError(f"{folder} cannot be written ({error.strerror}): {_ADVICE}") from None
         try:
             # The lock goes with the process, so a killed run leaves none.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,14 +117,8 @@ class RunWriter:
 
     def describe(self, plan: Plan, environment: Environment) -> None:
         """Write down what is going to be measured, and on what."""
-        try:
-            _write_json(self.folder / PLAN, plan)
-            _write_json(self.folder / ENVIRONMENT, environment)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.folder}: {error.strerror}; give an --output that is "
-                "writable"
-            ) from None
+        for name, content in ((PLAN, plan), (ENVIRONMENT, environment)):
+            files.write(self.folder / name, files.as_json(content, indent=2), _ADVICE)
 
     def repair(self) -> str | None:
         """Mend the last line where a killed run has left half of it; returns what was done."""
@@ -176,18 +170,6 @@ class RunWriter:
 def _is_bare(folder: Path) -> bool:
     cells = folder / CELLS
     return cells.exists() and cells.stat().st_size == 0 and not (folder / PLAN).exists()
-
-
-def _write_json(path: Path, value: Plan | Environment) -> None:
-    """Whole or not at all: a killed run must stay readable."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    part = path.with_suffix(".part")
-    try:
-        part.write_bytes(text + b"\n")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def read_run(folder: Path) -> Run:

@@ -67,8 +67,6 @@ def _write_derived(argument: bytes, announce: Announce) -> bytes:
         if wanted.plots:
             drawn = draw_all(run)
             reply.paths += [f"figure: {path}" for path in drawn if path.suffix == ".png"]
-    except OSError as error:
-        reply.problem = f"{wanted.folder} cannot be written ({error.strerror})"
     except UsageError as error:
         reply.problem = str(error)
     return msgspec.json.encode(reply)

@@ -184,7 +184,7 @@ def test_cuda_without_a_gpu_is_refused(run_cli: Callable, tmp_path: Path) -> Non
         (["run", "--samples", "0"], "'--samples'"),
         (["run", "--nonsense"], "--nonsense"),
         (["run", *TINY, "--output", "file"], "file"),
-        (["run", *TINY, "--output", "file/run"], "cannot write to file/run"),
+        (["run", *TINY, "--output", "file/run"], "file/run cannot be written (Not a directory)"),
         (["run", *TINY, "--output", "old"], "old already holds a run: continue it with --resume"),
         (["list", "-a", "dtype=fp8"], "fp32, bf16, fp16"),
         (["plot", "absent"], "absent is not a run folder"),

@@ -1,7 +1,6 @@
 """Stored measurements against each other, calibrations, and baselines: made-up numbers in files."""
 
 import datetime
-import errno
 import math
 import os
 import shutil
@@ -25,7 +24,7 @@ from resblock_bench.bench.compare.calibration import (
     stale,
     tolerance_of,
 )
-from resblock_bench.bench.compare.machine_store import calibration_file, history, writable, write
+from resblock_bench.bench.compare.machine_store import calibration_file, history, write
 from resblock_bench.bench.compare.stored import BASELINE_VERSION, Baseline, Series, Stored
 from resblock_bench.bench.compare.verdict import Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
@@ -365,18 +364,6 @@ def test_what_is_replaced_is_kept(tmp_path):
     assert msgspec.json.decode(path.read_bytes())["relative"] == 0.03
     with pytest.raises(UsageError, match="cannot be written"):
         write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
-
-
-def test_room_is_looked_for_before_anything_is_measured(tmp_path, monkeypatch):
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    path = tmp_path / "here" / "timing.json"
-    writable(path)
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UsageError, match="No space left"):
-        writable(path)
-    assert not list(path.parent.iterdir())
 
 
 def test_a_run_is_not_compared_with_itself(baseline, compared):

@@ -141,8 +141,8 @@ def test_a_failed_write_leaves_the_earlier_file(run: Run, monkeypatch: pytest.Mo
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UsageError, match=r"cannot write .*cells\.csv: No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match=r"cells\.csv cannot be written \(No space left"):
         export(run._replace(rows=[]), ["csv"])
     assert path.read_bytes() == before
 

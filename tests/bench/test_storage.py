@@ -62,9 +62,9 @@ def test_a_row_is_on_disk_before_append_returns(
 ) -> None:
     cells = tmp_path / "run" / "cells.jsonl"
     synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(cells.read_bytes())))
     with RunWriter(tmp_path / "run") as writer:
         writer.describe(plan, found)
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(cells.read_bytes())))
         for row in rows:
             writer.append(row)
             assert synced[-1] == len(cells.read_bytes()) > 0

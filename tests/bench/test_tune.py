@@ -865,11 +865,11 @@ def test_tables_that_cannot_be_kept_are_usage_errors(run_tune: Tune, tmp_path: P
 
 
 def test_an_output_that_cannot_be_written_is_a_usage_error(run_tune: Tune, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is a folder: give --output a file"):
+    with pytest.raises(UsageError, match=r"\(Is a directory\): give an --output"):
         run_tune(Scripted(), output=tmp_path)
     (tmp_path / "file").touch()
     bench = Scripted()
-    with pytest.raises(UsageError, match=r"cannot write .*give an --output that is writable"):
+    with pytest.raises(UsageError, match=r"cannot be written .*give an --output that is writable"):
         run_tune(bench, output=tmp_path / "file" / "table.json")
     assert bench.ran == []
 
