@@ -17,5 +17,5 @@ Rooms, each of which imports only from those above it in this list:
     cli        the command line
 
 Below them all lie the modules beside the rooms: `records` (the schema of what is written),
-`errors`, `exitcodes`, `units`, `terminal`, `progress`, `files`, `git`.
+`errors`, `exitcodes`, `units`, `terminal`, `progress`, `files`, `checkout`.
 """

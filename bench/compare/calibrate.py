@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
+from resblock_bench.bench.checkout import require_own_code
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.draws import Draw, fill, refuse_few, strict
 from resblock_bench.bench.lockstep.progress import round_progress
@@ -23,7 +24,6 @@ from resblock_bench.bench.terminal import say
 from .calibration import CALIBRATION_VERSION, Calibration, noise_of, tolerance_of
 from .comparison import STAGES
 from .machine_store import calibration_file, writable, write
-from .source_tree import require_own_code
 from .timing_baseline import ROUNDS as BASELINE_ROUNDS
 from .verdict import smallest_detectable
 

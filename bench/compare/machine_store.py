@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 
 from resblock_bench.bench import files
+from resblock_bench.bench.checkout import repository_root
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.records import Environment
-from resblock_bench.bench.runs.folder import repository_root
 
 TIMING = "timing.json"
 _HISTORY = "history"

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
+from resblock_bench.bench.checkout import require_own_code
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.grid.plan import Plan, difference
 from resblock_bench.bench.lockstep.draws import Draw, fill, refuse_few, strict
@@ -45,7 +46,6 @@ from .machine_store import (
     writable,
     write,
 )
-from .source_tree import require_own_code
 from .stored import (
     BASELINE_VERSION,
     Baseline,

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from resblock_bench.bench.checkout import in_checkout
 from resblock_bench.bench.findings.findings import Finding, Level
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
 from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Conditioning, DType, Layout
-from resblock_bench.bench.runs.folder import in_checkout
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
 

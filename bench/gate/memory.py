@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from resblock_bench.bench.checkout import in_checkout
 from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.axes import Selection
 from resblock_bench.bench.grid.grid import plan
@@ -22,7 +23,6 @@ from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
 from resblock_bench.bench.measure.predict import predict_memory
 from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Cell, Memory, cell_name
-from resblock_bench.bench.runs.folder import in_checkout
 from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 
 from .pins import Found, PinnedPart, Rule

@@ -5,12 +5,11 @@ import math
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 
-from resblock_bench.bench import git
+from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.records import Environment
 
 from . import nvml
@@ -110,26 +109,6 @@ def versions() -> dict[str, str | None]:
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     found["cudnn"] = str(cudnn) if cudnn else None
     return found
-
-
-def source_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that tracks `folder`, and whether tracked files differ from it.
-
-    (None, None) for an installed package, also when it lies inside somebody else's checkout.
-    """
-    if not _git(folder, "ls-files", "."):
-        return None, None
-    commit = _git(folder, "rev-parse", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no", ":/")
-    return commit, None if commit is None else bool(changes)
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = git.run(folder, *arguments, timeout_s=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _read(path: str | Path) -> str:

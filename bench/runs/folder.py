@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from resblock_bench.bench import files
+from resblock_bench.bench.checkout import checkout_around
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import SCHEMA_VERSION, Environment, Row, cell_id
@@ -49,30 +50,6 @@ def default_output(machine: str, start: Path) -> Path:
     now = datetime.datetime.now(datetime.timezone.utc)
     run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     return checkout_around(start) / "results" / "runs" / machine / run_id
-
-
-def checkout_around(start: Path) -> Path:
-    """The root of the project checkout that holds `start`; `start` where there is none."""
-    return next((folder for folder in (start, *start.parents) if is_checkout(folder)), start)
-
-
-def repository_root(start: Path) -> Path:
-    """The root of this project's checkout or of another repository around `start`, else `start`."""
-    roots = (f for f in (start, *start.parents) if is_checkout(f) or (f / ".git").exists())
-    return next(roots, start)
-
-
-def is_checkout(folder: Path) -> bool:
-    """Whether the folder is the root of a checkout of this project."""
-    try:
-        return 'name = "resblock-bench"' in (folder / "pyproject.toml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def in_checkout(start: Path) -> bool:
-    """Whether `start` is in a checkout of this project."""
-    return is_checkout(repository_root(start))
 
 
 class RunWriter:

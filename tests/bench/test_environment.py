@@ -4,11 +4,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.environment import (
     cgroup_quota,
     machine_name,
-    source_state,
     usable_cpus,
 )
 from resblock_bench.bench.records import Environment

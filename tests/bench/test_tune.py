@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.axes import models
-from resblock_bench.bench.machine import environment
 from resblock_bench.bench.records import Cell
 from resblock_bench.bench.runs.table import WIDTH
 from resblock_bench.bench.tune import bucket as tune_measure
@@ -624,7 +624,7 @@ def test_a_run_from_end_to_end_in_the_interpreter(
     table = tuned.read(path)
     assert table.arch == "sm_00" and table.machine["gpu"] == "a scripted GPU"
     assert set(table.machine) == {"gpu", "driver", "torch", "triton", "cuda"}
-    commit, _ = environment.source_state(Path(tune.__file__).parent)
+    commit, _ = source_state(Path(tune.__file__).parent)
     assert table.commit.removesuffix("-dirty") == (commit or "unknown")
     assert table.measured_at.endswith("+00:00")
     assert [entry.bucket for entry in table.entries] == [
