@@ -115,7 +115,7 @@ def run(
     from resblock_bench.bench.measure.devices import default_kind, device_kind
     from resblock_bench.bench.measure.telemetry import Replay
     from resblock_bench.bench.runs.export import parse_formats
-    from resblock_bench.bench.runs.folder import read_plan
+    from resblock_bench.bench.runs.folder import read_run
     from resblock_bench.bench.sweep.sweep import Request, carry_out, folder_to_resume
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
 
@@ -158,7 +158,7 @@ def run(
                 raise UsageError(f"{flag} is set by the run that is resumed: leave it out")
     console = result_console()
     if dry_run:
-        shown = asked or read_plan(folder_to_resume(output))
+        shown = asked or read_run(folder_to_resume(output)).plan
         console.print(planned_cells(shown.cells))
         return
     request = Request(

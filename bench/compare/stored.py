@@ -14,7 +14,7 @@ from resblock_bench.bench.files import read_versioned
 from resblock_bench.bench.grid.plan import difference
 from resblock_bench.bench.lockstep.rounds import PositiveMs, RoundRule
 from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status
-from resblock_bench.bench.runs.folder import read_plan, read_run
+from resblock_bench.bench.runs.folder import read_run
 
 BASELINE_VERSION = 1
 
@@ -128,7 +128,7 @@ def _of_baseline(path: Path) -> Stored:
 
 def _of_run(folder: Path) -> Stored:
     run = read_run(folder)
-    expected = [item.cell for item in read_plan(folder).cells]
+    expected = [item.cell for item in run.plan.cells]
     rounds_ms: dict[Cell, list[float]] = {}
     missing: dict[Cell, tuple[Status, str]] = {}
     disturbed: dict[Cell, str] = {}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import environment
@@ -90,7 +89,6 @@ def opened(
         stack.callback(processes.close)
         threads = plan.threads or environment.usable_cpus()
         found = survey(processes, jobs.SurveyJob(plan.device, threads, ceilings=False), variables)
-        found = replace(found, machine=environment.machine_name())
         cpus = _cpus(threads) if plan.device == "cpu" else []
         folder = stack.enter_context(scratch_folder())
         started = []

@@ -8,23 +8,32 @@ import queue
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Protocol
 
 from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
+from resblock_bench.bench.machine.visible_gpus import chosen_gpus
+from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.records import Row
+from resblock_bench.bench.measure.devices import Kind
+from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.records import Environment, Row
 
 from .lane import Lane
 
 
 class Engine(Protocol):
-    """Measures up to `lanes` tasks at a time. `close` ends what still runs; its rows are lost."""
+    """Measures up to `lanes` tasks at a time, on machines like the one that `survey` finds.
+
+    `close` ends what still runs; its rows are lost. `survey` raises UsageError where the device
+    cannot be used.
+    """
 
     @property
     def lanes(self) -> int: ...
+
+    def survey(self) -> Environment: ...
 
     def submit(self, task: Task) -> Future[Row]: ...
 
@@ -34,13 +43,20 @@ class Engine(Protocol):
 class LocalEngine:
     """This machine. Two cells never share a GPU, also not with another run of this suite.
 
-    gpus        UUIDs of the GPUs to use, a lane each; empty for one lane on the CPU
+    kind        "cuda" has a lane for each GPU, "cpu" one
+    threads     of a cell
     limit_s     the time limit of a cell, seconds
+    devices     the GPUs to use, by position or UUID; empty for all that are visible
 
-    Raises UsageError where another run uses one of the GPUs.
+    Raises UsageError for a GPU that is not there or that another run uses.
     """
 
-    def __init__(self, gpus: Sequence[str], *, limit_s: float) -> None:
+    def __init__(
+        self, kind: Kind, *, threads: int, limit_s: float, devices: Sequence[str] = ()
+    ) -> None:
+        gpus = [gpu.uuid for gpu in chosen_gpus(devices)] if kind == "cuda" else []
+        self._survey = jobs.SurveyJob(kind, threads)
+        self._variables = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
         self._open = ExitStack()
         self._processes = Processes()
         self._open.callback(self._processes.close)
@@ -61,10 +77,8 @@ class LocalEngine:
         # Last in, first out: the processes must end before their lanes can.
         self._open.callback(self._processes.close)
 
-    @property
-    def processes(self) -> Processes:
-        """For what is to be run beside the cells, such as the survey of the machine."""
-        return self._processes
+    def survey(self) -> Environment:
+        return survey(self._processes, self._survey, self._variables)
 
     def submit(self, task: Task) -> Future[Row]:
         return self._threads.submit(self._measure, task)
@@ -78,14 +92,3 @@ class LocalEngine:
 
     def close(self) -> None:
         self._open.close()
-
-    def __enter__(self) -> "LocalEngine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

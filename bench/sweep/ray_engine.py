@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -154,17 +153,6 @@ class RayEngine:
             self._ray.cancel(ref, force=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ray.shutdown()
-
-    def __enter__(self) -> "RayEngine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def room(

@@ -1,8 +1,8 @@
 """Carries a sweep out: opens or resumes the folder, measures, shows, draws, says how it ended."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +11,13 @@ from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid.grid import PlannedCell, weight
-from resblock_bench.bench.grid.plan import Plan, difference
-from resblock_bench.bench.machine import environment
-from resblock_bench.bench.machine.visible_gpus import chosen_gpus
-from resblock_bench.bench.measure import jobs
+from resblock_bench.bench.grid.plan import Plan
+from resblock_bench.bench.machine.environment import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
-from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row, cell_name
-from resblock_bench.bench.runs.folder import (
-    RunWriter,
-    default_output,
-    read_environment,
-    read_plan,
-    read_rows,
-)
+from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
 
 from .engines import Engine, LocalEngine
@@ -75,59 +66,20 @@ def carry_out(request: Request, console: Console) -> int:
     shell's 130, so that a script sees one code for every run that is not whole.
     """
     with ExitStack() as stack:
-        earlier: list[Row] = []
         if request.resume:
-            writer, plan = stack.enter_context(_reopened(request))
-            earlier = read_rows(writer.folder)
-            before = read_environment(writer.folder)
-            engine, found = _open_engine(request, plan, stack)
-            _check_machine(writer.folder, before, found)
-            found = replace(found, ceilings=before.ceilings)
-            # Only now: of a folder that is refused nothing is touched.
-            repaired = writer.repair()
-            if repaired is not None:
-                say(console, repaired)
+            run = stack.enter_context(resume_run(folder_to_resume(request.output)))
+            plan = run.plan if request.plan is None else run.plan.joined(request.plan)
+            engine = stack.enter_context(closing(_open_engine(request, plan)))
+            mended = run.go_on(plan, engine.survey())
+            if mended is not None:
+                say(console, mended)
         else:
             assert request.plan is not None
-            plan = request.plan
-            engine, found = _open_engine(request, plan, stack)
+            engine = stack.enter_context(closing(_open_engine(request, request.plan)))
+            found = engine.survey()
             folder = request.output or default_output(found.machine, Path.cwd())
-            writer = stack.enter_context(RunWriter(folder))
-        writer.describe(plan, found)
-        return _sweep(request, plan, found, engine, writer, earlier, console)
-
-
-def _open_engine(request: Request, plan: Plan, stack: ExitStack) -> tuple[Engine, Environment]:
-    """The engine of a request, and the machine that it measures on."""
-    if plan.device == "cpu" and request.devices:
-        raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
-    if plan.device == "cuda" and plan.memory_limit_bytes is not None:
-        raise UsageError("--memory-limit is for cells on a CPU: leave it out")
-    if request.engine == "local":
-        if request.accelerator is not None:
-            raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
-        gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
-        local = stack.enter_context(LocalEngine(gpus, limit_s=request.timeout_s))
-        job = jobs.SurveyJob(plan.device, plan.threads or environment.usable_cpus())
-        visible = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
-        found = survey(local.processes, job, visible)
-        return local, replace(found, machine=environment.machine_name())
-    if request.engine != "ray":
-        raise unknown("engine", request.engine, ("local", "ray"))
-    if request.devices:
-        raise UsageError(
-            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
-            "or choose a type of GPU with --accelerator"
-        )
-    cluster = stack.enter_context(
-        RayEngine(
-            plan.device,
-            threads=plan.threads or environment.usable_cpus(),
-            limit_s=request.timeout_s,
-            accelerator=request.accelerator,
-        )
-    )
-    return cluster, cluster.survey()
+            run = stack.enter_context(create_run(folder, request.plan, found))
+        return _sweep(request, run, engine, console)
 
 
 def folder_to_resume(output: Path | None) -> Path:
@@ -137,64 +89,65 @@ def folder_to_resume(output: Path | None) -> Path:
     return output
 
 
-@contextmanager
-def _reopened(request: Request) -> Iterator[tuple[RunWriter, Plan]]:
-    """The folder of an earlier run, with its plan and the cells of the request."""
-    folder = folder_to_resume(request.output)
-    with RunWriter(folder, resume=True) as writer:
-        plan = read_plan(folder)
-        if request.plan is not None:
-            plan = plan.joined(request.plan)
-        yield writer, plan
-
-
-def _check_machine(folder: Path, earlier: Environment, found: Environment) -> None:
-    differs = difference(earlier, found)
-    if differs is not None:
-        raise UsageError(
-            f"{folder} was measured on another machine or with other software ({differs}): "
-            "resume it there, or begin a new run with another --output"
+def _open_engine(request: Request, plan: Plan) -> Engine:
+    if plan.device == "cpu" and request.devices:
+        raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
+    if plan.device == "cuda" and plan.memory_limit_bytes is not None:
+        raise UsageError("--memory-limit is for cells on a CPU: leave it out")
+    threads = plan.threads or usable_cpus()
+    if request.engine == "local":
+        if request.accelerator is not None:
+            raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
+        return LocalEngine(
+            plan.device, threads=threads, limit_s=request.timeout_s, devices=request.devices
         )
+    if request.engine != "ray":
+        raise unknown("engine", request.engine, ("local", "ray"))
+    if request.devices:
+        raise UsageError(
+            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
+            "or choose a type of GPU with --accelerator"
+        )
+    return RayEngine(
+        plan.device, threads=threads, limit_s=request.timeout_s, accelerator=request.accelerator
+    )
 
 
-def _sweep(
-    request: Request,
-    plan: Plan,
-    found: Environment,
-    engine: Engine,
-    writer: RunWriter,
-    earlier: list[Row],
-    console: Console,
-) -> int:
-    tasks = plan.tasks(found, folder=writer.folder, telemetry=request.telemetry)
-    asked = {id_of(task) for task in tasks}
-    rows = {row.id: row for row in earlier if row.id in asked}
+def _sweep(request: Request, run: Run, engine: Engine, console: Console) -> int:
+    tasks = run.plan.tasks(run.environment, folder=run.folder, telemetry=request.telemetry)
+    earlier = len(run.attempts)
+    rows = _rows_of(tasks, run)
     todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
     if request.budget_s is not None and request.resume:
         todo.sort(key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True)
-    say(console, _begin_line(tasks, todo, earlier, rows, writer.folder))
+    say(console, _begin_line(tasks, todo, rows, run))
     oom = None if request.ignore_oom else OomRecord(rows.values())
-    ending = _measure_all(request, todo, engine, oom, writer, console)
-    left = len(todo) - writer.count
-    # Read back, since an interrupt may have come between a row and the note of it.
-    rows = {row.id: row for row in read_rows(writer.folder) if row.id in asked}
+    ending = _measure_all(request, todo, engine, oom, run, console)
+    left = len(todo) - (len(run.attempts) - earlier)
     if ending is None and left:
         ending = "stopped, since the time budget is spent"
-    show(console, list(rows.values()), len(tasks))
-    if plan.device == "cuda" and ending is None:
-        _show_predicted(list(rows.values()), found, console)
-    if rows:
-        derive(console, writer.folder, request.formats, plots=request.plots)
+    found = list(_rows_of(tasks, run).values())
+    show(console, found, len(tasks))
+    if run.plan.device == "cuda" and ending is None:
+        _show_predicted(found, run.environment, console)
+    if found:
+        derive(console, run.folder, request.formats, plots=request.plots)
     if ending is not None:
         engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
         if request.accelerator is not None:
             engine_options += f" --accelerator {request.accelerator}"
         say(
             console,
-            f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
-            f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
+            f"{ending}: {len(found)} rows are in {run.folder}, {left} cells are left; "
+            f"go on with: resblock-bench run{engine_options} --resume --output {run.folder}",
         )
-    return exit_code(list(rows.values()), len(tasks), ending)
+    return exit_code(found, len(tasks), ending)
+
+
+def _rows_of(tasks: Iterable[Task], run: Run) -> dict[str, Row]:
+    """Of the tasks' cells the last rows, by id; those that other code measured do not count."""
+    asked = {id_of(task) for task in tasks}
+    return {row.id: row for row in run.attempts if row.id in asked}
 
 
 def _show_predicted(rows: list[Row], found: Environment, console: Console) -> None:
@@ -218,7 +171,7 @@ def _measure_all(
     todo: Sequence[Task],
     engine: Engine,
     oom: OomRecord | None,
-    writer: RunWriter,
+    run: Run,
     console: Console,
 ) -> str | None:
     """Why the sweep ended before its last cell, or None."""
@@ -235,15 +188,15 @@ def _measure_all(
             )
             for row in rows:
                 try:
-                    writer.append(row)
+                    run.append(row)
                 except OSError as error:
-                    return f"stopped, since {writer.folder} cannot be written ({error.strerror})"
+                    return f"stopped, since {run.folder} cannot be written ({error.strerror})"
                 progress.finish(_finished(row))
     except KeyboardInterrupt:
         # Several lanes may have ended cells whose rows were not handed out yet.
         for future in [future for future in running if future.done() and not future.exception()]:
             with suppress(OSError):
-                writer.append(future.result())
+                run.append(future.result())
         return "interrupted"
     return None
 
@@ -277,18 +230,14 @@ def missing(
 
 
 def _begin_line(
-    tasks: Sequence[Task],
-    todo: Sequence[Task],
-    earlier: Sequence[Row],
-    rows: Mapping[str, Row],
-    folder: Path,
+    tasks: Sequence[Task], todo: Sequence[Task], rows: Mapping[str, Row], run: Run
 ) -> str:
-    kind, found = tasks[0].device, tasks[0].environment
-    name = (found.gpu if kind == "cuda" else found.cpu) or "CPU"
-    text = f"{len(todo)} cells on {name} into {folder}"
-    if earlier:
+    found = run.environment
+    name = (found.gpu if run.plan.device == "cuda" else found.cpu) or "CPU"
+    text = f"{len(todo)} cells on {name} into {run.folder}"
+    if run.attempts:
         text += f", which has {len(rows)} of {len(tasks)}"
-    others = len({row.id for row in earlier} - rows.keys())
+    others = len({row.id for row in run.attempts} - rows.keys())
     if others:
         text += (
             f"; {others} rows there were measured by other code (this is {code_fingerprint()}) "

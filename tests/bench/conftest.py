@@ -13,6 +13,8 @@ from cells import TINY
 from torch import nn
 
 from resblock_bench.bench.cli import main as cli
+from resblock_bench.bench.grid.grid import PlannedCell
+from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.workers import Worker
@@ -26,7 +28,7 @@ from resblock_bench.bench.measure.timing import Rule
 from resblock_bench.bench.measure.truth_file import truth_path, write_truth
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
-from resblock_bench.bench.sweep import sweep
+from resblock_bench.bench.sweep import engines
 
 FAST = Rule(warmup_s=0.0, warmup_max_s=0.0, warmup_min_steps=1, min_samples=6, max_samples=6)
 
@@ -89,6 +91,16 @@ def row_of_task(task: Task, folder: Path) -> Row:
 def make_task(found: Environment) -> Callable[..., Task]:
     """The task of a tiny cell; fields of the task or of the cell changed."""
     return functools.partial(tiny_task, found)
+
+
+@pytest.fixture
+def plan(make_task: Callable[..., Task]) -> Plan:
+    """Of a run of one tiny cell."""
+    task = make_task()
+    cells = [PlannedCell(task.cell, 1)]
+    return Plan(
+        device="cpu", rule=task.rule, seed=0, threads=None, memory_limit_bytes=None, cells=cells
+    )
 
 
 @pytest.fixture
@@ -161,7 +173,7 @@ def one_survey() -> Callable[..., Environment]:
         kind = f"{job} {variables}"
         if kind not in known:
             known[kind] = survey(processes, job, variables)
-        return known[kind]
+        return msgspec.structs.replace(known[kind], machine=environment.machine_name())
 
     return surveyed
 
@@ -173,7 +185,7 @@ def run_cli(
     one_survey: Callable[..., Environment],
 ) -> Callable[..., Outcome]:
     """Run the command line in this process."""
-    monkeypatch.setattr(sweep, "survey", one_survey)
+    monkeypatch.setattr(engines, "survey", one_survey)
 
     def run(*arguments: object) -> Outcome:
         with pytest.raises(SystemExit) as ending:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from multiprocessing import spawn
 from pathlib import Path
 from types import ModuleType
@@ -142,7 +143,7 @@ def test_a_sweep_survives_the_loss_of_a_node(
     assert killed.status == "crashed"
     assert killed.reason == "killed by SIGKILL, in its phase 'check'"
     assert engine.lanes == 3
-    with LocalEngine([], limit_s=600) as local:
+    with closing(LocalEngine("cpu", threads=1, limit_s=600)) as local:
         for task in tasks[:2]:
             row = rows[id_of(task)]
             assert row.status == "ok"
@@ -213,7 +214,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayEngine]:
     node = {"Alive": True, "Resources": {"CPU": 1.0}}
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "nodes", lambda: [node])
-    with RayEngine("cpu", threads=1, limit_s=60) as engine:
+    with closing(RayEngine("cpu", threads=1, limit_s=60)) as engine:
         yield engine
 
 
