@@ -311,6 +311,7 @@ def env(
     from resblock_bench.bench.machine import environment
     from resblock_bench.bench.machine.checkup import cpu_findings, versions_finding
     from resblock_bench.bench.machine.checkup_gpu import gpu_findings
+    from resblock_bench.bench.machine.proc import usable_cpus
     from resblock_bench.bench.measure import telemetry
     from resblock_bench.bench.measure.devices import default_kind
     from resblock_bench.bench.units import parse_duration_s
@@ -319,7 +320,7 @@ def env(
 
     found = [versions_finding(), *cpu_findings(), *gpu_findings(os.environ)]
     console = result_console()
-    gathered = environment.gather(environment.usable_cpus())
+    gathered = environment.gather(usable_cpus())
     console.print(machine(gathered, found))
     if record is not None:
         kind = default_kind()

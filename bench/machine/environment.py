@@ -1,7 +1,6 @@
 """The machine and the software of a run, gathered without root and without changing anything."""
 
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.records import Environment
 
 from . import nvml
+from .proc import cpu_model, physical_cores, usable_cpus
 
 _PACKAGES = ("torch", "triton", "numpy", "resblock-bench")
 
@@ -50,44 +50,6 @@ def machine_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
 
 
-def cpu_model(root: Path = Path("/")) -> str | None:
-    """The processor's marketing name."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or None
-
-
-def physical_cores(root: Path = Path("/")) -> int | None:
-    """Cores without their hyperthreads."""
-    text = _read(root / "proc/cpuinfo")
-    sockets = re.findall(r"^physical id\s*:\s*(\d+)", text, re.MULTILINE)
-    cores = re.findall(r"^core id\s*:\s*(\d+)", text, re.MULTILINE)
-    return len(set(zip(sockets, cores, strict=False))) or None
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """How many CPUs this process may keep busy: its affinity mask and its cgroup's quota.
-
-    In a container PyTorch otherwise starts a thread for every core of the host.
-    """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = cgroup_quota(root)
-    usable = count or 1
-    return usable if quota is None else max(1, min(usable, math.ceil(quota)))
-
-
-def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the cgroup (version 2 or 1) grants, or None without a limit."""
-    fields = _read(root / "sys/fs/cgroup/cpu.max").split()
-    if not fields:
-        old = root / "sys/fs/cgroup/cpu"
-        fields = [_read(old / "cpu.cfs_quota_us"), _read(old / "cpu.cfs_period_us")]
-    try:
-        quota, period = int(fields[0]), int(fields[1])
-    except (IndexError, ValueError):
-        return None
-    return quota / period if quota > 0 and period > 0 else None
-
-
 def memory_bytes() -> int | None:
     """The machine's main memory."""
     try:
@@ -109,10 +71,3 @@ def versions() -> dict[str, str | None]:
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     found["cudnn"] = str(cudnn) if cudnn else None
     return found
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

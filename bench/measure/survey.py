@@ -26,11 +26,9 @@ def survey(
         jobs.survey, msgspec.json.encode(job), limit_s=_LIMIT_S, environment=variables
     )
     if ending.reply is None:
-        how = "did not answer" if ending.exit_code is None else f"ended with {ending.exit_code}"
-        last = (ending.output.strip().splitlines() or ["it printed nothing"])[-1]
+        _, problem = ending.problem(_LIMIT_S)
         raise UsageError(
-            f"the device {job.device!r} cannot be used: the process that looked at it {how} "
-            f"({last}); try 'resblock-bench env'"
+            f"the device {job.device!r} cannot be used: {problem}; try 'resblock-bench env'"
         )
     reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
     if reply.environment is None:

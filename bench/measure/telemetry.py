@@ -12,7 +12,7 @@ import torch
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine.nvml import Gpu, NvmlError, session
-from resblock_bench.bench.machine.processor import is_relative, read_cpu
+from resblock_bench.bench.machine.proc import is_relative, read_cpu
 from resblock_bench.bench.records import Count, NonNegative, Record
 
 

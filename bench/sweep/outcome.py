@@ -47,7 +47,7 @@ def derive(console: Console, folder: Path, formats: Sequence[str], *, plots: boo
     wanted = msgspec.json.encode(_Wanted(str(folder), list(formats), plots))
     ending = Processes().run(_write_derived, wanted)
     if ending.reply is None:
-        say(console, f"no more tables or figures: {ending.output.strip()[-300:]}")
+        say(console, f"no more tables or figures: {ending.problem()[1]}")
         return
     reply = msgspec.json.decode(ending.reply, type=_Derived)
     for path in reply.paths:

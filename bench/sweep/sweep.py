@@ -12,7 +12,7 @@ from rich.console import Console
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid.grid import PlannedCell, weight
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.machine.environment import usable_cpus
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.progress import TaskProgress

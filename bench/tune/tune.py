@@ -22,6 +22,7 @@ from resblock_bench.bench import exitcodes, files
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.terminal import say
 from resblock_bench.kernels import tuned
@@ -163,7 +164,7 @@ def _enter(entries: dict[Bucket, Entry], outcome: Outcome) -> bool:
 
 def _head(bench: Bench) -> tuned.Table:
     """An empty table with the machine and the commit."""
-    found = environment.gather(environment.usable_cpus())
+    found = environment.gather(usable_cpus())
     machine = {"gpu": bench.name, "driver": found.gpu_driver or "unknown"}
     for package in ("torch", "triton", "cuda"):
         machine[package] = found.versions.get(package) or "unknown"
