@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench import exitcodes, files
+from resblock_bench.bench import exitcodes, files, markdown
 from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.markdown import escaped
 from resblock_bench.bench.records import Record
-from resblock_bench.bench.runs.export import escaped
 from resblock_bench.bench.terminal import say
 
 from .findings import LEVELS, Finding, Level, exit_code, worst_first
@@ -159,14 +159,8 @@ def _json(report: Report) -> str:
 
 def _markdown(report: Report) -> str:
     """Fit for a comment: many findings folded up, and what is too long cut with a count."""
-    columns = len(report.columns)
-    head = [
-        f"### {escaped(report.title)}",
-        "",
-        f"| {' | '.join(map(escaped, report.columns))} |",
-        f"|:--|{'--:|' * (columns - 1)}",
-    ]
-    rows = [f"| {' | '.join(map(escaped, row))} |" for row in report.rows]
+    heading, rule, *rows = markdown.table(report.columns, report.rows)
+    head = [f"### {escaped(report.title)}", "", heading, rule]
     findings = [
         f"- **{finding.level}** {escaped(sentence(finding))}"
         for finding in worst_first(report.findings)

@@ -7,10 +7,8 @@ Parquet and JSON text in CSV; mappings, whose keys vary, are JSON text in both.
 """
 
 import csv
-import html
 import importlib.util
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from msgspec import inspect
 
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.markdown import escaped, table
 from resblock_bench.bench.records import Row, site_name
 
 from .folder import Run
@@ -150,26 +149,17 @@ def _parquet_types(kind: inspect.Type) -> tuple[Any, str]:
 
 def _markdown(run: Run) -> bytes:
     """A table for a comment on a change: a line a cell, then the summary and what went wrong."""
-    lines = [
-        f"| block | run | {' | '.join(('variant', *HEADINGS[1:]))} |",
-        f"|:--|:--|:--|{'--:|' * len(HEADINGS[1:])}",
+    cells = [
+        [site_name(site), f"{site.dtype} {site.layout} {site.mode}", *variant_line(row, members)]
+        for site, members in by_site(run.rows).items()
+        for row in members
     ]
-    for site, members in by_site(run.rows).items():
-        where = [site_name(site), f"{site.dtype} {site.layout} {site.mode}"]
-        for row in members:
-            cells = [*where, *variant_line(row, members)]
-            lines.append(f"| {' | '.join(escaped(cell.strip()) for cell in cells)} |")
+    lines = table(["block", "run", "variant", *HEADINGS[1:]], cells, words=3)
     lines += ["", escaped(summary(run.rows)), ""]
     lines += [f"- {escaped(problem)}" for problem in problems(run.rows)]
     if run.rows:
         lines += ["", f"<sub>{escaped(source_of(run))}</sub>"]
     return ("\n".join(lines) + "\n").encode()
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    flat = " ".join(text.split())
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(flat, quote=False))
 
 
 FORMATS: dict[str, Callable[[Run], bytes]] = {
