@@ -40,30 +40,27 @@ class Lane:
             task = replace(task, memory_limit_bytes=available_bytes())
         if self._uuid is not None:
             task = replace(task, environment=replace(task.environment, gpu_uuid=self._uuid))
+        truth = truth_path(self._folder, task.cell, task.seed)
+        argument = msgspec.json.encode(jobs.CellJob(task, str(truth)))
         try:
-            return self._measure(task)
+            if truth != self._truth:
+                self._forget()
+                ending = self._run(jobs.compute_site_truth, argument)
+                problem = jobs.truth_problem(ending, self._limit_s)
+                if problem is not None:
+                    return _row_without_timing(task, *problem, ending)
+                self._truth = truth
+            ending = self._run(jobs.measure_cell, argument)
+            if ending.reply is None:
+                return _row_without_timing(task, *ending.problem(self._limit_s), ending)
+            row = msgspec.json.decode(ending.reply, type=Row)
+            overhead_s = max(0.0, ending.wall_s - (row.wall_s or 0.0))
+            output = None if row.status == "ok" else ending.output or None
+            return replace(row, wall_s=ending.wall_s, overhead_s=overhead_s, output=output)
         except ProcessesClosed:
             raise
         except Exception as error:  # no reply is worth the end of a sweep
             return row_of(task, "failed", f"its process could not be used: {reason_of(error)}")
-
-    def _measure(self, task: Task) -> Row:
-        truth = truth_path(self._folder, task.cell, task.seed)
-        argument = msgspec.json.encode(jobs.CellJob(task, str(truth)))
-        if truth != self._truth:
-            self._forget()
-            ending = self._run(jobs.compute_site_truth, argument)
-            problem = jobs.truth_problem(ending, self._limit_s)
-            if problem is not None:
-                return _row_without_timing(task, *problem, ending)
-            self._truth = truth
-        ending = self._run(jobs.measure_cell, argument)
-        if ending.reply is None:
-            return _row_without_timing(task, *ending.problem(self._limit_s), ending)
-        row = msgspec.json.decode(ending.reply, type=Row)
-        overhead_s = max(0.0, ending.wall_s - (row.wall_s or 0.0))
-        output = None if row.status == "ok" else ending.output or None
-        return replace(row, wall_s=ending.wall_s, overhead_s=overhead_s, output=output)
 
     def _forget(self) -> None:
         """The truth of the last site: one may take gigabytes."""

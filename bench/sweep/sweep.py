@@ -1,8 +1,8 @@
 """Carries a sweep out: opens or resumes the folder, measures, shows, draws, says how it ended."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,42 @@ def carry_out(request: Request, console: Console) -> int:
     Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE, not the
     shell's 130, so that a script sees one code for every run that is not whole.
     """
+    with _opened(request, console) as (run, engine):
+        tasks = run.plan.tasks(run.environment, folder=run.folder, telemetry=request.telemetry)
+        earlier = len(run.attempts)
+        rows = _rows_of(tasks, run)
+        todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
+        if request.budget_s is not None and request.resume:
+            todo.sort(
+                key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True
+            )
+        say(console, _begin_line(tasks, todo, rows, run))
+        oom = None if request.ignore_oom else OomRecord(rows.values())
+        ending = _measure_all(request, todo, engine, oom, run, console)
+        left = len(todo) - (len(run.attempts) - earlier)
+        if ending is None and left:
+            ending = "stopped, since the time budget is spent"
+        found = list(_rows_of(tasks, run).values())
+        show(console, found, len(tasks))
+        if run.plan.device == "cuda" and ending is None:
+            _show_predicted(found, run.environment, console)
+        if found:
+            derive(console, run.folder, request.formats, plots=request.plots)
+        if ending is not None:
+            engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
+            if request.accelerator is not None:
+                engine_options += f" --accelerator {request.accelerator}"
+            say(
+                console,
+                f"{ending}: {len(found)} rows are in {run.folder}, {left} cells are left; "
+                f"go on with: resblock-bench run{engine_options} --resume --output {run.folder}",
+            )
+        return exit_code(found, len(tasks), ending)
+
+
+@contextmanager
+def _opened(request: Request, console: Console) -> Iterator[tuple[Run, Engine]]:
+    """The run folder, begun or gone on with, and what measures its cells."""
     with ExitStack() as stack:
         if request.resume:
             run = stack.enter_context(resume_run(folder_to_resume(request.output)))
@@ -79,7 +115,7 @@ def carry_out(request: Request, console: Console) -> int:
             found = engine.survey()
             folder = request.output or default_output(found.machine, Path.cwd())
             run = stack.enter_context(create_run(folder, request.plan, found))
-        return _sweep(request, run, engine, console)
+        yield run, engine
 
 
 def folder_to_resume(output: Path | None) -> Path:
@@ -111,37 +147,6 @@ def _open_engine(request: Request, plan: Plan) -> Engine:
     return RayEngine(
         plan.device, threads=threads, limit_s=request.timeout_s, accelerator=request.accelerator
     )
-
-
-def _sweep(request: Request, run: Run, engine: Engine, console: Console) -> int:
-    tasks = run.plan.tasks(run.environment, folder=run.folder, telemetry=request.telemetry)
-    earlier = len(run.attempts)
-    rows = _rows_of(tasks, run)
-    todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
-    if request.budget_s is not None and request.resume:
-        todo.sort(key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True)
-    say(console, _begin_line(tasks, todo, rows, run))
-    oom = None if request.ignore_oom else OomRecord(rows.values())
-    ending = _measure_all(request, todo, engine, oom, run, console)
-    left = len(todo) - (len(run.attempts) - earlier)
-    if ending is None and left:
-        ending = "stopped, since the time budget is spent"
-    found = list(_rows_of(tasks, run).values())
-    show(console, found, len(tasks))
-    if run.plan.device == "cuda" and ending is None:
-        _show_predicted(found, run.environment, console)
-    if found:
-        derive(console, run.folder, request.formats, plots=request.plots)
-    if ending is not None:
-        engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
-        if request.accelerator is not None:
-            engine_options += f" --accelerator {request.accelerator}"
-        say(
-            console,
-            f"{ending}: {len(found)} rows are in {run.folder}, {left} cells are left; "
-            f"go on with: resblock-bench run{engine_options} --resume --output {run.folder}",
-        )
-    return exit_code(found, len(tasks), ending)
 
 
 def _rows_of(tasks: Iterable[Task], run: Run) -> dict[str, Row]:
