@@ -77,10 +77,10 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     # Nobody reads yet: neither the check nor its end may wait for a reader, or be taken for one.
     files.check_writable(path)
     found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append(path.read_bytes()))
+    reader = threading.Thread(target=lambda: found.append(path.read_bytes()), daemon=True)
     reader.start()
     files.write(path, b"content", "")
-    reader.join()
+    reader.join(60)
     assert found == [b"content"]
     assert path.is_fifo()
 

@@ -10,8 +10,8 @@ import pytest
 
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.records import Environment, Row
-from resblock_bench.bench.runs.folder import create_run, default_output, read_run
+from resblock_bench.bench.records import Ceilings, Environment, Row
+from resblock_bench.bench.runs.folder import create_run, default_output, read_run, resume_run
 
 Measure = Callable[..., Row]
 
@@ -87,7 +87,8 @@ def test_a_full_disk_leaves_whole_rows(
         with pytest.raises(OSError, match="No space left"):
             run.append(rows[1])
         assert run.attempts == rows[:1]
-    assert read_run(tmp_path / "run").rows == rows[:1]
+    run = read_run(tmp_path / "run")
+    assert (run.rows, run.notes) == (rows[:1], ())
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,16 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
     with refusal, create_run(folder, plan, msgspec.structs.replace(found, cpu="another")):
         pass
     assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+def test_a_run_that_goes_on_keeps_the_ceilings_it_began_with(
+    folder: Path, plan: Plan, found: Environment
+) -> None:
+    faster = Ceilings(copy_bytes_per_s=2.0, peak_bytes_per_s=3.0, matrix_flops_per_s={})
+    with resume_run(folder) as run:
+        assert run.go_on(plan, msgspec.structs.replace(found, ceilings=faster)) is None
+        assert run.environment.ceilings == found.ceilings
+    assert read_run(folder).environment == found
 
 
 def test_an_unwritable_folder_is_refused(tmp_path: Path, plan: Plan, found: Environment) -> None:
