@@ -17,5 +17,6 @@ Rooms, each of which imports only from those above it in this list:
     cli        the command line
 
 Below them all lie the modules beside the rooms: `records` (the schema of what is written),
-`errors`, `exitcodes`, `units`, `terminal`, `progress`, `versioned`, `git`.
+`errors`, `exitcodes`, `units`, `terminal`, `progress`, `markdown`, `files`, `checkout`. Above them
+all, `plugins` has the few names that other packages may import.
 """

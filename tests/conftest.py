@@ -33,8 +33,9 @@ def pytest_benchmark_update_machine_info(machine_info):
     import torch
 
     from resblock_bench.bench.machine import environment
+    from resblock_bench.bench.machine.proc import usable_cpus
 
-    found = environment.gather(min(torch.get_num_threads(), environment.usable_cpus()))
+    found = environment.gather(min(torch.get_num_threads(), usable_cpus()))
     machine_info["node"] = found.machine
     machine_info["gpu"], machine_info["gpu_driver"] = found.gpu, found.gpu_driver
     machine_info["threads"] = found.threads

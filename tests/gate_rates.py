@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from resblock_bench.bench.checkout import package_folder
 from resblock_bench.bench.compare.compare import BaseRequest, in_lockstep
 from resblock_bench.bench.compare.source_tree import python_paths
 from resblock_bench.bench.compare.verdict import Verdict
@@ -30,7 +31,6 @@ from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.grid.presets import named
 from resblock_bench.bench.machine.environment import machine_name
-from resblock_bench.bench.measure.fingerprint import package_folder
 from resblock_bench.bench.records import Cell, Record, Status, cell_name
 
 # Forward is the whole step here, so that the share of its time is that of the step's.

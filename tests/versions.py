@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench.compiled.machine_code import ARCHITECTURES
-from resblock_bench.bench.machine.environment import usable_cpus
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.kernels.versions import COMPILING, LOCKED, PAIRS, Pair
 
 ROOT = Path(__file__).parents[1]

@@ -112,7 +112,7 @@ def run(
     from resblock_bench.bench.grid.presets import choose
     from resblock_bench.bench.measure.devices import default_kind, device_kind
     from resblock_bench.bench.runs.export import parse_formats
-    from resblock_bench.bench.runs.folder import read_plan
+    from resblock_bench.bench.runs.folder import read_run
     from resblock_bench.bench.sweep.sweep import SweepRequest, carry_out, folder_to_resume
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
 
@@ -153,7 +153,7 @@ def run(
                 raise UsageError(f"{flag} is set by the run that is resumed: leave it out")
     console = result_console()
     if dry_run:
-        shown = asked or read_plan(folder_to_resume(output))
+        shown = asked or read_run(folder_to_resume(output)).plan
         console.print(planned_cells(shown.cells))
         return
     request = SweepRequest(
@@ -297,11 +297,12 @@ def env() -> None:
     from resblock_bench.bench.machine import environment
     from resblock_bench.bench.machine.checkup import cpu_facts, versions_fact
     from resblock_bench.bench.machine.checkup_gpu import gpu_facts
+    from resblock_bench.bench.machine.proc import usable_cpus
 
     from .listing import machine
 
     found = [versions_fact(), *cpu_facts(), *gpu_facts(os.environ)]
-    gathered = environment.gather(environment.usable_cpus())
+    gathered = environment.gather(usable_cpus())
     result_console().print(machine(gathered, found))
 
 

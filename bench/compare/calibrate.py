@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resblock_bench.bench import exitcodes
+from resblock_bench.bench.checkout import require_own_code
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.progress import round_progress
@@ -31,7 +32,6 @@ from resblock_bench.bench.terminal import say
 from .calibration import CALIBRATION_VERSION, Calibration, noise_of, tolerance_of
 from .comparison import STAGES
 from .machine_store import calibration_file, writable, write
-from .source_tree import require_own_code
 from .verdict import CALIBRATED_FREEDOM, smallest_detectable
 
 

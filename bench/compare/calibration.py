@@ -16,12 +16,12 @@ from typing import Annotated
 from msgspec import Meta
 
 from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.files import read_versioned
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule
 from resblock_bench.bench.machine.environment import difference
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.records import Cell, Environment, NonNegative, Positive, Record, cell_name
-from resblock_bench.bench.versioned import read_versioned
 
 from .comparison import STAGES
 from .machine_store import calibration_file

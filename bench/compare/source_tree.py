@@ -5,15 +5,12 @@ measures is the same on both sides, so that nothing but what is measured differs
 """
 
 import contextlib
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resblock_bench.bench import git
-from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.checkout import git, is_checkout, package_folder, run_git
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine.scratch import SUFFIX, scratch_folder
-from resblock_bench.bench.measure.fingerprint import package_folder
-from resblock_bench.bench.runs.folder import is_checkout, repository_root
 
 _MEASURED = ("reference", "kernels")
 _TREE = "tree"
@@ -21,7 +18,10 @@ _TREE = "tree"
 
 def repository_around(start: Path) -> Path:
     """The root of the git repository that holds `start`. Raises UsageError where there is none."""
-    done = _run_git(start, "rev-parse", "--show-toplevel")
+    try:
+        done = run_git(start, "rev-parse", "--show-toplevel")
+    except OSError:
+        raise UsageError("--base needs git, which is not installed") from None
     if done.returncode:
         raise UsageError(
             f"{start} is in no git repository that can be used ({done.stderr.strip()}), and --base "
@@ -32,7 +32,7 @@ def repository_around(start: Path) -> Path:
 
 def resolve(repository: Path, revision: str) -> str:
     """The commit that a revision names. Raises UsageError where it names none."""
-    commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    commit = git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if commit is None:
         raise UsageError(
             f"--base {revision!r} is no revision of {repository}: name a branch, tag or commit "
@@ -41,38 +41,28 @@ def resolve(repository: Path, revision: str) -> str:
     return commit
 
 
-def require_own_code(start: Path) -> None:
-    """Raises InvalidError in a checkout of this project that is not the one whose code runs."""
-    root, running = repository_root(start), package_folder("kernels").resolve().parent
-    if is_checkout(root) and root.resolve() != running:
-        raise InvalidError(
-            f"{root} is a checkout of resblock-bench, and this command would measure the code of "
-            f"{running}: run the one of the checkout's own environment"
-        )
-
-
 @contextlib.contextmanager
 def checked_out(repository: Path, commit: str) -> Iterator[Path]:
     """A worktree of the commit, removed afterwards."""
     with scratch_folder() as folder:
         tree = folder / _TREE
         try:
-            done = _run_git(repository, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+            done = run_git(repository, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             if done.returncode:
                 raise UsageError(f"git cannot check {commit} out: {done.stderr.strip()}")
             yield tree
         finally:
             # Twice: one that git was interrupted in making is locked.
-            _git(repository, "worktree", "remove", "--force", "--force", str(tree))
+            git(repository, "worktree", "remove", "--force", "--force", str(tree))
             _forget_killed(repository)
 
 
 def _forget_killed(repository: Path) -> None:
     """Remove the entries of comparisons that were killed, whose folders are gone, and no others."""
-    for line in (_git(repository, "worktree", "list", "--porcelain") or "").splitlines():
+    for line in (git(repository, "worktree", "list", "--porcelain") or "").splitlines():
         tree = Path(line.removeprefix("worktree "))
         if tree.name == _TREE and tree.parent.name.endswith(SUFFIX) and not tree.exists():
-            _git(repository, "worktree", "remove", "--force", str(tree))
+            git(repository, "worktree", "remove", "--force", str(tree))
 
 
 def python_paths(name: str, tree: Path, sources: Sequence[Path], scratch: Path) -> list[Path]:
@@ -111,16 +101,3 @@ def require_sources(name: str, tree: Path, sources: Sequence[Path]) -> None:
                 f"--source {source} is no folder within {name}: name the folder that your packages "
                 "are imported from, relative to the repository and in both revisions"
             )
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails."""
-    done = _run_git(folder, *arguments)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return git.run(folder, *arguments)
-    except OSError:
-        raise UsageError("--base needs git, which is not installed") from None

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine.environment import difference
 from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status, cell_name
-from resblock_bench.bench.runs.folder import read_plan, read_run
+from resblock_bench.bench.runs.folder import read_run
 
 from .calibration import Calibration
 from .comparison import Compared
@@ -54,7 +54,7 @@ def load(folder: Path) -> Stored:
     """A run folder. Raises UsageError where there is none, InvalidError where it cannot be
     compared."""
     run = read_run(folder)
-    expected = [item.cell for item in read_plan(folder).cells]
+    expected = [item.cell for item in run.plan.cells]
     median_ms: dict[Cell, float] = {}
     missing: dict[Cell, tuple[Status, str]] = {}
     disturbed: dict[Cell, str] = {}

@@ -6,8 +6,8 @@ Triton's interpreter, machine code from cross-compilation, and a time predicted 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.console import Console
 
-from resblock_bench.bench import exitcodes
+from resblock_bench.bench import exitcodes, files
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.machine import workers
 from resblock_bench.bench.machine.workers import Job
@@ -39,6 +39,7 @@ DEFAULT: Selection = {
 
 MODELS_DEFAULT: Selection = {"dtype": ("bf16",), "layout": ("nchw", "nhwc")}
 """Where models are named, they say the sites."""
+_ADVICE = "name another file"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def carry_out(request: CostRequest, console: Console) -> int:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if request.json is not None:
-        _write(request.json, CostReport(costs=costs, host=host))
+        files.write(request.json, files.as_json(CostReport(costs=costs, host=host)), _ADVICE)
         console.print(f"json: {request.json}", markup=False, highlight=False, soft_wrap=True)
     return exitcodes.OK
 
@@ -125,7 +126,8 @@ def _check(request: CostRequest) -> None:
         if arch not in ARCHITECTURES:
             raise unknown("architecture", str(arch), map(str, ARCHITECTURES))
     if request.json is not None:
-        _require_writable(request.json)
+        with files.explained(request.json, _ADVICE):
+            files.check_writable(request.json)
 
 
 def host_times(norms: Iterable[Norm]) -> list[HostTime]:
@@ -135,28 +137,3 @@ def host_times(norms: Iterable[Norm]) -> list[HostTime]:
     jobs = [Job(False, measure_host_time, (norm.dtype,)) for norm in norms]
     with closing(workers.run(jobs, 1)) as found:
         return [answer.get() for _, answer in found]
-
-
-def _write(path: Path, report: CostReport) -> None:
-    data = msgspec.json.format(msgspec.json.encode(report), indent=1)
-    with _explained(path):
-        path.write_bytes(data + b"\n")
-
-
-def _require_writable(path: Path) -> None:
-    """Before minutes of work. What the path holds stays, and it is not made."""
-    with _explained(path):
-        new = not path.exists()
-        path.open("ab").close()
-        if new:
-            path.unlink()
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}): name another file"
-        ) from None

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import plan
-from resblock_bench.bench.machine import environment, workers
+from resblock_bench.bench.machine import workers
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.machine.workers import Answer, Job
 from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import site_of
@@ -142,7 +143,7 @@ def answers(jobs: Iterable[Job], console: Console) -> Generator[tuple[Job, Answe
     wanted = list(dict.fromkeys(jobs))
     with (
         counted(console, "counting bytes and compiling", len(wanted)) as advance,
-        closing(workers.run(wanted, environment.usable_cpus())) as found,
+        closing(workers.run(wanted, usable_cpus())) as found,
     ):
         for job, answer in found:
             advance()

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench import exitcodes
+from resblock_bench.bench import exitcodes, files, markdown
 from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.markdown import escaped
 from resblock_bench.bench.records import Record
-from resblock_bench.bench.runs.export import escaped
 from resblock_bench.bench.terminal import say
 
 from .findings import LEVELS, Finding, Level, exit_code, worst_first
@@ -28,6 +27,7 @@ SHOWN = 20
 """Findings that a terminal shows."""
 MARKDOWN_LIMIT = 60_000
 """Characters; a comment on GitHub holds 65,536."""
+_ADVICE = "name another file"
 _FOLDED = 10  # findings above which Markdown folds them up
 
 _STYLES: dict[Level, str] = {
@@ -84,13 +84,12 @@ class Destination(NamedTuple):
 
 
 def destination(format: str, file: Path | None) -> Destination:
-    """Raises UsageError for an unknown format and where the file's folder is not there."""
+    """Raises UsageError for an unknown format and where the file cannot be written."""
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if file is not None and os.path.isdir(file):
-        raise UsageError(f"{file} is a folder: name a file in it")
-    if file is not None and not os.path.isdir(file.absolute().parent):
-        raise UsageError(f"{file.parent} is not a folder: make it, or name another file")
+    if file is not None:
+        with files.explained(file, _ADVICE):
+            files.check_writable(file)
     return Destination(format, file)
 
 
@@ -108,9 +107,9 @@ def write(report: Report, to: Destination, console: Console) -> int:
     if to.file is None:
         return code
     try:
-        to.file.write_text(FORMATS[to.format](report), encoding="utf-8")
-    except OSError as error:
-        say(console, f"{to.file} cannot be written ({error.strerror}): name another file")
+        files.write(to.file, FORMATS[to.format](report).encode(), _ADVICE)
+    except UsageError as error:
+        say(console, str(error))
         return code or exitcodes.INCOMPLETE
     return code
 
@@ -155,19 +154,13 @@ def _json(report: Report) -> str:
     document = Document(
         report_version=REPORT_VERSION, exit_code=exit_code(report.findings), report=report
     )
-    return msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n"
+    return files.as_json(document).decode()
 
 
 def _markdown(report: Report) -> str:
     """Fit for a comment: many findings folded up, and what is too long cut with a count."""
-    columns = len(report.columns)
-    head = [
-        f"### {escaped(report.title)}",
-        "",
-        f"| {' | '.join(map(escaped, report.columns))} |",
-        f"|:--|{'--:|' * (columns - 1)}",
-    ]
-    rows = [f"| {' | '.join(map(escaped, row))} |" for row in report.rows]
+    heading, rule, *rows = markdown.table(report.columns, report.rows)
+    head = [f"### {escaped(report.title)}", "", heading, rule]
     findings = [
         f"- **{finding.level}** {escaped(sentence(finding))}"
         for finding in worst_first(report.findings)

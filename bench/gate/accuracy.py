@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from resblock_bench.bench.checkout import in_checkout
 from resblock_bench.bench.findings.findings import Finding, Level
-from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
 from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Conditioning, DType, Layout
-from resblock_bench.bench.runs.folder import in_checkout
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
 
@@ -67,7 +67,7 @@ def measure_cases(wanted: Sequence[AccuracyCase], console: Console) -> Found:
     found = Found()
     # Entries stand in the order of the cases, in which they do not end.
     answers: dict[AccuracyCase, Answer] = {}
-    workers = max(1, min(environment.usable_cpus(), len(wanted)))
+    workers = max(1, min(usable_cpus(), len(wanted)))
     jobs = [Job(True, measure, (case,)) for case in wanted]
     with counted(console, "errors against float64", len(wanted)) as advance:
         for job, answer in run(jobs, workers, _SAME_EVERYWHERE):

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resblock_bench.bench import exitcodes
-from resblock_bench.bench.compare.source_tree import require_own_code
+from resblock_bench.bench.checkout import repository_root, require_own_code, source_state
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.findings.findings import (
     Finding,
@@ -18,8 +18,6 @@ from resblock_bench.bench.findings.findings import (
     worst_first,
 )
 from resblock_bench.bench.findings.report import WIDTH, sentence, show
-from resblock_bench.bench.machine import environment
-from resblock_bench.bench.runs.folder import repository_root
 from resblock_bench.bench.terminal import say
 
 from .check import against_pins, check, default_pins, failure, pinned_parts, report_of
@@ -89,7 +87,7 @@ def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:
 
 def _commit() -> str | None:
     """The commit that was measured, "-dirty" where tracked files differ from it."""
-    commit, dirty = environment.source_state(repository_root(Path.cwd()))
+    commit, dirty = source_state(repository_root(Path.cwd()))
     return f"{commit}-dirty" if commit and dirty else commit
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from resblock_bench.bench.checkout import repository_root, require_own_code
 from resblock_bench.bench.compare.comparison import Compared
-from resblock_bench.bench.compare.source_tree import require_own_code
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import Finding, Level, exit_code, is_of_part, of_part
 from resblock_bench.bench.findings.report import (
@@ -23,7 +23,6 @@ from resblock_bench.bench.findings.report import (
     count_levels,
     write,
 )
-from resblock_bench.bench.runs.folder import repository_root
 
 from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 

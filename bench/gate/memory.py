@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from resblock_bench.bench.checkout import in_checkout
 from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.axes import Selection
 from resblock_bench.bench.grid.grid import plan
-from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
 from resblock_bench.bench.measure.predict import predict_memory
 from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Cell, Memory, cell_name
-from resblock_bench.bench.runs.folder import in_checkout
 from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 
 from .pins import Criterion, Found, PinnedPart
@@ -83,7 +83,7 @@ def measure_cells(wanted: Iterable[Cell], console: Console) -> Found:
     """The figures of the cells, measured in processes of their own."""
     found = Found()
     jobs = [Job(True, predict, item) for item in items(wanted)]
-    count = max(1, min(environment.usable_cpus(), len(jobs)))
+    count = max(1, min(usable_cpus(), len(jobs)))
     answers: dict[Job, Answer] = {}
     with counted(console, "memory on fake tensors", len(jobs)) as advance:
         for job, answer in run(jobs, count):

@@ -7,27 +7,25 @@ figure a number or word of an entry. Pins are compared both ways: what is worse 
 better asks to be saved, since a pin with slack would let the next regression pass.
 """
 
-import contextlib
 import datetime
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 from rich.console import Console
 
-from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench import files
+from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.findings.findings import LEVELS, Finding, Level
 from resblock_bench.bench.records import Record
-from resblock_bench.bench.versioned import OtherSchemaError, read_versioned
 
 PINS_VERSION = 1
 PINS = Path("results", "pins")
 """Where the pins are, from the root of a repository."""
+_ADVICE = "name another folder with --pins"
 
 Value = int | float | str | None
 Entries = dict[str, dict[str, Value]]
@@ -126,7 +124,7 @@ def _files(root: Path, part: str) -> list[Path]:
 def _read(path: Path) -> PinFile:
     try:
         again = "save it again with 'resblock-bench baseline save'"
-        pin = read_versioned(path, PinFile, "pins_version", PINS_VERSION, again)
+        pin = files.read_versioned(path, PinFile, "pins_version", PINS_VERSION, again)
     except OSError as error:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
     if (pin.part, pin.subject) != (path.parent.name, path.stem):
@@ -222,7 +220,9 @@ def write_pins(
     before = _saved(root, part.name)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     changed: list[Path] = []
-    with _writing(root, part.name) as folder:
+    folder = root / part.name
+    with files.explained(root, _ADVICE):
+        folder.mkdir(parents=True, exist_ok=True)
         for subject, entries in subjects.items():
             path = folder / f"{subject}.json"
             old = before.get(subject)
@@ -237,14 +237,8 @@ def write_pins(
                 saves=saves,
                 entries=entries,
             )
-            data = msgspec.json.format(msgspec.json.encode(pin), indent=1) + b"\n"
-            temporary = path.with_suffix(".tmp")
-            try:
-                temporary.write_bytes(data)
-                temporary.replace(path)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            with files.whole(path) as file:
+                file.write(files.as_json(pin))
             changed.append(path)
         for subject in before.keys() - subjects.keys():
             path = folder / f"{subject}.json"
@@ -260,7 +254,7 @@ def _saved(root: Path, part: str) -> dict[str, PinFile | None]:
     for path in _files(root, part):
         try:
             saved[path.stem] = _read(path)
-        except OtherSchemaError:
+        except files.OtherSchemaError:
             saved[path.stem] = None
     return saved
 
@@ -268,18 +262,5 @@ def _saved(root: Path, part: str) -> dict[str, PinFile | None]:
 def require_writable(root: Path, part: str) -> None:
     """Raises what `write_pins` would: what was measured for minutes is not to be lost."""
     _saved(root, part)
-    with _writing(root, part) as folder, tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-@contextlib.contextmanager
-def _writing(root: Path, part: str) -> Iterator[Path]:
-    """The folder of a part, made where there is none."""
-    folder = root / part
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    except OSError as error:
-        raise UsageError(
-            f"{root} cannot be written ({error.strerror}): name another folder with --pins"
-        ) from None
+    with files.explained(root, _ADVICE):
+        files.check_writable(root / part / "any.json", parents=True)

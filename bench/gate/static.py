@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from resblock_bench.bench.checkout import in_checkout
 from resblock_bench.bench.compiled import cases as kernel_cases
 from resblock_bench.bench.compiled.machine_code import (
     ARCHITECTURES,
@@ -30,7 +31,6 @@ from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.grid import GROUPS
 from resblock_bench.bench.machine import workers
 from resblock_bench.bench.machine.workers import Job
-from resblock_bench.bench.runs.folder import in_checkout
 
 from .pins import Criterion, Entries, Found, PinFile, PinnedPart, Value
 

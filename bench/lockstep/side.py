@@ -23,6 +23,7 @@ import msgspec
 import torch
 
 from resblock_bench.bench.machine.parent import die_with_parent
+from resblock_bench.bench.machine.proc import personality
 from resblock_bench.bench.measure import preload  # noqa: F401
 from resblock_bench.bench.measure.cell import Checked, Task, checked_workload, reason_of, status_of
 from resblock_bench.bench.measure.devices import Device, open_device
@@ -52,7 +53,7 @@ def main() -> None:
     die_with_parent()
     if sys.argv[2]:
         os.sched_setaffinity(0, map(int, sys.argv[2].split(",")))
-    _answer(socket, Up(code_fingerprint(), _fixed_addresses()))
+    _answer(socket, Up(code_fingerprint(), bool(personality() & ADDR_NO_RANDOMIZE)))
     while True:
         try:
             message = socket.recv_bytes()
@@ -66,13 +67,6 @@ def main() -> None:
             _round(socket, order)
         _, status = os.waitpid(pid, 0)
         _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
-
-
-def _fixed_addresses() -> bool:
-    try:
-        return bool(int(Path("/proc/self/personality").read_text(), 16) & ADDR_NO_RANDOMIZE)
-    except (OSError, ValueError):
-        return False
 
 
 def _answer(socket: Connection, answer: Reply) -> None:

@@ -15,9 +15,9 @@ from typing import TypeVar
 import msgspec
 
 from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.machine.process import Ending
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import Status
-from resblock_bench.bench.units import format_duration
 
 from .orders import (
     ADDR_NO_RANDOMIZE,
@@ -36,6 +36,7 @@ from .orders import (
 
 _SERVER = "resblock_bench.bench.lockstep.side"
 _START_S = 300.0
+_EXIT_S = 10.0  # A side that has closed its end of the socket is ending.
 _ALIKE = {
     "PYTHONHASHSEED": "0",
     # Which buffers happen to get huge pages made sides of the same code differ by up to 11 %.
@@ -174,7 +175,7 @@ class Side:
         """End the round's process."""
         ended = self._ask(Close(), Ended)
         if ended.exit_code:
-            raise SideError(self, "crashed", self._ended(ended.exit_code))
+            raise self._failed(ended.exit_code)
 
     def abandon(self) -> None:
         """End the round's process where there is one, whatever it answers."""
@@ -182,17 +183,24 @@ class Side:
             with contextlib.suppress(SideError):
                 self.end()
 
-    def kill(self) -> None:
-        """End whatever runs; the next round starts anew."""
+    def kill(self, grace_s: float = 0.0) -> int | None:
+        """End whatever runs; the next round starts anew. Returns the exit code.
+
+        grace_s   seconds in which it may end by itself
+        """
         self._measuring = False
+        exit_code = None
         if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            exit_code = self._process.wait()
             self._process = None
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        return exit_code
 
     def _ask(self, order: Order, expected: type[A]) -> A:
         assert self._socket is not None
@@ -205,20 +213,17 @@ class Side:
         try:
             if not self._socket.poll(limit_s):
                 self.kill()
-                limit = format_duration(limit_s)
-                raise SideError(self, "timeout", f"stopped after the time limit of {limit}")
+                raise self._failed(None, limit_s)
             answer = msgspec.json.decode(self._socket.recv_bytes(), type=Reply)
         except (EOFError, OSError, msgspec.DecodeError):
-            self.kill()
-            raise SideError(self, "crashed", self._ended(None)) from None
+            raise self._failed(self.kill(_EXIT_S)) from None
         if isinstance(answer, Ended):
             self._measuring = False
         if isinstance(answer, Ended) and not isinstance(answer, expected):
-            raise SideError(self, "crashed", self._ended(answer.exit_code))
+            raise self._failed(answer.exit_code)
         assert isinstance(answer, expected), answer
         return answer
 
-    def _ended(self, exit_code: int | None) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        how = "its process ended" if exit_code is None else f"its process ended with {exit_code}"
-        return f"{how}: {lines[-1]}" if lines else how
+    def _failed(self, exit_code: int | None, limit_s: float = 0.0) -> SideError:
+        output = self._log.read_text(errors="replace")
+        return SideError(self, *Ending(None, exit_code, output=output).problem(limit_s))

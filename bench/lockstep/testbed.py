@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.gpu_lock import only_user
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
@@ -21,7 +20,6 @@ from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.measure.truth_file import truth_path
 from resblock_bench.bench.records import Environment
-from resblock_bench.bench.units import format_duration
 
 from .rounds import RoundError
 from .sides import Side
@@ -53,14 +51,9 @@ class Testbed:
         if not path.exists():
             argument = msgspec.json.encode(jobs.CellJob(task, str(path)))
             ending = self._processes.run(jobs.compute_site_truth, argument, limit_s=self._limit_s)
-            if ending.reply is None and ending.exit_code is None:
-                limit = format_duration(self._limit_s)
-                raise RoundError("timeout", f"its float64 truth took longer than {limit}")
-            if ending.reply is None:
-                raise RoundError("crashed", f"its float64 truth ended with {ending.exit_code}")
-            reply = msgspec.json.decode(ending.reply, type=jobs.TruthReply)
-            if reply.status != "ok":
-                raise RoundError(reply.status, f"its float64 truth: {reply.reason}")
+            problem = jobs.truth_problem(ending, self._limit_s)
+            if problem is not None:
+                raise RoundError(*problem)
         return path
 
 
@@ -87,9 +80,8 @@ def opened(
             variables["CUDA_VISIBLE_DEVICES"] = gpu
         processes = Processes()
         stack.callback(processes.close)
-        threads = plan.threads or environment.usable_cpus()
+        threads = plan.threads or usable_cpus()
         found = survey(processes, jobs.SurveyJob(plan.device, threads, ceilings=False), variables)
-        found = replace(found, machine=environment.machine_name())
         cpus = _cpus(threads) if plan.device == "cpu" else []
         folder = stack.enter_context(scratch_folder())
         started = []

@@ -12,7 +12,7 @@ import torch
 from resblock_bench.bench.units import format_bytes
 from resblock_bench.kernels import versions
 
-from . import environment
+from . import proc
 
 
 class Fact(NamedTuple):
@@ -34,7 +34,7 @@ def versions_fact() -> Fact:
 def cpu_facts(root: Path = Path("/")) -> list[Fact]:
     """What is found of the processor, its load and its limits; `root` holds /sys and /proc."""
     found = [
-        Fact("CPU", environment.cpu_model(root) or "model unknown"),
+        Fact("CPU", proc.cpu_model(root) or "model unknown"),
         _governor(root),
         _turbo(root),
         _smt(root),
@@ -67,7 +67,7 @@ def _governor(root: Path) -> Fact:
 def _turbo(root: Path) -> Fact | None:
     folder = root / "sys/devices/system/cpu"
     for name, on, off in (("intel_pstate/no_turbo", "0", "1"), ("cpufreq/boost", "1", "0")):
-        state = _read(folder / name)
+        state = proc.read(folder / name)
         if state == on:
             return Fact(
                 "turbo",
@@ -81,11 +81,11 @@ def _turbo(root: Path) -> Fact | None:
 
 
 def _smt(root: Path) -> Fact | None:
-    active = _read(root / "sys/devices/system/cpu/smt/active")
+    active = proc.read(root / "sys/devices/system/cpu/smt/active")
     if active not in ("0", "1"):
         return None
-    cores = environment.physical_cores(root)
-    if active == "0" or cores is None or environment.usable_cpus(root) <= cores:
+    cores = proc.physical_cores(root)
+    if active == "0" or cores is None or proc.usable_cpus(root) <= cores:
         return Fact("SMT", "on" if active == "1" else "off")
     return Fact(
         "SMT",
@@ -97,7 +97,7 @@ def _smt(root: Path) -> Fact | None:
 
 def _load(root: Path) -> Fact | None:
     try:
-        minute = float(_read(root / "proc/loadavg").split()[0])
+        minute = float(proc.read(root / "proc/loadavg").split()[0])
     except (ValueError, IndexError):
         return None
     found = f"{minute:.2f} on {os.cpu_count() or 1} CPUs"
@@ -113,8 +113,8 @@ def _load(root: Path) -> Fact | None:
 
 
 def _threads(root: Path) -> Fact:
-    usable, default = environment.usable_cpus(root), torch.get_num_threads()
-    quota = environment.cgroup_quota(root)
+    usable, default = proc.usable_cpus(root), torch.get_num_threads()
+    quota = proc.cgroup_quota(root)
     granted = "no cgroup quota" if quota is None else f"cgroup quota {quota:g}"
     found = f"{usable} usable CPUs ({granted}); PyTorch would start {default} threads"
     if default <= usable:
@@ -138,15 +138,14 @@ def _power(root: Path) -> Fact | None:
 
 
 def _memory(root: Path) -> Fact | None:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        available, total = fields["MemAvailable"], fields["MemTotal"]
-    except (OSError, ValueError, IndexError, KeyError):
+    available, total = (
+        proc.field(root / "proc/meminfo", name) for name in ("MemAvailable", "MemTotal")
+    )
+    if available is None or total is None:
         return None
-    found = f"{format_bytes(available)} available of {format_bytes(total)}"
-    limit = _memory_limit(root)
-    if limit is not None and limit < total:
+    found = f"{format_bytes(available * 1024)} available of {format_bytes(total * 1024)}"
+    limit = proc.cgroup_memory(root)
+    if limit is not None and limit < total * 1024:
         found += f", cgroup limit {format_bytes(limit)}"
     if available >= 0.25 * total:
         return Fact("memory", found)
@@ -156,17 +155,3 @@ def _memory(root: Path) -> Fact | None:
         "little is free: close what holds it",
         "ps -eo pid,user,rss,args --sort=-rss | head",
     )
-
-
-def _memory_limit(root: Path) -> int | None:
-    """Bytes that the cgroup (version 2 or 1) grants, None without a limit."""
-    folder = root / "sys/fs/cgroup"
-    text = _read(folder / "memory.max") or _read(folder / "memory/memory.limit_in_bytes")
-    return int(text) if text.isdecimal() else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -9,7 +9,7 @@ from resblock_bench.bench.units import format_bytes
 
 from . import nvml
 from .checkup import Fact
-from .processor import is_relative
+from .proc import is_relative
 from .visible_gpus import visible_gpus
 
 # Below this most GPUs do not slow down for their temperature.

@@ -1,19 +1,18 @@
 """The machine and the software of a run, gathered without root and without changing anything."""
 
 import importlib.metadata
-import math
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 
-from resblock_bench.bench import git
+from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.records import Environment
 
 from . import nvml
+from .proc import cpu_model, physical_cores, usable_cpus
 
 _PACKAGES = ("torch", "triton", "numpy", "resblock-bench")
 _DECIDING = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
@@ -65,44 +64,6 @@ def machine_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
 
 
-def cpu_model(root: Path = Path("/")) -> str | None:
-    """The processor's marketing name."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or None
-
-
-def physical_cores(root: Path = Path("/")) -> int | None:
-    """Cores without their hyperthreads."""
-    text = _read(root / "proc/cpuinfo")
-    sockets = re.findall(r"^physical id\s*:\s*(\d+)", text, re.MULTILINE)
-    cores = re.findall(r"^core id\s*:\s*(\d+)", text, re.MULTILINE)
-    return len(set(zip(sockets, cores, strict=False))) or None
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """How many CPUs this process may keep busy: its affinity mask and its cgroup's quota.
-
-    In a container PyTorch otherwise starts a thread for every core of the host.
-    """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = cgroup_quota(root)
-    usable = count or 1
-    return usable if quota is None else max(1, min(usable, math.ceil(quota)))
-
-
-def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the cgroup (version 2 or 1) grants, or None without a limit."""
-    fields = _read(root / "sys/fs/cgroup/cpu.max").split()
-    if not fields:
-        old = root / "sys/fs/cgroup/cpu"
-        fields = [_read(old / "cpu.cfs_quota_us"), _read(old / "cpu.cfs_period_us")]
-    try:
-        quota, period = int(fields[0]), int(fields[1])
-    except (IndexError, ValueError):
-        return None
-    return quota / period if quota > 0 and period > 0 else None
-
-
 def memory_bytes() -> int | None:
     """The machine's main memory."""
     try:
@@ -124,30 +85,3 @@ def versions() -> dict[str, str | None]:
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     found["cudnn"] = str(cudnn) if cudnn else None
     return found
-
-
-def source_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that tracks `folder`, and whether tracked files differ from it.
-
-    (None, None) for an installed package, also when it lies inside somebody else's checkout.
-    """
-    if not _git(folder, "ls-files", "."):
-        return None, None
-    commit = _git(folder, "rev-parse", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no", ":/")
-    return commit, None if commit is None else bool(changes)
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = git.run(folder, *arguments, timeout_s=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

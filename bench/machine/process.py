@@ -8,6 +8,7 @@ The reply comes back as bytes; nothing that such a process sends is unpickled.
 
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import signal
@@ -23,8 +24,11 @@ from types import FrameType
 from typing import Any
 
 from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.records import Status
+from resblock_bench.bench.units import format_duration
 
 from .parent import die_with_parent
+from .proc import oom_kills
 
 Announce = Callable[[str], None]
 """Tells the parent which phase begins."""
@@ -50,13 +54,35 @@ class Ending:
     phase      the last that it announced
     output     the end of what it printed
     wall_s     from the request to the end
+    starved    whether the kernel killed it, or another one meanwhile, for want of memory
     """
 
     reply: bytes | None
     exit_code: int | None
-    phase: str
-    output: str
-    wall_s: float
+    phase: str = ""
+    output: str = ""
+    wall_s: float = 0.0
+    starved: bool = False
+
+    def problem(self, limit_s: float = math.inf) -> tuple[Status, str]:
+        """What became of a process without a reply: the status of a row, and a sentence."""
+        where = f", in its phase {self.phase!r}" if self.phase else ""
+        if self.exit_code is None:
+            return "timeout", f"stopped after the time limit of {format_duration(limit_s)}{where}"
+        if self.exit_code < 0:
+            text = f"killed by {_signal_name(-self.exit_code)}{where}"
+            if self.starved:
+                return "oom", f"the system ran out of memory: {text}"
+            return "crashed", text
+        text = f"its process ended with code {self.exit_code}{where}"
+        lines = self.output.strip().splitlines()
+        return "crashed", f"{text}: {lines[-1]}" if lines else text
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 class ProcessesClosed(Exception):
@@ -87,6 +113,7 @@ class Processes:
         Raises InvalidError where this project cannot be imported.
         """
         started = time.monotonic()
+        kills = oom_kills()
         replies, reply_end = _context.Pipe(duplex=False)
         output, output_end = _context.Pipe(duplex=False)
         with _bookkeeping:
@@ -133,6 +160,7 @@ class Processes:
             phase=watch.phase,
             output=watch.output.decode(errors="replace"),
             wall_s=time.monotonic() - started,
+            starved=exit_code == -signal.SIGKILL and oom_kills() != kills,
         )
 
     def close(self) -> None:

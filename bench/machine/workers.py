@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from .parent import die_with_parent
+from .process import Ending
 
 JOB_LIMIT_S = 300.0
 """Nothing that is asked of a worker takes a tenth of this; a kernel that waits for itself would
@@ -57,6 +58,10 @@ class Answer(NamedTuple):
         return self.value
 
 
+def _died(exit_code: int | None, limit_s: float = _END_S) -> Answer:
+    return Answer(None, WorkerDied(Ending(None, exit_code).problem(limit_s)[1]))
+
+
 class Worker:
     """A fresh process with TRITON_INTERPRET set or unset, whatever it is in this one.
 
@@ -85,7 +90,7 @@ class Worker:
             value, error = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join(_END_S)
-            return Answer(None, WorkerDied(f"its process died ({_ending(self._process.exitcode)})"))
+            return _died(self._process.exitcode)
         return Answer(value, None if error is None else JobFailed(error))
 
     def kill(self) -> None:
@@ -133,10 +138,7 @@ def run(
             for ready in dict.fromkeys([*answered, *late]):
                 assert isinstance(ready, Connection)
                 worker, job, _ = busy.pop(ready)
-                if ready in answered:
-                    answer = worker.answer()
-                else:
-                    answer = Answer(None, WorkerDied(f"took longer than {limit_s:g} s"))
+                answer = worker.answer() if ready in answered else _died(None, limit_s)
                 if isinstance(answer.error, WorkerDied):
                     worker.kill()
                     go_on(None, job.interpret)
@@ -165,9 +167,3 @@ def _serve(connection: Connection, environ: dict[str, str]) -> None:
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         connection.send((value, error))
-
-
-def _ending(code: int | None) -> str:
-    if code is not None and code < 0:
-        return signal.Signals(-code).name
-    return f"exit code {code}"

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from resblock_bench.bench.errors import UsageError, unknown
-from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.nvml import process_bytes
+from resblock_bench.bench.machine.proc import cpu_model
 
 from .memory import CudaMeter, MemoryMeter, TrackerMeter
 from .timing import CpuTimer, CudaTimer, Timer
@@ -63,7 +63,7 @@ def open_device(kind: Kind, threads: int) -> Device:
     """
     torch.set_num_threads(threads)
     if kind == "cpu":
-        name = environment.cpu_model() or "CPU"
+        name = cpu_model() or "CPU"
         return Device(kind, torch.device("cpu"), name, None, CpuTimer(), TrackerMeter())
     if not torch.cuda.is_available():
         raise UsageError(

@@ -8,9 +8,10 @@ folders count that can change a number; what shows, stores or plans does not.
 
 import functools
 import hashlib
-import importlib.util
 from importlib import metadata
 from pathlib import Path
+
+from resblock_bench.bench.checkout import package_folder
 
 _MEASURING = ("reference", "kernels", "bench/measure")
 
@@ -40,11 +41,3 @@ def _files(root: Path | None) -> list[tuple[str, Path]]:
             if path.suffix in (".py", ".json", ".csv"):
                 found.append((f"{name}/{path.relative_to(folder).as_posix()}", path))
     return found
-
-
-def package_folder(package: str) -> Path:
-    """Where this program's own package of that name is; does not import it."""
-    found = importlib.util.find_spec(f"resblock_bench.{package}")
-    assert found is not None
-    assert found.origin is not None
-    return Path(found.origin).resolve().parent

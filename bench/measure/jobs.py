@@ -7,14 +7,15 @@ from msgspec.structs import replace
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine import environment
-from resblock_bench.bench.machine.process import Announce
+from resblock_bench.bench.machine.proc import available_bytes
+from resblock_bench.bench.machine.process import Announce, Ending
 from resblock_bench.bench.records import Environment, Status, site_of
 
 from .ceilings import measure_ceilings
 from .cell import Task, measure, reason_of, status_of
 from .correctness import checked_cell, compute_truth
 from .devices import Kind, open_device
-from .memory_limit import available_bytes, limit_memory
+from .memory_limit import limit_memory
 from .truth_file import write_truth
 
 
@@ -69,6 +70,15 @@ def compute_site_truth(argument: bytes, announce: Announce) -> bytes:
     except Exception as error:
         reply = TruthReply(status_of(error), reason_of(error))
     return msgspec.json.encode(reply)
+
+
+def truth_problem(ending: Ending, limit_s: float) -> tuple[Status, str] | None:
+    """Status and reason of a row whose truth was not written by `compute_site_truth`, or None."""
+    if ending.reply is None:
+        status, reason = ending.problem(limit_s)
+        return status, f"its float64 truth: {reason}"
+    reply = msgspec.json.decode(ending.reply, type=TruthReply)
+    return None if reply.status == "ok" else (reply.status, f"its float64 truth: {reply.reason}")
 
 
 def survey(argument: bytes, announce: Announce) -> bytes:

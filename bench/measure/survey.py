@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import msgspec
+from msgspec.structs import replace
 
 from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.records import Environment
 
@@ -16,7 +18,7 @@ _LIMIT_S = 300.0  # A driver that hangs must not hold a run for ever.
 def survey(
     processes: Processes, job: jobs.SurveyJob, variables: Mapping[str, str] | None = None
 ) -> Environment:
-    """The machine; `variables` decide which GPU is looked at.
+    """This machine; `variables` decide which GPU is looked at.
 
     Raises UsageError where the device cannot be used.
     """
@@ -24,13 +26,11 @@ def survey(
         jobs.survey, msgspec.json.encode(job), limit_s=_LIMIT_S, environment=variables
     )
     if ending.reply is None:
-        how = "did not answer" if ending.exit_code is None else f"ended with {ending.exit_code}"
-        last = (ending.output.strip().splitlines() or ["it printed nothing"])[-1]
+        _, problem = ending.problem(_LIMIT_S)
         raise UsageError(
-            f"the device {job.device!r} cannot be used: the process that looked at it {how} "
-            f"({last}); try 'resblock-bench env'"
+            f"the device {job.device!r} cannot be used: {problem}; try 'resblock-bench env'"
         )
     reply = msgspec.json.decode(ending.reply, type=jobs.Survey)
     if reply.environment is None:
         raise UsageError(str(reply.refusal))
-    return reply.environment
+    return replace(reply.environment, machine=machine_name())

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from resblock_bench.bench.machine.nvml import NvmlError, NvmlGpu, session
-from resblock_bench.bench.machine.processor import is_relative, read_cpu
+from resblock_bench.bench.machine.proc import is_relative, read_cpu
 from resblock_bench.bench.records import Count, NonNegative, Record
 
 

@@ -4,13 +4,13 @@ Arrays in NumPy's own format and a JSON head; reading executes nothing.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
+from resblock_bench.bench import files
 from resblock_bench.bench.records import Cell, site_of
 
 from .correctness import Truth, checked_cell
@@ -36,14 +36,8 @@ def write_truth(path: Path, truth: Truth) -> None:
     head = _Head(list(truth.tensors), truth.scales, truth.limits)
     arrays = {f"t{i}": tensor.numpy() for i, tensor in enumerate(truth.tensors.values())}
     arrays[_HEAD] = np.frombuffer(msgspec.json.encode(head), dtype=np.uint8)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with files.whole(path, durable=False) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_truth(path: Path) -> Truth:

@@ -35,7 +35,7 @@ def derive(console: Console, folder: Path, formats: Sequence[str], *, plots: boo
     wanted = msgspec.json.encode(_Wanted(str(folder), list(formats), plots))
     ending = Processes().run(_write_derived, wanted)
     if ending.reply is None:
-        say(console, f"no more tables or figures: {ending.output.strip()[-300:]}")
+        say(console, f"no more tables or figures: {ending.problem()[1]}")
         return
     reply = msgspec.json.decode(ending.reply, type=_Derived)
     for path in reply.paths:
@@ -55,8 +55,6 @@ def _write_derived(argument: bytes, announce: Announce) -> bytes:
         if wanted.plots:
             drawn = draw_all(run)
             reply.paths += [f"figure: {path}" for path in drawn if path.suffix == ".png"]
-    except OSError as error:
-        reply.problem = f"{wanted.folder} cannot be written ({error.strerror})"
     except UsageError as error:
         reply.problem = str(error)
     return msgspec.json.encode(reply)

@@ -7,11 +7,8 @@ Parquet and JSON text in CSV; mappings, whose keys vary, are JSON text in both.
 """
 
 import csv
-import html
 import importlib.util
 import io
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,9 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.markdown import escaped, table
 from resblock_bench.bench.records import Row, site_name
 
 from .folder import Run
@@ -46,14 +45,7 @@ def export(run: Run, formats: Iterable[str]) -> list[Path]:
     """
     contents = {run.folder / f"{STEM}.{name}": FORMATS[name](run) for name in formats}
     for path, content in contents.items():
-        part = path.with_name(f"{path.name}.part")
-        try:
-            part.write_bytes(content)
-            os.replace(part, path)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write {path}: {error.strerror}; make its folder writable"
-            ) from None
+        files.write(path, content, "make its folder writable")
     return list(contents)
 
 
@@ -157,26 +149,17 @@ def _parquet_types(kind: inspect.Type) -> tuple[Any, str]:
 
 def _markdown(run: Run) -> bytes:
     """A table for a comment on a change: a line a cell, then the summary and what went wrong."""
-    lines = [
-        f"| block | run | {' | '.join(('variant', *HEADINGS[1:]))} |",
-        f"|:--|:--|:--|{'--:|' * len(HEADINGS[1:])}",
+    cells = [
+        [site_name(site), f"{site.dtype} {site.layout} {site.mode}", *variant_line(row, members)]
+        for site, members in by_site(run.rows).items()
+        for row in members
     ]
-    for site, members in by_site(run.rows).items():
-        where = [site_name(site), f"{site.dtype} {site.layout} {site.mode}"]
-        for row in members:
-            cells = [*where, *variant_line(row, members)]
-            lines.append(f"| {' | '.join(escaped(cell.strip()) for cell in cells)} |")
+    lines = table(["block", "run", "variant", *HEADINGS[1:]], cells, words=3)
     lines += ["", escaped(summary(run.rows)), ""]
     lines += [f"- {escaped(problem)}" for problem in problems(run.rows)]
     if run.rows:
         lines += ["", f"<sub>{escaped(source_of(run))}</sub>"]
     return ("\n".join(lines) + "\n").encode()
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    flat = " ".join(text.split())
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(flat, quote=False))
 
 
 FORMATS: dict[str, Callable[[Run], bytes]] = {

@@ -2,41 +2,115 @@
 
     <output>/cells.jsonl  plan.json  environment.json  figures/  snapshots/
 
-What was measured survives whatever ends the run: a row is on disk before the next cell starts, and
-of a row that was cut off nothing is believed. Reading checks everything and names file and line.
+It is opened once, as a Run: `create_run` begins one, `resume_run` goes on with it, `read_run` only
+reads. What was measured survives whatever ends the run: a row is on disk before the next cell
+starts, and of a row that was cut off nothing is believed. Reading checks everything and names file
+and line.
 """
 
 import datetime
 import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
+from resblock_bench.bench import files
+from resblock_bench.bench.checkout import checkout_around
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.grid.plan import Plan
+from resblock_bench.bench.machine.environment import difference
 from resblock_bench.bench.records import SCHEMA_VERSION, Environment, Row, cell_id
 
 CELLS = "cells.jsonl"
 PLAN = "plan.json"
 ENVIRONMENT = "environment.json"
 FIGURES = "figures"
+S = TypeVar("S", bound=msgspec.Struct)
+_ADVICE = "give an --output that is writable"
 
 
-class Run(NamedTuple):
-    """A run folder as read back.
+@dataclass
+class Run:
+    """A run folder that was opened.
 
-    rows    of each cell the last attempt, in the order in which the cells were first measured
-    notes   sentences about what was left out
+    plan          what it set out to measure
+    environment   the machine
+    attempts      every row, in the order in which they were written
+    notes         sentences about what was left out
     """
 
     folder: Path
+    plan: Plan
     environment: Environment
-    rows: list[Row]
+    attempts: list[Row]
     notes: tuple[str, ...] = ()
+    _file: int = -1
+    _whole: int = 0  # bytes of the rows that were read; half a row may follow
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of each cell the last attempt, in the order in which the cells were first measured."""
+        # Whatever code measured it: the last row counts.
+        return list({(row.axes, row.contract): row for row in self.attempts}.values())
+
+    def go_on(self, plan: Plan, found: Environment) -> str | None:
+        """Continue on this machine with the cells of `plan`; returns what was mended of the rows.
+
+        The ceilings stay those that were measured at first. Raises UsageError on another machine or
+        with other software: of a folder that is refused nothing is touched.
+        """
+        differs = difference(self.environment, found)
+        if differs is not None:
+            raise UsageError(
+                f"{self.folder} was measured on another machine or with other software "
+                f"({differs}): resume it there, or begin a new run with another --output"
+            )
+        self.plan = plan
+        self.environment = replace(found, ceilings=self.environment.ceilings)
+        mended = None
+        size = os.fstat(self._file).st_size
+        if size > self._whole:
+            os.ftruncate(self._file, self._whole)
+            os.fsync(self._file)
+            mended = f"the half-written last line of {self.folder / CELLS} was removed"
+        elif size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")
+        self.describe()
+        return mended
+
+    def describe(self) -> None:
+        """Write down what is going to be measured, and on what."""
+        for name, content in ((PLAN, self.plan), (ENVIRONMENT, self.environment)):
+            files.write(self.folder / name, files.as_json(content, indent=2), _ADVICE)
+
+    def append(self, row: Row) -> None:
+        """Write one row and wait until it is on disk, unless nothing was run for it.
+
+        Raises OSError where it could not be written; what was there before stays intact.
+        """
+        line = msgspec.json.encode(row) + b"\n"
+        end = os.fstat(self._file).st_size
+        written = 0
+        try:
+            self.attempts.append(row)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            if row.wall_s is not None:  # a skipped cell costs nothing to find again
+                os.fsync(self._file)
+        except BaseException as error:
+            # A row that is whole when an interrupt comes stays. Half a line would make the whole
+            # folder unreadable.
+            if isinstance(error, OSError) or written < len(line):
+                os.ftruncate(self._file, end)
+                self.attempts = [other for other in self.attempts if other is not row]
+            raise
 
 
 def default_output(machine: str, start: Path) -> Path:
@@ -49,145 +123,60 @@ def default_output(machine: str, start: Path) -> Path:
     return checkout_around(start) / "results" / "runs" / machine / run_id
 
 
-def checkout_around(start: Path) -> Path:
-    """The root of the project checkout that holds `start`; `start` where there is none."""
-    return next((folder for folder in (start, *start.parents) if is_checkout(folder)), start)
+@contextmanager
+def create_run(folder: Path, plan: Plan, environment: Environment) -> Iterator[Run]:
+    """A new run in a folder, which is made where there is none.
 
-
-def repository_root(start: Path) -> Path:
-    """The root of this project's checkout or of another repository around `start`, else `start`."""
-    roots = (f for f in (start, *start.parents) if is_checkout(f) or (f / ".git").exists())
-    return next(roots, start)
-
-
-def is_checkout(folder: Path) -> bool:
-    """Whether the folder is the root of a checkout of this project."""
-    try:
-        return 'name = "resblock-bench"' in (folder / "pyproject.toml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def in_checkout(start: Path) -> bool:
-    """Whether `start` is in a checkout of this project."""
-    return is_checkout(repository_root(start))
-
-
-class RunWriter:
-    """Appends rows to a run folder, which no other writer may have open.
-
-    Raises UsageError where the folder cannot be written, is being written by another run, or
-    already holds a run and `resume` is false.
+    Raises UsageError where it cannot be written, is being written by another run, or holds a run.
     """
-
-    def __init__(self, folder: Path, *, resume: bool = False) -> None:
-        self.folder = folder
-        self.count = 0
-        try:
-            if not resume:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / FIGURES).mkdir(exist_ok=True)
-            # A run that was ended before it had a plan has left nothing but an empty file.
-            fresh = not resume and not _is_bare(folder)
-            flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if fresh else 0)
-            self._file = os.open(folder / CELLS, flags, 0o644)
-        except FileExistsError as error:
-            if error.filename is not None and Path(error.filename).name == CELLS:
-                raise UsageError(
-                    f"{folder} already holds a run: continue it with --resume, give another "
-                    "--output, or remove it"
-                ) from None
-            raise UsageError(f"{error.filename} is not a folder: give another --output") from None
-        except OSError as error:
-            if resume and isinstance(error, FileNotFoundError):
-                raise UsageError(
-                    f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
-                ) from None
+    with files.explained(folder, _ADVICE):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    with _locked(file, folder):
+        # A run that was ended before it had a plan has left nothing but an empty file.
+        if (folder / PLAN).exists() or os.fstat(file).st_size:
             raise UsageError(
-                f"cannot write to {folder}: {error.strerror}; give an --output that is writable"
-            ) from None
-        try:
-            # The lock goes with the process, so a killed run leaves none.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise UsageError(
-                f"another run is writing to {folder}: wait until it ends, or give another --output"
-            ) from None
-
-    def describe(self, plan: Plan, environment: Environment) -> None:
-        """Write down what is going to be measured, and on what."""
-        try:
-            _write_json(self.folder / PLAN, plan)
-            _write_json(self.folder / ENVIRONMENT, environment)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.folder}: {error.strerror}; give an --output that is "
-                "writable"
-            ) from None
-
-    def repair(self) -> str | None:
-        """Mend the last line where a killed run has left half of it; returns what was done."""
-        content = (self.folder / CELLS).read_bytes()
-        whole, torn = _split_torn(content)
-        if not torn:
-            return None
-        if _is_row(torn):
-            os.write(self._file, b"\n")
-            return None
-        os.ftruncate(self._file, whole)
-        os.fsync(self._file)
-        return f"the half-written last line of {self.folder / CELLS} was removed"
-
-    def append(self, row: Row) -> None:
-        """Write one row and wait until it is on disk, unless nothing was run for it.
-
-        Raises OSError where it could not be written; what was there before stays intact.
-        """
-        line = msgspec.json.encode(row) + b"\n"
-        end = os.fstat(self._file).st_size
-        written = 0
-        try:
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-            if row.wall_s is not None:  # a skipped cell costs nothing to find again
-                os.fsync(self._file)
-        except BaseException as error:
-            if isinstance(error, OSError) or written < len(line):
-                # Half a line would make the whole folder unreadable.
-                os.ftruncate(self._file, end)
-            else:
-                self.count += 1  # interrupted, but the row is whole
-            raise
-        self.count += 1
-
-    def __enter__(self) -> "RunWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._file)
+                f"{folder} already holds a run: continue it with --resume, give another --output, "
+                "or remove it"
+            )
+        run = Run(folder, plan, environment, [], _file=file)
+        run.describe()
+        yield run
 
 
-def _is_bare(folder: Path) -> bool:
-    cells = folder / CELLS
-    return cells.exists() and cells.stat().st_size == 0 and not (folder / PLAN).exists()
+@contextmanager
+def resume_run(folder: Path) -> Iterator[Run]:
+    """A run as `read_run` reads it, to `go_on` with.
+
+    Raises UsageError also where it cannot be written or is being written by another run.
+    """
+    if not (folder / CELLS).exists():
+        raise UsageError(
+            f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
+        )
+    with files.explained(folder, _ADVICE):
+        file = os.open(folder / CELLS, os.O_RDWR | os.O_APPEND)
+    with _locked(file, folder):
+        run = read_run(folder)
+        run._file = file
+        yield run
 
 
-def _write_json(path: Path, value: Plan | Environment) -> None:
-    """Whole or not at all: a killed run must stay readable."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    part = path.with_suffix(".part")
+@contextmanager
+def _locked(file: int, folder: Path) -> Iterator[None]:
+    """No other run writes to the open file, which is closed at the end."""
     try:
-        part.write_bytes(text + b"\n")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        # The lock goes with the process, so a killed run leaves none.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise UsageError(
+            f"another run is writing to {folder}: wait until it ends, or give another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 def read_run(folder: Path) -> Run:
@@ -197,46 +186,14 @@ def read_run(folder: Path) -> Run:
     A half-written last line is what a killed run leaves: it is left out, with a note. All else that
     is not a row is an error.
     """
-    environment = read_environment(folder)
-    every, torn = _read_cells(folder)
-    # Of a cell that was measured again, by a further attempt or by other code, the last row.
-    rows = {(row.axes, row.contract): row for row in every}
-    note = (
-        f"the last line of {folder / CELLS} is half-written and was left out: its cell is "
-        "measured again by 'resblock-bench run --resume'"
-    )
-    return Run(folder, environment, list(rows.values()), (note,) if torn else ())
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Every row of a run folder in the order in which they were written, all attempts."""
-    return _read_cells(folder)[0]
-
-
-def read_environment(folder: Path) -> Environment:
-    """The machine of a run."""
-    environment: Environment = _decoded(folder / ENVIRONMENT, Environment)
-    return environment
-
-
-def read_plan(folder: Path) -> Plan:
-    """What a run set out to measure."""
-    plan: Plan = _decoded(folder / PLAN, Plan)
-    return plan
-
-
-def _read_cells(folder: Path) -> tuple[list[Row], bool]:
-    """The rows, and whether half a line follows them."""
+    plan, environment = _decoded(folder / PLAN, Plan), _decoded(folder / ENVIRONMENT, Environment)
     content = _read(folder / CELLS)
-    whole, torn = _split_torn(content)
-    if torn and _is_row(torn):
-        whole, torn = len(content), b""
-    lines = content[:whole].split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    rows: list[Row] = []
+    whole = content.rfind(b"\n") + 1
+    if _is_row(content[whole:]):  # only the line feed is missing
+        whole = len(content)
+    run = Run(folder, plan, environment, [], _whole=whole)
     seen: dict[tuple[str, int], int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
         row = _read_row(line, f"{folder / CELLS}, line {number}")
         before = seen.setdefault((row.id, row.attempt), number)
         if before != number:
@@ -244,8 +201,13 @@ def _read_cells(folder: Path) -> tuple[list[Row], bool]:
                 f"{folder / CELLS}, line {number} repeats the cell of line {before}; "
                 "remove one of them"
             )
-        rows.append(row)
-    return rows, bool(torn)
+        run.attempts.append(row)
+    if whole < len(content):
+        run.notes = (
+            f"the last line of {folder / CELLS} is half-written and was left out: its cell is "
+            "measured again by 'resblock-bench run --resume'",
+        )
+    return run
 
 
 def _read(path: Path) -> bytes:
@@ -258,7 +220,7 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _decoded(path: Path, kind: type[msgspec.Struct]) -> Any:
+def _decoded(path: Path, kind: type[S]) -> S:
     text = _read(path)
     try:
         return msgspec.json.decode(text, type=kind)
@@ -266,14 +228,8 @@ def _decoded(path: Path, kind: type[msgspec.Struct]) -> Any:
         raise InvalidError(f"{path} is damaged: {error}; restore it") from None
 
 
-def _split_torn(content: bytes) -> tuple[int, bytes]:
-    """Where the lines end that a line feed ends, and what stands after them."""
-    whole = content.rfind(b"\n") + 1
-    return whole, content[whole:]
-
-
 def _is_row(line: bytes) -> bool:
-    """Whether only the line feed is missing."""
+    """Whether a line is whole."""
     try:
         msgspec.json.decode(line, type=Row)
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from resblock_bench.bench import files
+
 from .dots import QUANTITIES, draw_dots
 from .folder import FIGURES, Run
 from .front import draw_front
@@ -11,11 +13,14 @@ from .style import STYLE
 
 
 def draw_all(run: Run) -> list[Path]:
-    """Draw every figure that the run has data for into its folder, as PNG and SVG."""
+    """Draw every figure that the run has data for into its folder, as PNG and SVG.
+
+    Raises UsageError where the folder cannot be written.
+    """
     folder = run.folder / FIGURES
-    folder.mkdir(exist_ok=True)
     paths: list[Path] = []
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+    with plt.rc_context(STYLE), files.explained(folder, "make it writable"):  # type: ignore[arg-type]
+        folder.mkdir(exist_ok=True)
         figures = {quantity.name: draw_dots(run, quantity) for quantity in QUANTITIES}
         figures["front"] = draw_front(run)
         for name, figure in figures.items():
@@ -23,7 +28,8 @@ def draw_all(run: Run) -> list[Path]:
                 continue
             for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
                 path = folder / f"{name}{suffix}"
-                figure.savefig(path, dpi=160, metadata=metadata)
+                with files.whole(path) as file:
+                    figure.savefig(file, format=suffix[1:], dpi=160, metadata=metadata)
                 paths.append(path)
             plt.close(figure)
     return paths

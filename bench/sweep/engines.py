@@ -16,8 +16,10 @@ from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
+from resblock_bench.bench.machine.visible_gpus import chosen_gpus
+from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.measure.jobs import SurveyJob
+from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.records import Environment, Row
 
@@ -25,9 +27,10 @@ from .lane import Lane
 
 
 class Engine(Protocol):
-    """Measures up to `lanes` tasks at a time, on the machine that `survey` finds.
+    """Measures up to `lanes` tasks at a time, on machines like the one that `survey` finds.
 
-    `close` ends what still runs; its rows are lost.
+    `close` ends what still runs; its rows are lost. `survey` raises UsageError where the device
+    cannot be used.
     """
 
     @property
@@ -43,15 +46,20 @@ class Engine(Protocol):
 class LocalEngine:
     """This machine. Two cells never share a GPU, also not with another run of this suite.
 
-    gpus        UUIDs of the GPUs to use, a lane each; empty for one lane on the CPU
+    kind        "cuda" has a lane for each GPU, "cpu" one
     threads     of a cell
     limit_s     the time limit of a cell, seconds
+    devices     the GPUs to use, by position or UUID; empty for all that are visible
 
-    Raises UsageError where another run uses one of the GPUs.
+    Raises UsageError for a GPU that is not there or that another run uses.
     """
 
-    def __init__(self, gpus: Sequence[str], *, threads: int, limit_s: float) -> None:
-        self._gpus, self._threads = gpus, threads
+    def __init__(
+        self, kind: Kind, *, threads: int, limit_s: float, devices: Sequence[str] = ()
+    ) -> None:
+        gpus = [gpu.uuid for gpu in chosen_gpus(devices)] if kind == "cuda" else []
+        self._survey = jobs.SurveyJob(kind, threads)
+        self._variables = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
         self._open = ExitStack()
         self._processes = Processes()
         self._open.callback(self._processes.close)
@@ -74,9 +82,8 @@ class LocalEngine:
 
     def survey(self) -> Environment:
         """This machine. Raises UsageError where its device cannot be used."""
-        job = SurveyJob("cuda" if self._gpus else "cpu", self._threads)
-        visible = {"CUDA_VISIBLE_DEVICES": self._gpus[0]} if self._gpus else None
-        return replace(survey(self._processes, job, visible), machine=machine_name())
+        found = survey(self._processes, self._survey, self._variables)
+        return replace(found, machine=machine_name())
 
     def submit(self, task: Task) -> Future[Row]:
         return self._pool.submit(self._measure, task)

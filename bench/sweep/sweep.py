@@ -13,21 +13,14 @@ from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid.grid import PlannedCell, weight
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.machine import environment
-from resblock_bench.bench.machine.visible_gpus import chosen_gpus
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row, cell_name
 from resblock_bench.bench.runs import table
 from resblock_bench.bench.runs.derived import derive
-from resblock_bench.bench.runs.folder import (
-    RunWriter,
-    default_output,
-    read_environment,
-    read_plan,
-    read_rows,
-)
+from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
 
 from .engines import Engine, LocalEngine
@@ -72,56 +65,57 @@ def carry_out(request: SweepRequest, console: Console) -> int:
     Ctrl-C ends the sweep with what was measured so far; the code is then INCOMPLETE, not the
     shell's 130, so that a script sees one code for every run that is not whole.
     """
+    with _opened(request, console) as (run, engine):
+        tasks = run.plan.tasks(run.environment, folder=run.folder)
+        earlier = len(run.attempts)
+        rows = _rows_of(tasks, run)
+        todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
+        if request.budget_s is not None and request.resume:
+            todo.sort(
+                key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True
+            )
+        say(console, _begin_line(tasks, todo, rows, run))
+        oom = None if request.ignore_oom else OomRecord(rows.values())
+        ending = _measure_all(request, todo, engine, oom, run, console)
+        left = len(todo) - (len(run.attempts) - earlier)
+        if ending is None and left:
+            ending = "stopped, since the time budget is spent"
+        found = list(_rows_of(tasks, run).values())
+        _show(console, found, len(tasks))
+        if run.plan.device == "cuda" and ending is None:
+            _show_predicted(found, run.environment, console)
+        if found:
+            derive(console, run.folder, request.formats, plots=request.plots)
+        if ending is not None:
+            engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
+            if request.accelerator is not None:
+                engine_options += f" --accelerator {request.accelerator}"
+            say(
+                console,
+                f"{ending}: {len(found)} rows are in {run.folder}, {left} cells are left; "
+                f"go on with: resblock-bench run{engine_options} --resume --output {run.folder}",
+            )
+        return exit_code(found, len(tasks), ending)
+
+
+@contextmanager
+def _opened(request: SweepRequest, console: Console) -> Iterator[tuple[Run, Engine]]:
+    """The run folder, begun or gone on with, and what measures its cells."""
     with ExitStack() as stack:
-        earlier: list[Row] = []
         if request.resume:
-            writer, plan = stack.enter_context(_reopened(request))
-            earlier = read_rows(writer.folder)
-            before = read_environment(writer.folder)
-            engine = stack.enter_context(closing(_engine(request, plan)))
-            found = engine.survey()
-            _check_machine(writer.folder, before, found)
-            found = replace(found, ceilings=before.ceilings)
-            # Only now: of a folder that is refused nothing is touched.
-            repaired = writer.repair()
-            if repaired is not None:
-                say(console, repaired)
+            run = stack.enter_context(resume_run(folder_to_resume(request.output)))
+            plan = run.plan if request.plan is None else run.plan.joined(request.plan)
+            engine = stack.enter_context(closing(_open_engine(request, plan)))
+            mended = run.go_on(plan, engine.survey())
+            if mended is not None:
+                say(console, mended)
         else:
             assert request.plan is not None
-            plan = request.plan
-            engine = stack.enter_context(closing(_engine(request, plan)))
+            engine = stack.enter_context(closing(_open_engine(request, request.plan)))
             found = engine.survey()
             folder = request.output or default_output(found.machine, Path.cwd())
-            writer = stack.enter_context(RunWriter(folder))
-        writer.describe(plan, found)
-        return _sweep(request, plan, found, engine, writer, earlier, console)
-
-
-def _engine(request: SweepRequest, plan: Plan) -> Engine:
-    """The engine that a request names."""
-    threads = plan.threads or environment.usable_cpus()
-    if plan.device == "cpu" and request.devices:
-        raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
-    if plan.device == "cuda" and plan.memory_limit_bytes is not None:
-        raise UsageError("--memory-limit is for cells on a CPU: leave it out")
-    if request.engine == "local":
-        if request.accelerator is not None:
-            raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
-        gpus = [gpu.uuid for gpu in chosen_gpus(request.devices)] if plan.device == "cuda" else []
-        return LocalEngine(gpus, threads=threads, limit_s=request.timeout_s)
-    if request.engine != "ray":
-        raise unknown("engine", request.engine, ("local", "ray"))
-    if request.devices:
-        raise UsageError(
-            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
-            "or choose a type of GPU with --accelerator"
-        )
-    return RayEngine(
-        plan.device,
-        threads=threads,
-        limit_s=request.timeout_s,
-        accelerator=request.accelerator,
-    )
+            run = stack.enter_context(create_run(folder, request.plan, found))
+        yield run, engine
 
 
 def folder_to_resume(output: Path | None) -> Path:
@@ -131,64 +125,34 @@ def folder_to_resume(output: Path | None) -> Path:
     return output
 
 
-@contextmanager
-def _reopened(request: SweepRequest) -> Iterator[tuple[RunWriter, Plan]]:
-    """The folder of an earlier run, with its plan and the cells of the request."""
-    folder = folder_to_resume(request.output)
-    with RunWriter(folder, resume=True) as writer:
-        plan = read_plan(folder)
-        if request.plan is not None:
-            plan = plan.joined(request.plan)
-        yield writer, plan
-
-
-def _check_machine(folder: Path, earlier: Environment, found: Environment) -> None:
-    differs = environment.difference(earlier, found)
-    if differs is not None:
-        raise UsageError(
-            f"{folder} was measured on another machine or with other software ({differs}): "
-            "resume it there, or begin a new run with another --output"
-        )
-
-
-def _sweep(
-    request: SweepRequest,
-    plan: Plan,
-    found: Environment,
-    engine: Engine,
-    writer: RunWriter,
-    earlier: list[Row],
-    console: Console,
-) -> int:
-    tasks = plan.tasks(found, folder=writer.folder)
-    asked = {id_of(task) for task in tasks}
-    rows = {row.id: row for row in earlier if row.id in asked}
-    todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
-    if request.budget_s is not None and request.resume:
-        todo.sort(key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True)
-    say(console, _begin_line(tasks, todo, earlier, rows, writer.folder))
-    oom = None if request.ignore_oom else OomRecord(rows.values())
-    ending = _measure_all(request, todo, engine, oom, writer, console)
-    left = len(todo) - writer.count
-    # Read back, since an interrupt may have come between a row and the note of it.
-    rows = {row.id: row for row in read_rows(writer.folder) if row.id in asked}
-    if ending is None and left:
-        ending = "stopped, since the time budget is spent"
-    _show(console, list(rows.values()), len(tasks))
-    if plan.device == "cuda" and ending is None:
-        _show_predicted(list(rows.values()), found, console)
-    if rows:
-        derive(console, writer.folder, request.formats, plots=request.plots)
-    if ending is not None:
-        engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
+def _open_engine(request: SweepRequest, plan: Plan) -> Engine:
+    if plan.device == "cpu" and request.devices:
+        raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
+    if plan.device == "cuda" and plan.memory_limit_bytes is not None:
+        raise UsageError("--memory-limit is for cells on a CPU: leave it out")
+    threads = plan.threads or usable_cpus()
+    if request.engine == "local":
         if request.accelerator is not None:
-            engine_options += f" --accelerator {request.accelerator}"
-        say(
-            console,
-            f"{ending}: {len(rows)} rows are in {writer.folder}, {left} cells are left; "
-            f"go on with: resblock-bench run{engine_options} --resume --output {writer.folder}",
+            raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
+        return LocalEngine(
+            plan.device, threads=threads, limit_s=request.timeout_s, devices=request.devices
         )
-    return exit_code(list(rows.values()), len(tasks), ending)
+    if request.engine != "ray":
+        raise unknown("engine", request.engine, ("local", "ray"))
+    if request.devices:
+        raise UsageError(
+            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
+            "or choose a type of GPU with --accelerator"
+        )
+    return RayEngine(
+        plan.device, threads=threads, limit_s=request.timeout_s, accelerator=request.accelerator
+    )
+
+
+def _rows_of(tasks: Iterable[Task], run: Run) -> dict[str, Row]:
+    """Of the tasks' cells the last rows, by id; those that other code measured do not count."""
+    asked = {id_of(task) for task in tasks}
+    return {row.id: row for row in run.attempts if row.id in asked}
 
 
 def _show(console: Console, rows: Sequence[Row], planned: int) -> None:
@@ -221,7 +185,7 @@ def _measure_all(
     todo: Sequence[Task],
     engine: Engine,
     oom: OomRecord | None,
-    writer: RunWriter,
+    run: Run,
     console: Console,
 ) -> str | None:
     """Why the sweep ended before its last cell, or None."""
@@ -238,15 +202,15 @@ def _measure_all(
             )
             for row in rows:
                 try:
-                    writer.append(row)
+                    run.append(row)
                 except OSError as error:
-                    return f"stopped, since {writer.folder} cannot be written ({error.strerror})"
+                    return f"stopped, since {run.folder} cannot be written ({error.strerror})"
                 progress.finish(_finished(row))
     except KeyboardInterrupt:
         # Several lanes may have ended cells whose rows were not handed out yet.
         for future in [future for future in running if future.done() and not future.exception()]:
             with suppress(OSError):
-                writer.append(future.result())
+                run.append(future.result())
         return "interrupted"
     return None
 
@@ -280,18 +244,14 @@ def missing(
 
 
 def _begin_line(
-    tasks: Sequence[Task],
-    todo: Sequence[Task],
-    earlier: Sequence[Row],
-    rows: Mapping[str, Row],
-    folder: Path,
+    tasks: Sequence[Task], todo: Sequence[Task], rows: Mapping[str, Row], run: Run
 ) -> str:
-    kind, found = tasks[0].device, tasks[0].environment
-    name = (found.gpu if kind == "cuda" else found.cpu) or "CPU"
-    text = f"{len(todo)} cells on {name} into {folder}"
-    if earlier:
+    found = run.environment
+    name = (found.gpu if run.plan.device == "cuda" else found.cpu) or "CPU"
+    text = f"{len(todo)} cells on {name} into {run.folder}"
+    if run.attempts:
         text += f", which has {len(rows)} of {len(tasks)}"
-    others = len({row.id for row in earlier} - rows.keys())
+    others = len({row.id for row in run.attempts} - rows.keys())
     if others:
         text += (
             f"; {others} rows there were measured by other code (this is {code_fingerprint()}) "

@@ -10,8 +10,6 @@ The table is written anew after every bucket, so whatever ends the run keeps wha
 """
 
 import datetime
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +18,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from resblock_bench.bench import exitcodes
+from resblock_bench.bench import exitcodes, files
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.terminal import say
 from resblock_bench.kernels import tuned
@@ -69,31 +68,8 @@ def write_table(path: Path, found: tuned.Table) -> None:
     head = msgspec.json.format(head, indent=2).removesuffix("[]\n}")
     lines = ",\n".join(f"    {msgspec.json.encode(entry).decode()}" for entry in found.entries)
     text = f"{head}[\n{lines}\n  ]\n}}\n" if lines else f"{head}[]\n}}\n"
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _make_writable(path: Path) -> None:
-    """Raises UsageError before anything is measured rather than after."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder: give --output a file")
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror}; give an --output that is writable"
-        ) from None
+    with files.whole(path) as file:
+        file.write(text.encode())
 
 
 def tune(
@@ -112,7 +88,8 @@ def tune(
     """
     bench = open_gpu() if bench is None else bench
     path = request.output or tuned.path_of(bench.arch)
-    _make_writable(path)
+    with files.explained(path, "give an --output that is writable"):
+        files.check_writable(path, parents=True)
     entries = read_table(path, bench.arch)
     works = sorted(buckets(request.planned), key=lambda work: work.bucket in entries)
     if not works:
@@ -187,7 +164,7 @@ def _enter(entries: dict[Bucket, Entry], outcome: BucketOutcome) -> bool:
 
 def _head(bench: Bench) -> tuned.Table:
     """An empty table with the machine and the commit."""
-    found = environment.gather(environment.usable_cpus())
+    found = environment.gather(usable_cpus())
     machine = {"gpu": bench.name, "driver": found.gpu_driver or "unknown"}
     for package in ("torch", "triton", "cuda"):
         machine[package] = found.versions.get(package) or "unknown"

@@ -13,6 +13,8 @@ from support.cells import TINY
 from torch import nn
 
 from resblock_bench.bench.cli import main as cli
+from resblock_bench.bench.grid.grid import PlannedCell
+from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.workers import Worker
@@ -98,6 +100,16 @@ def make_task(found: Environment) -> Callable[..., Task]:
 
 
 @pytest.fixture
+def plan(make_task: Callable[..., Task]) -> Plan:
+    """Of a run of one tiny cell."""
+    task = make_task()
+    cells = [PlannedCell(task.cell, 1)]
+    return Plan(
+        device="cpu", rule=task.rule, seed=0, threads=None, memory_limit_bytes=None, cells=cells
+    )
+
+
+@pytest.fixture
 def measure_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Task], Row]:
     """The row of a task, measured in this process."""
     return lambda task: row_of_task(task, tmp_path_factory.getbasetemp())
@@ -167,7 +179,7 @@ def one_survey() -> Callable[..., Environment]:
         kind = f"{job} {variables}"
         if kind not in known:
             known[kind] = survey(processes, job, variables)
-        return known[kind]
+        return msgspec.structs.replace(known[kind], machine=environment.machine_name())
 
     return surveyed
 

@@ -12,6 +12,7 @@ import pytest
 from support.fake_nvml import FakeGpu, FakeNvml
 from torch import Tensor, nn
 
+from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import nvml
 from resblock_bench.bench.machine.visible_gpus import visible_gpus
 from resblock_bench.bench.measure.cell import Task, contract_of, id_of
@@ -199,10 +200,10 @@ def test_10_an_average_shows_its_range_and_its_holes(some_row: Callable[[str], R
 
 
 def test_11_no_digit_is_lost(
-    some_row: Callable[[str], Row], found: Environment, tmp_path: Path
+    some_row: Callable[[str], Row], plan: Plan, found: Environment, tmp_path: Path
 ) -> None:
     row = some_row("inference")
-    export(Run(tmp_path, found, [row]), ["csv"])
+    export(Run(tmp_path, plan, found, [row]), ["csv"])
     with (tmp_path / "cells.csv").open() as file:
         (line,) = csv.DictReader(file)
     assert float(line["median_ms"]) == row.median_ms

@@ -25,6 +25,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from support.device_time import DeviceTime
 
 from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.ceilings import measure_ceilings
 from resblock_bench.bench.measure.devices import Device, default_kind, open_device
 from resblock_bench.bench.measure.floor import impossible
@@ -54,7 +55,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     if kind == "cuda" and dispatch.interpreting():
         pytest.fail("the kernels would be interpreted: set TRITON_INTERPRET=0 (make benchmark)")
     threads = torch.get_num_threads()
-    device = open_device(kind, min(threads, environment.usable_cpus()))
+    device = open_device(kind, min(threads, usable_cpus()))
     versions = environment.versions()
     facts = {
         "device": device.name,

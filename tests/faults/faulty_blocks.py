@@ -14,9 +14,10 @@ import torch
 from pretended import pretend, quiet, throttled
 from torch import Tensor, nn
 
-from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, Implementation
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.telemetry import Reading
-from resblock_bench.bench.records import Cell
+from resblock_bench.bench.plugins import Cell, Implementation, block_arguments
+from resblock_bench.reference import ResBlock
 
 not_an_implementation = 3
 
@@ -24,10 +25,13 @@ not_an_implementation = 3
 def _around(description: str, around: Callable[[Tensor], Tensor]) -> Implementation:
     """The reference with something done to its output in each call."""
 
+    def build(cell: Cell) -> nn.Module:
+        return ResBlock(**block_arguments(cell), use_checkpoint=cell.checkpoint == "full")
+
     def wrap(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, emb: around(module(x, emb))
 
-    return replace(IMPLEMENTATIONS["reference"], description=description, wrap=wrap)
+    return Implementation(description, build, wrap, unusable=lambda device: None)
 
 
 def _raise(out: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resblock_bench.bench.compiled.cases import KernelCase
+from resblock_bench.bench.plugins import KernelCase
 
 ROWS, COLUMNS = 2, 8192
 NUMBER = 7

@@ -143,7 +143,7 @@ def test_a_wrong_base_leaves_nothing_to_compare(outcome, items):
 
 def test_a_working_tree_that_crashes_is_invalid(outcome, items):
     status, reason = items[HEAD_CRASHING].failed
-    assert (status, reason) == ("crashed", "the working tree: its process ended with 1")
+    assert (status, reason) == ("crashed", "the working tree: its process ended with code 1")
     assert level_of(outcome, HEAD_CRASHING)[:2] == ("invalid", 3)
 
 

@@ -1,7 +1,6 @@
 """Run folders against each other, and calibrations: made-up numbers in files."""
 
 import datetime
-import errno
 import math
 import os
 import shutil
@@ -25,7 +24,7 @@ from resblock_bench.bench.compare.calibration import (
     stale,
     tolerance_of,
 )
-from resblock_bench.bench.compare.machine_store import calibration_file, writable, write
+from resblock_bench.bench.compare.machine_store import calibration_file, write
 from resblock_bench.bench.compare.stored import Stored
 from resblock_bench.bench.compare.verdict import Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
@@ -35,7 +34,7 @@ from resblock_bench.bench.measure.cell import row_of
 from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.telemetry import Reading
 from resblock_bench.bench.records import cell_name
-from resblock_bench.bench.runs.folder import RunWriter
+from resblock_bench.bench.runs.folder import create_run
 
 REFERENCE = TINY
 FUSED = replace(TINY, impl="fused")
@@ -63,10 +62,10 @@ def run_of(tmp_path, environment, make_task):
             for task in tasks
             if medians[task.cell] is not None
         ]
-        with RunWriter(folder) as writer:
-            writer.describe(plan_of(*map(msgspec.structs.asdict, medians)), tasks[0].environment)
+        plan = plan_of(*map(msgspec.structs.asdict, medians))
+        with create_run(folder, plan, tasks[0].environment) as run:
             for row in rows:
-                writer.append(row)
+                run.append(row)
         return folder
 
     return make
@@ -366,18 +365,6 @@ def test_what_cannot_be_stored_is_said(tmp_path):
     assert msgspec.json.decode(path.read_bytes())["relative"] == 0.02
     with pytest.raises(UsageError, match="cannot be written"):
         write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
-
-
-def test_room_is_looked_for_before_anything_is_measured(tmp_path, monkeypatch):
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    path = tmp_path / "here" / "calibration.json"
-    writable(path)
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UsageError, match="No space left"):
-        writable(path)
-    assert not list(path.parent.iterdir())
 
 
 def test_a_run_is_not_compared_with_itself(run_of, compared):

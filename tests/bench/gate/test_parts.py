@@ -236,7 +236,7 @@ def test_a_gradient_of_another_sign_is_wrong(
 
 def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(check_accuracy.environment, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(check_accuracy, "usable_cpus", lambda: 1)
     cases = [AccuracyCase("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
     found = check_accuracy.measure_cases(cases, quiet())
     assert not found.findings
@@ -247,7 +247,7 @@ def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(check_accuracy, "measure", process_functions.die)
     found = check_accuracy.measure_cases(cases, quiet())
     assert [one.level for one in found.findings] == ["invalid", "invalid"]
-    assert all("its process died" in one.text for one in found.findings)
+    assert all("its process ended with" in one.text for one in found.findings)
     assert not found.subjects
 
 

@@ -90,7 +90,7 @@ def test_nothing_changed(checked: Callable, found: Found, tmp_path: Path) -> Non
         # A pin with slack would let the next regression pass.
         ("good", "reading-twice", "traffic", 4, ["requested 12 → 8"]),
         ("much-shared", "much-shared", "sm_90", 1, ["232,448"]),  # 227 KiB
-        ("crashing", "good", "sm_90", 3, ["could not be compiled: its process died (SIGSEGV)"]),
+        ("crashing", "good", "sm_90", 3, ["could not be compiled: killed by SIGSEGV"]),
         ("broken", "good", "traffic", 3, ["could not be interpreted", "broken on purpose"]),
         ("broken", "good", "sm_90", 3, ["could not be compiled", "broken on purpose"]),
         ("autotuned", "good", "sm_90", 3, ["pass its kernel.fn, with one configuration"]),
@@ -182,7 +182,7 @@ def test_bad_registrations_are_named() -> None:
         "support.static_kernels:numbers": "offers a int, not a KernelCase",
         "support.static_kernels:unnameable": "'no/name' is no name",
         "support.static_kernels:twins": "two of its cases",
-        "support.process_functions:leave": "its process died (exit code 0)",
+        "support.process_functions:leave": "its process ended with code 0",
     }
     items, said = check_static.case_items([point(value, value) for value in wrong])
     assert not items

@@ -78,10 +78,10 @@ def test_a_round_of_two_sides(bed):
 @pytest.mark.parametrize(
     ("impl", "status", "reason"),
     [
-        ("segfaulting", "crashed", "its process ended with -11"),
+        ("segfaulting", "crashed", "killed by SIGSEGV"),
         ("wrong", "wrong", "above its limit"),
         ("raising", "failed", "illegal access [of memory]"),
-        ("hanging", "timeout", "after the time limit of 8"),
+        ("hanging", "timeout", "stopped after the time limit of 8"),
     ],
 )
 def test_what_goes_wrong_on_a_side_ends_the_round(bed, impl, status, reason):

@@ -113,7 +113,10 @@ def test_more_threads_than_granted_cpus_is_advised_on(
     ],
 )
 def test_the_cgroups_memory_limit_is_shown(tmp_path: Path, name, text, shown) -> None:
-    memory = {"proc/meminfo": "MemTotal: 8000 kB\nMemAvailable: 7000 kB\n"}
+    memory = {
+        "proc/meminfo": "MemTotal: 8000 kB\nMemAvailable: 7000 kB\n",
+        "proc/self/cgroup": "1:memory:/\n0::/\n",
+    }
     finding = found(tmp_path, {**memory, f"sys/fs/cgroup/{name}": text})["memory"]
     assert ("cgroup" in finding.found) == (shown is not None)
     assert (shown or "available") in finding.found

@@ -4,13 +4,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.machine import environment
-from resblock_bench.bench.machine.environment import (
-    cgroup_quota,
-    machine_name,
-    source_state,
-    usable_cpus,
-)
+from resblock_bench.bench.machine.environment import machine_name
+from resblock_bench.bench.machine.proc import cgroup_quota, usable_cpus
 from resblock_bench.bench.records import Environment
 
 

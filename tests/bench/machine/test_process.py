@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 from support import process_functions as functions
 
-from resblock_bench.bench.machine.process import OUTPUT_BYTES, Processes, ProcessesClosed
+from resblock_bench.bench.machine import process
+from resblock_bench.bench.machine.process import (
+    OUTPUT_BYTES,
+    Ending,
+    Processes,
+    ProcessesClosed,
+)
 
 
 @pytest.fixture
@@ -193,3 +199,54 @@ processes.close()
     assert done.stderr == ""
     if note.exists():
         assert died(int(note.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "sentence"),
+    [
+        (Ending(None, None), "timeout", "stopped after the time limit of 8.0s"),
+        (
+            Ending(None, None, "timing", "last"),
+            "timeout",
+            "stopped after the time limit of 8.0s, in its phase 'timing'",
+        ),
+        (
+            Ending(None, -11, "check", "a trace"),
+            "crashed",
+            "killed by SIGSEGV, in its phase 'check'",
+        ),
+        (Ending(None, -9, output="last"), "crashed", "killed by SIGKILL"),
+        (Ending(None, -9, starved=True), "oom", "the system ran out of memory: killed by SIGKILL"),
+        (Ending(None, -35), "crashed", "killed by signal 35"),
+        (Ending(None, 7, output=" \n"), "crashed", "its process ended with code 7"),
+        (
+            Ending(None, 1, "check", "Traceback\nValueError: no good\n"),
+            "crashed",
+            "its process ended with code 1, in its phase 'check': ValueError: no good",
+        ),
+    ],
+)
+def test_how_a_process_ended_is_one_sentence(ending: Ending, status: str, sentence: str) -> None:
+    assert ending.problem(8.0) == (status, sentence)
+
+
+@pytest.mark.parametrize(
+    ("number", "kills", "starved"),
+    [
+        (signal.SIGKILL, (3, 4), True),
+        (signal.SIGKILL, (3, 3), False),
+        (signal.SIGKILL, (None, None), False),
+        (signal.SIGTERM, (3, 4), False),
+    ],
+)
+def test_a_kill_by_the_system_s_out_of_memory_killer_is_told_apart(
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kills: tuple[int | None, int | None],
+    starved: bool,
+) -> None:
+    counts = iter(kills)
+    monkeypatch.setattr(process, "oom_kills", lambda: next(counts))
+    ending = processes.run(functions.end_by_signal, str(int(number)).encode())
+    assert (ending.exit_code, ending.starved) == (-number, starved)

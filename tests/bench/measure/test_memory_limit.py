@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.measure.memory_limit import available_bytes, limit_memory, oom_kills
+from resblock_bench.bench.machine.proc import available_bytes, oom_kills
+from resblock_bench.bench.measure.memory_limit import limit_memory
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")

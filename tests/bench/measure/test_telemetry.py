@@ -8,7 +8,7 @@ import torch
 from support.fake_nvml import FakeGpu, FakeNvml, processes
 
 from resblock_bench.bench.machine import nvml
-from resblock_bench.bench.machine.processor import is_relative, read_cpu
+from resblock_bench.bench.machine.proc import is_relative, read_cpu
 from resblock_bench.bench.machine.visible_gpus import visible_gpus
 from resblock_bench.bench.measure.telemetry import (
     CpuProbe,

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import pandas
 import pytest
 
 from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import Conditions, Environment, Row
 from resblock_bench.bench.runs.export import export, parse_formats
 from resblock_bench.bench.runs.folder import Run
@@ -22,13 +24,18 @@ EXACT = {} if int(pandas.__version__.split(".")[0]) >= 3 else {"float_precision"
 
 
 @pytest.fixture
-def run(some_row: Callable[[str], Row], found: Environment, tmp_path: Path) -> Run:
+def run(some_row: Callable[[str], Row], plan: Plan, found: Environment, tmp_path: Path) -> Run:
     """A measured cell, one without numbers, and one whose integers need all of a float's bits."""
     measured = some_row("inference")
     assert measured.memory is not None
     empty = {"median_ms": None, "samples_ms": None, "memory": None, "outliers": None}
     broken = msgspec.structs.replace(
-        measured, status="oom", reason="a | b <c>\nsecond, 'line'", correctness=None, **empty
+        measured,
+        axes=msgspec.structs.replace(measured.axes, checkpoint="full"),
+        status="oom",
+        reason="a | b <c>\nsecond, 'line'",
+        correctness=None,
+        **empty,
     )
     memory = msgspec.structs.replace(measured.memory, peak_bytes=2**53 + 1)
     conditions = Conditions(
@@ -48,7 +55,7 @@ def run(some_row: Callable[[str], Row], found: Environment, tmp_path: Path) -> R
         memory=memory,
         conditions=conditions,
     )
-    return Run(tmp_path, found, [measured, broken, large])
+    return Run(tmp_path, plan, found, [measured, broken, large])
 
 
 def leaves(record: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -110,7 +117,7 @@ def test_the_columns_do_not_depend_on_the_rows(run: Run) -> None:
         schema.names
     )
     for rows in (run.rows[1:2], []):
-        export(run._replace(rows=rows), ["csv", "parquet"])
+        export(dataclasses.replace(run, attempts=rows), ["csv", "parquet"])
         assert (run.folder / "cells.csv").read_text().splitlines()[0] == header
         assert parquet.read_schema(run.folder / "cells.parquet").remove_metadata() == schema
 
@@ -130,7 +137,7 @@ def test_markdown_is_a_table_with_its_summary(run: Run) -> None:
 
 
 def test_an_empty_run_has_a_heading(run: Run) -> None:
-    (path,) = export(run._replace(rows=[]), ["md"])
+    (path,) = export(dataclasses.replace(run, attempts=[]), ["md"])
     assert "0 cells: none." in path.read_text()
 
 
@@ -141,9 +148,9 @@ def test_a_failed_write_leaves_the_earlier_file(run: Run, monkeypatch: pytest.Mo
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UsageError, match=r"cannot write .*cells\.csv: No space left"):
-        export(run._replace(rows=[]), ["csv"])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match=r"cells\.csv cannot be written \(No space left"):
+        export(dataclasses.replace(run, attempts=[]), ["csv"])
     assert path.read_bytes() == before
 
 

@@ -9,11 +9,9 @@ import pandas
 import pytest
 
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.records import Environment, Row
-from resblock_bench.bench.runs.folder import RunWriter, default_output, read_run
+from resblock_bench.bench.records import Ceilings, Environment, Row
+from resblock_bench.bench.runs.folder import create_run, default_output, read_run, resume_run
 
 Measure = Callable[..., Row]
 
@@ -26,27 +24,19 @@ def rows(some_row: Callable[[str], Row], measure: Measure) -> list[Row]:
 
 
 @pytest.fixture
-def plan(make_task: Callable[..., Task]) -> Plan:
-    task = make_task()
-    cells = [PlannedCell(task.cell, 1)]
-    return Plan(
-        device="cpu", rule=task.rule, seed=0, threads=None, memory_limit_bytes=None, cells=cells
-    )
-
-
-@pytest.fixture
 def folder(tmp_path: Path, rows: list[Row], plan: Plan, found: Environment) -> Path:
-    with RunWriter(tmp_path / "run") as writer:
-        writer.describe(plan, found)
+    with create_run(tmp_path / "run", plan, found) as run:
         for row in rows:
-            writer.append(row)
+            run.append(row)
     return tmp_path / "run"
 
 
-def test_what_is_written_is_read_back(folder: Path, rows: list[Row], found: Environment) -> None:
+def test_what_is_written_is_read_back(
+    folder: Path, rows: list[Row], plan: Plan, found: Environment
+) -> None:
     run = read_run(folder)
     assert run.rows == rows
-    assert run.environment == found
+    assert (run.plan, run.environment) == (plan, found)
 
 
 def test_pandas_reads_the_rows(folder: Path, rows: list[Row]) -> None:
@@ -62,22 +52,21 @@ def test_a_row_is_on_disk_before_append_returns(
 ) -> None:
     cells = tmp_path / "run" / "cells.jsonl"
     synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(cells.read_bytes())))
-    with RunWriter(tmp_path / "run") as writer:
-        writer.describe(plan, found)
+    with create_run(tmp_path / "run", plan, found) as run:
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(cells.read_bytes())))
         for row in rows:
-            writer.append(row)
+            run.append(row)
             assert synced[-1] == len(cells.read_bytes()) > 0
     assert len(synced) == 2
 
 
 def test_a_row_for_which_nothing_ran_is_written_and_not_waited_for(
-    tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: list[Row], plan: Plan, found: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", synced.append)
-    with RunWriter(tmp_path / "run") as writer:
-        writer.append(msgspec.structs.replace(rows[1], wall_s=None))
+    with create_run(tmp_path / "run", plan, found) as run:
+        monkeypatch.setattr(os, "fsync", synced.append)
+        run.append(msgspec.structs.replace(rows[1], wall_s=None))
         assert (tmp_path / "run" / "cells.jsonl").read_bytes().count(b"\n") == 1
     assert synced == []
 
@@ -92,14 +81,14 @@ def test_a_full_disk_leaves_whole_rows(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data[: len(data) - 50])
 
-    with RunWriter(tmp_path / "run") as writer:
-        writer.describe(plan, found)
-        writer.append(rows[0])
+    with create_run(tmp_path / "run", plan, found) as run:
+        run.append(rows[0])
         monkeypatch.setattr(os, "write", half)
         with pytest.raises(OSError, match="No space left"):
-            writer.append(rows[1])
-        assert writer.count == 1
-    assert read_run(tmp_path / "run").rows == rows[:1]
+            run.append(rows[1])
+        assert run.attempts == rows[:1]
+    run = read_run(tmp_path / "run")
+    assert (run.rows, run.notes) == (rows[:1], ())
 
 
 @pytest.mark.parametrize(
@@ -117,30 +106,40 @@ def test_an_interrupt_leaves_whole_rows(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    with RunWriter(tmp_path / "run") as writer:
-        writer.describe(plan, found)
-        writer.append(rows[0])
+    with create_run(tmp_path / "run", plan, found) as run:
+        run.append(rows[0])
         monkeypatch.setattr(os, where, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            writer.append(rows[1])
-        assert writer.count == kept
+            run.append(rows[1])
+        assert run.attempts == rows[:kept]
     assert read_run(tmp_path / "run").rows == rows[:kept]
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
-    folder: Path, found: Environment
+    folder: Path, plan: Plan, found: Environment
 ) -> None:
-    before = (folder / "cells.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="already holds a run: continue it with --resume"):
-        RunWriter(folder)
-    assert (folder / "cells.jsonl").read_bytes() == before
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    refusal = pytest.raises(UsageError, match="already holds a run: continue it with --resume")
+    with refusal, create_run(folder, plan, msgspec.structs.replace(found, cpu="another")):
+        pass
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
 
 
-def test_an_unwritable_folder_is_refused(tmp_path: Path, found: Environment) -> None:
+def test_a_run_that_goes_on_keeps_the_ceilings_it_began_with(
+    folder: Path, plan: Plan, found: Environment
+) -> None:
+    faster = Ceilings(copy_bytes_per_s=2.0, peak_bytes_per_s=3.0, matrix_flops_per_s={})
+    with resume_run(folder) as run:
+        assert run.go_on(plan, msgspec.structs.replace(found, ceilings=faster)) is None
+        assert run.environment.ceilings == found.ceilings
+    assert read_run(folder).environment == found
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path, plan: Plan, found: Environment) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UsageError, match="give an"):
-            RunWriter(place)
+        with pytest.raises(UsageError, match="give an"), create_run(place, plan, found):
+            pass
 
 
 def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -200,7 +199,7 @@ def test_a_damaged_environment_is_named(folder: Path) -> None:
         read_run(folder)
 
 
-@pytest.mark.parametrize("missing", ["cells.jsonl", "environment.json"])
+@pytest.mark.parametrize("missing", ["cells.jsonl", "environment.json", "plan.json"])
 def test_what_is_no_run_folder_is_refused(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
     with pytest.raises(UsageError, match=f"is not a run folder: {missing} cannot be read"):

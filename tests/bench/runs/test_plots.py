@@ -1,3 +1,4 @@
+import dataclasses
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Row, Status
 from resblock_bench.bench.runs.dots import QUANTITIES, draw_dots
 from resblock_bench.bench.runs.folder import Run
@@ -21,7 +23,7 @@ MODES = ("none", "selective", "full")
 
 
 @pytest.fixture
-def run(some_row: Callable[[str], Row], found: Environment, tmp_path: Path) -> Run:
+def run(some_row: Callable[[str], Row], plan: Plan, found: Environment, tmp_path: Path) -> Run:
     """Two sites in every variant; timings made up, so that positions are known."""
     base = some_row("train")
     rows = []
@@ -41,7 +43,7 @@ def run(some_row: Callable[[str], Row], found: Environment, tmp_path: Path) -> R
                     throughput_images_per_s=batch / median * 1e3,
                 )
             )
-    return Run(tmp_path / "a-run", found, rows)
+    return Run(tmp_path / "a-run", plan, found, rows)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -97,7 +99,7 @@ def test_a_dot_stands_at_its_value(run: Run) -> None:
 def test_a_cell_without_a_number_is_written_out(run: Run, status: str) -> None:
     empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None}
     rows = [msgspec.structs.replace(run.rows[0], status=status, **empty), *run.rows[1:]]
-    broken = run._replace(rows=rows)
+    broken = dataclasses.replace(run, attempts=rows)
     for quantity in QUANTITIES:
         figure = draw_dots(broken, quantity)
         assert figure is not None
@@ -114,7 +116,7 @@ def test_numbers_of_a_cell_that_is_not_right_are_not_drawn(run: Run) -> None:
     """An impossible cell has a time, which nothing may be compared with."""
     row = run.rows[1]
     rows = [run.rows[0], msgspec.structs.replace(row, status="impossible"), *run.rows[2:]]
-    broken = run._replace(rows=rows)
+    broken = dataclasses.replace(run, attempts=rows)
     for quantity in QUANTITIES:
         figure = draw_dots(broken, quantity)
         assert figure is not None
@@ -144,11 +146,12 @@ def crosses(figure: Figure) -> list[tuple[int, float, float | None]]:
 def without_memory(run: Run, changes: dict[int, dict[str, object]]) -> Run:
     """The run with some rows, by position, out of memory or as said."""
     empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None, "status": "oom"}
-    return run._replace(
-        rows=[
+    return dataclasses.replace(
+        run,
+        attempts=[
             msgspec.structs.replace(row, **{**empty, **changes[place]}) if place in changes else row
             for place, row in enumerate(run.rows)
-        ]
+        ],
     )
 
 
@@ -194,7 +197,9 @@ def test_the_wall_of_a_gpu_is_its_memory(
 ) -> None:
     contract = msgspec.structs.replace(run.rows[0].contract, device=device)
     environment = msgspec.structs.replace(run.environment, gpu_memory_bytes=80 * 2**30)
-    broken = without_memory(run, {0: {"contract": contract}})._replace(environment=environment)
+    broken = dataclasses.replace(
+        without_memory(run, {0: {"contract": contract}}), environment=environment
+    )
     figure = draw_dots(broken, QUANTITIES[1])
     assert figure is not None
     assert crosses(figure) == expected
@@ -214,7 +219,7 @@ def test_another_reason_to_skip_is_no_wall(run: Run) -> None:
 def test_the_caption_stays_inside_the_figure(run: Run) -> None:
     name = " ".join(["a processor with a long name"] * 10)
     rows = [msgspec.structs.replace(row, device_name=name) for row in run.rows]
-    figure = draw_front(run._replace(rows=rows))
+    figure = draw_front(dataclasses.replace(run, attempts=rows))
     assert figure is not None
     figure.canvas.draw()
     caption = figure._supxlabel  # type: ignore[attr-defined]
@@ -231,7 +236,7 @@ def supxlabels(figure: Figure) -> list[str]:
 def test_nothing_measured_draws_nothing(run: Run) -> None:
     empty = {"median_ms": None, "throughput_images_per_s": None, "memory": None}
     rows = [msgspec.structs.replace(row, status="oom", **empty) for row in run.rows]
-    broken = run._replace(rows=rows)
+    broken = dataclasses.replace(run, attempts=rows)
     broken.folder.mkdir()
     assert draw_all(broken) == []
 

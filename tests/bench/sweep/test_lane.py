@@ -8,7 +8,6 @@ import pytest
 from resblock_bench.bench.machine.process import Ending, Processes
 from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.sweep import lane
 from resblock_bench.bench.sweep.lane import Lane
 
 
@@ -43,20 +42,14 @@ def test_a_reply_that_is_no_row_is_a_failed_cell(
     assert "could not be used" in (row.reason or "")
 
 
-@pytest.mark.parametrize(("kills", "status"), [((3, 4), "oom"), ((3, 3), "crashed")])
-def test_a_kill_by_the_system_s_out_of_memory_killer_is_told_apart(
-    make_task: Callable[..., Task],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kills: tuple[int, int],
-    status: str,
+@pytest.mark.parametrize("starved", [False, True])
+def test_what_became_of_its_process_is_the_row_of_a_cell(
+    make_task: Callable[..., Task], tmp_path: Path, starved: bool
 ) -> None:
-    counts = iter([kills[0], *kills])
-    monkeypatch.setattr(lane, "oom_kills", lambda: next(counts))
-    ending = Ending(None, -signal.SIGKILL, "memory", "", 1.0)
+    ending = Ending(None, -signal.SIGKILL, "memory", "last words", 1.0, starved)
     row, _ = row_after(ending, make_task(), tmp_path)
-    assert row.status == status
-    assert "SIGKILL, in its phase 'memory'" in (row.reason or "")
+    assert (row.status, row.reason) == ending.problem()
+    assert (row.output, row.wall_s) == ("last words", 1.0)
 
 
 def test_a_lane_has_its_own_gpu_and_names_it(

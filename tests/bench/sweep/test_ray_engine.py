@@ -143,7 +143,7 @@ def test_a_sweep_survives_the_loss_of_a_node(
     assert killed.status == "crashed"
     assert killed.reason == "killed by SIGKILL, in its phase 'check'"
     assert engine.lanes == 3
-    with closing(LocalEngine([], threads=1, limit_s=600)) as local:
+    with closing(LocalEngine("cpu", threads=1, limit_s=600)) as local:
         for task in tasks[:2]:
             row = rows[id_of(task)]
             assert row.status == "ok"

@@ -15,7 +15,7 @@ from support.sweeps import QUICK, TINY, children_of, rows_of, started, wait_for_
 from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.records import cell_id
-from resblock_bench.bench.runs.folder import RunWriter, read_rows, read_run
+from resblock_bench.bench.runs.folder import create_run, read_run, resume_run
 
 
 def test_what_failed_is_tried_again_on_request_only(run_cli: Callable, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_read_only_file_system_is_refused(run_cli: Callable) -> None:
     """/proc takes no folders, whoever asks."""
     done = run_cli("run", *TINY, *QUICK, "--output", "/proc/run")
     assert done.code == 2
-    assert "cannot write to /proc/run" in done.err
+    assert "/proc/run cannot be written" in done.err
     assert done.err.count("\n") == 1
 
 
@@ -210,7 +210,7 @@ def test_the_same_command_with_resume_adds_cells(run_cli: Callable, finished: Pa
 def of_other_code(folder: Path) -> str:
     """The rows of a folder as other code would have written them."""
     lines = []
-    for row in read_rows(folder):
+    for row in read_run(folder).attempts:
         other = msgspec.structs.replace(
             row, code="other", id=cell_id(row.axes, row.contract, "other")
         )
@@ -226,7 +226,7 @@ def test_rows_of_other_code_do_not_count(run_cli: Callable, finished: Path) -> N
     assert done.code == 0
     assert "2 rows there were measured by other code" in done.out
     assert "2 cells on" in done.out
-    assert [row.code for row in read_rows(finished)].count("other") == 2
+    assert [row.code for row in read_run(finished).attempts].count("other") == 2
     assert [row.code for row in read_run(finished).rows].count("other") == 0
     assert "0 cells on" in run_cli(*resume).out
 
@@ -238,12 +238,13 @@ def test_going_back_to_earlier_code_finds_its_rows(run_cli: Callable, finished: 
 
 
 def test_two_runs_into_one_folder_are_refused(run_cli: Callable, finished: Path) -> None:
-    with RunWriter(finished, resume=True):
+    with resume_run(finished) as run:
         done = run_cli("run", "--resume", "--output", finished)
         assert done.code == 2
         assert "another run is writing to" in done.err
-        with pytest.raises(UsageError, match="already holds a run"):
-            RunWriter(finished)
+        refusal = pytest.raises(UsageError, match="another run is writing to")
+        with refusal, create_run(finished, run.plan, run.environment):
+            pass
 
 
 @pytest.mark.parametrize(

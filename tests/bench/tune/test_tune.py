@@ -17,9 +17,9 @@ from rich.console import Console
 from support import oracle
 from torch import Tensor
 
+from resblock_bench.bench.checkout import source_state
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.axes import models
-from resblock_bench.bench.machine import environment
 from resblock_bench.bench.measure import operator
 from resblock_bench.bench.measure.operator import Tensors
 from resblock_bench.bench.records import Cell
@@ -629,7 +629,7 @@ def test_a_run_from_end_to_end_in_the_interpreter(
     table = tuned.read(path)
     assert table.arch == "sm_00" and table.machine["gpu"] == "a scripted GPU"
     assert set(table.machine) == {"gpu", "driver", "torch", "triton", "cuda"}
-    commit, _ = environment.source_state(Path(tune.__file__).parent)
+    commit, _ = source_state(Path(tune.__file__).parent)
     assert table.commit.removesuffix("-dirty") == (commit or "unknown")
     assert table.measured_at.endswith("+00:00")
     assert [entry.bucket for entry in table.entries] == [
@@ -870,11 +870,11 @@ def test_tables_that_cannot_be_kept_are_usage_errors(run_tune: Tune, tmp_path: P
 
 
 def test_an_output_that_cannot_be_written_is_a_usage_error(run_tune: Tune, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is a folder: give --output a file"):
+    with pytest.raises(UsageError, match=r"\(Is a directory\): give an --output"):
         run_tune(Scripted(), output=tmp_path)
     (tmp_path / "file").touch()
     bench = Scripted()
-    with pytest.raises(UsageError, match=r"cannot write .*give an --output that is writable"):
+    with pytest.raises(UsageError, match=r"cannot be written .*give an --output that is writable"):
         run_tune(bench, output=tmp_path / "file" / "table.json")
     assert bench.ran == []
 
