@@ -15,6 +15,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from support import device_time
 from support.device_time import DeviceTime, UnknownVersionError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FLUSH_MS, PREPARE_MS = 7.0, 3.0
 

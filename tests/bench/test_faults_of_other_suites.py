@@ -23,6 +23,8 @@ from resblock_bench.bench.runs.export import export
 from resblock_bench.bench.runs.folder import Run, read_run
 from resblock_bench.bench.runs.table import summary
 
+pytestmark = pytest.mark.slow
+
 TINY = ("-a", "channels=32", "-a", "resolution=4", "-a", "batch=1", "-a", "mode=inference")
 QUICK = ("--samples", "6", "--threads", "1", "--no-plots")
 

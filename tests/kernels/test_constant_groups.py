@@ -14,6 +14,8 @@ import torch
 from support.oracle import NAMES, Problem, eager, error, gradients, problem
 from support.running import Runner
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"map": (2, 32, 7, 7), "even map": (1, 16, 8, 8), "one position": (2, 8, 1, 1)}
 
 

@@ -84,6 +84,7 @@ VARIANTS: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_as_the_usual_way(
     taken: list[calls.Call], monkeypatch: pytest.MonkeyPatch, name: str

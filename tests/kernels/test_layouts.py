@@ -25,6 +25,8 @@ from resblock_bench.kernels.dispatch import Backend
 from resblock_bench.kernels.spec import dense, memory_format
 from resblock_bench.kernels.tiers import Tier
 
+pytestmark = pytest.mark.slow
+
 # Sizes, strides, groups: sizes of 1 whose strides are of neither layout.
 AMBIGUOUS = [
     ((1, 64, 8, 8), (64, 1, 512, 64), 8),

@@ -122,6 +122,7 @@ def test_large_fp16(run: Runner, size: float) -> None:
     check(run, replace(p, x=sign * size * (1 - p.x.abs() / 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["other layout", "strided", "expanded"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_gradient_in_another_layout(run: Runner, channels_last: bool, how: str) -> None:
@@ -266,6 +267,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 # NumPy, in the interpreter: lanes past the end, which are 1e4 from the mean and never stored.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("tier", ["B", "C", "D"])
@@ -286,6 +288,7 @@ def test_several_tiles_to_a_program(crowded: None, tier: tiers.Tier, channels_la
         assert torch.equal(dropped, run_operator(p, dropout_p=0.5) != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(9, 17), (8, 16)], ids=["uneven", "even"])
 def test_several_tiles_of_a_slab_that_is_not_full(crowded: None, size: tuple[int, int]) -> None:
     """About zero, where a tile that is read twice shows; 40 channels in slabs of 32."""
@@ -296,6 +299,7 @@ def test_several_tiles_of_a_slab_that_is_not_full(crowded: None, size: tuple[int
         check(run_operator, p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("tier", ["B", "C"])
 def test_a_constant_is_its_own_mean_in_any_number_of_parts(

@@ -15,6 +15,8 @@ from resblock_bench.kernels import prefer
 from resblock_bench.kernels.dispatch import Backend
 from resblock_bench.kernels.tiers import Tier
 
+pytestmark = pytest.mark.slow
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from resblock_bench import kernels, reference
 from resblock_bench.kernels import group_norm_silu, norm_act_conv, prefer
 
+pytestmark = pytest.mark.slow
+
 Function = Callable[..., Tensor]
 B, N, C = 3, 2, 4  # calls, samples, channels
 

@@ -27,6 +27,8 @@ from resblock_bench.bench.gate import check
 from resblock_bench.bench.lockstep import side
 from resblock_bench.bench.machine.scratch import SUFFIX
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 # Appended to the fused block of one side: what it does depends on the batch.

@@ -22,6 +22,8 @@ from resblock_bench.bench.compiled.norms import Direction, Norm, launch_of
 from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.tiers import Tier
 
+pytestmark = pytest.mark.slow
+
 FORWARD = {"p_partial_mean", "p_partial_m2", "p_mean", "p_rstd"}
 OF_SAMPLES = {"p_s1", "p_s2"}
 BACKWARD = {

@@ -15,6 +15,8 @@ import torch
 from resblock_bench.bench.compiled import machine_code
 from resblock_bench.bench.compiled.machine_code import Sass, parse_sass
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "support" / "machine_code_kernels.py"
 
 PTXAS_LOG = """\

@@ -21,6 +21,8 @@ from resblock_bench.bench.compiled.norms import (
 from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.tiers import Choice, Launch, Machine, Tier, shape
 
+pytestmark = pytest.mark.slow
+
 
 def norm(**changes: Any) -> Norm:
     fields: dict[str, Any] = {

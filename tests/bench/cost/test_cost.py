@@ -13,6 +13,8 @@ from resblock_bench.bench.machine.workers import Answer, Job, Worker
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _started_workers(

@@ -15,6 +15,8 @@ from resblock_bench.bench.cost.host_time import SHAPE, SMALLEST, eager_call, eag
 from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.bench.records import DType
 
+pytestmark = pytest.mark.slow
+
 # Of ATen's CUDA sources: what one operator launches, where that is not one kernel.
 KERNELS = {"native_group_norm": 3, "native_group_norm_backward": 5}
 VIEWS = {"detach", "slice", "unsqueeze", "squeeze", "expand", "view", "alias", "select", "t"}

@@ -30,6 +30,8 @@ from resblock_bench.bench.cost.published_norms import groups_of, published_norms
 from resblock_bench.kernels.tiers import Launch, Tier
 from resblock_bench.reference import PUBLISHED, resblock_sites
 
+pytestmark = pytest.mark.slow
+
 
 def norm(**changes: Any) -> Norm:
     fields: dict[str, Any] = {

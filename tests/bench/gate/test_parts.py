@@ -22,6 +22,8 @@ from resblock_bench.bench.measure.predict import predict_memory
 from resblock_bench.kernels import aten, blocks
 from resblock_bench.kernels.spec import Spec
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 TINY = AccuracyCase(None, "fp32", "nchw", "scale_shift", 0.0, 2, 8)
 

@@ -21,6 +21,8 @@ from resblock_bench.bench.gate import static as check_static
 from resblock_bench.bench.gate.pins import Entries, Found, PinFile
 from resblock_bench.bench.gate.static import PART
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -36,6 +36,8 @@ from resblock_bench.bench.lockstep.rounds import (
 from resblock_bench.bench.lockstep.sides import Side, SideError
 from resblock_bench.bench.lockstep.testbed import opened
 
+pytestmark = pytest.mark.slow
+
 A_ROUND = Round(
     base_ms=10.0,
     head_ms=10.0,

@@ -18,6 +18,8 @@ from resblock_bench.bench.machine.process import (
     ProcessesClosed,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:

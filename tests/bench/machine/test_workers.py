@@ -13,6 +13,8 @@ from support.sweeps import children_of, wait_for_death
 
 from resblock_bench.bench.machine.workers import Job, JobFailed, WorkerDied, run
 
+pytestmark = pytest.mark.slow
+
 INTERPRET = ("TRITON_INTERPRET",)
 
 

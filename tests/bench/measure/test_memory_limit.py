@@ -9,6 +9,8 @@ import pytest
 from resblock_bench.bench.machine.proc import available_bytes, oom_kills
 from resblock_bench.bench.measure.memory_limit import limit_memory
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
 # Everything is imported before the limit is set, as in a cell's process.

@@ -23,6 +23,8 @@ from support.sweeps import (
 from resblock_bench.bench.records import Row
 from resblock_bench.bench.runs.folder import read_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(run_cli: Callable, tmp_path: Path) -> Callable:

@@ -28,6 +28,8 @@ from resblock_bench.bench.sweep.runner import run_tasks
 os.environ.update(RAY_SETTINGS)
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 
+pytestmark = pytest.mark.slow
+
 VARYING = {
     "samples_ms", "median_ms", "ci_low_ms", "ci_high_ms", "outliers", "throughput_images_per_s",
     "warmup_s", "conditions", "floor", "started_at", "wall_s", "overhead_s",

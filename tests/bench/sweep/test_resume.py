@@ -17,6 +17,8 @@ from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.records import cell_id
 from resblock_bench.bench.runs.folder import create_run, read_run, resume_run
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_failed_is_tried_again_on_request_only(run_cli: Callable, tmp_path: Path) -> None:
     folder = tmp_path / "run"
