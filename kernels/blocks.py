@@ -6,26 +6,28 @@ keys, and a `TimestepBlock` still. `checkpoint` says what is kept for the backwa
     "none"       x and, per norm, its input and the activation that the convolution reads
     "selective"  x and, per norm, its input: the activation is written again in the backward
     "full"       x and emb: the whole block is run again in the backward
+
+A block of which a part was replaced that it would compute itself runs as its reference does. A
+convolution that is more than its parameters (a subclass, a wrapper, one with hooks) is called, and
+keeps its input with "selective", too.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from resblock_bench import reference
 
+from .alterations import CONVOLUTIONS, ConvNd, alteration, is_exactly, recomputable
 from .dispatch import choose_backend
 from .functional import group_norm_silu, norm_act_conv
 from .op import residual_add
 from .resample import Resample
 
 CheckpointMode = Literal["none", "selective", "full"]
-ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
-# Apart, since torch.compile traces get_args in newer versions only.
-CONVOLUTIONS = get_args(ConvNd)
 
 
 class _FusedBlock(reference.TimestepBlock):
@@ -65,9 +67,9 @@ class _FusedBlock(reference.TimestepBlock):
             "pre_shift": pre_shift,
             "eps": norm.eps,
             "dropout_p": dropout_p,
-            "training": self.training,
         }
-        if self.checkpoint == "selective" and torch.is_grad_enabled():
+        selective = self.checkpoint == "selective" and torch.is_grad_enabled()
+        if selective and recomputable(conv):
             return norm_act_conv(
                 x, norm.num_groups, norm.weight, norm.bias, conv, resample=resample,
                 conv_bias=conv_bias, **arguments,
@@ -125,6 +127,8 @@ class ResBlock(_FusedBlock, reference.ResBlock):
         self.checkpoint = "full" if self.use_checkpoint else checkpoint
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if alteration(self) is not None:
+            return super()._forward(x, emb)
         in_norm, _, in_conv = cast("tuple[nn.GroupNorm, Any, ConvNd]", tuple(self.in_layers))
         out_norm, _, out_drop, out_conv = cast(
             "tuple[nn.GroupNorm, Any, nn.Dropout, ConvNd]", tuple(self.out_layers)
@@ -135,7 +139,7 @@ class ResBlock(_FusedBlock, reference.ResBlock):
             (in_norm, in_conv),
             (out_norm, out_conv),
             modulated=self.use_scale_shift_norm,
-            dropout_p=out_drop.p,
+            dropout_p=out_drop.p if out_drop.training else 0.0,
             resample=_direction(self.h_upd),
         )
         return _add(self.skip_connection(self.x_upd(x)), h, bias)
@@ -153,13 +157,15 @@ class EDMBlock(_FusedBlock, reference.EDMBlock):
         self.checkpoint = "full" if self.use_checkpoint else checkpoint
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if alteration(self) is not None:
+            return super()._forward(x, emb)
         h, bias = self._residual_branch(
             x,
             self.affine(emb),
             (self.norm0, self.conv0),
             (self.norm1, self.conv1),
             modulated=self.adaptive_scale,
-            dropout_p=self.dropout,
+            dropout_p=self.dropout if self.training else 0.0,
             resample=self.resample,
         )
         x = self._resampled(x)
@@ -175,14 +181,7 @@ def _add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Te
 
 def _is_plain(conv: ConvNd) -> bool:
     """Whether the convolution may be called by its parameters, without its bias."""
-    hooks = (
-        conv._forward_hooks,
-        conv._forward_pre_hooks,
-        conv._backward_hooks,
-        conv._backward_pre_hooks,
-    )
-    untouched = type(conv) in CONVOLUTIONS and "forward" not in conv.__dict__ and not any(hooks)
-    return untouched and conv.bias is not None
+    return is_exactly(conv, CONVOLUTIONS) and conv.bias is not None
 
 
 def check_mode(mode: CheckpointMode) -> None:

@@ -1,0 +1,105 @@
+"""Whether a block still is what its class builds.
+
+A fused block computes its norms, activations, dropout and resampling itself, and calls the rest:
+the embedding's layers, the skip, and convolutions that are more than their parameters. Whatever
+stands in the place of what it computes, or has hooks there, would be passed over in silence.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias, get_args
+
+from torch import nn
+
+from resblock_bench import reference
+
+ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# Apart, since torch.compile traces get_args in newer versions only.
+CONVOLUTIONS = get_args(ConvNd)
+NORMS = (nn.GroupNorm, reference.GroupNorm32)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+# By position; None is called, whatever it is.
+_LAYERS: dict[str, tuple[tuple[type[nn.Module], ...] | None, ...]] = {
+    "in_layers": (NORMS, (nn.SiLU,), None),
+    "out_layers": (NORMS, (nn.SiLU,), (nn.Dropout,), None),
+}
+
+
+def alteration(block: nn.Module) -> str | None:
+    """The first thing in a ResBlock or EDMBlock that its class does not build, or None."""
+    if "_forward" in block.__dict__ or "forward" in block.__dict__:
+        return "it has a forward of its own"
+    if isinstance(block, reference.ResBlock):
+        for name, kinds in _LAYERS.items():
+            layers = getattr(block, name)
+            if type(layers) is not nn.Sequential or len(layers) != len(kinds):
+                return f"{name} has not the {len(kinds)} layers that the class builds"
+            for i, kind in enumerate(kinds):
+                found = None if kind is None else _replaced(layers[i], kind)
+                if found is not None:
+                    return f"{name}.{i} {found}"
+        return _resampling(block.h_upd)
+    for name in ("norm0", "norm1"):
+        found = _replaced(getattr(block, name), NORMS)
+        if found is not None:
+            return f"{name} {found}"
+    return None
+
+
+def called(block: nn.Module) -> list[str]:
+    """The convolutions of an unaltered block that are called, and so keep their input."""
+    if isinstance(block, reference.ResBlock):
+        convolutions = {"in_layers.2": block.in_layers[2], "out_layers.3": block.out_layers[3]}
+    else:
+        convolutions = {name: getattr(block, name) for name in ("conv0", "conv1")}
+    return [
+        f"{name} ({type(conv).__name__})"
+        for name, conv in convolutions.items()
+        if not recomputable(conv)
+    ]
+
+
+def recomputable(conv: nn.Module) -> bool:
+    """Whether a convolution is its parameters alone, and of a kind that `norm_act_conv` takes."""
+    return (
+        is_exactly(conv, CONVOLUTIONS)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def is_exactly(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether calling it is what its class says: no subclass (parametrizations make one)."""
+    return type(module) in kinds and "forward" not in module.__dict__ and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _replaced(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
+    if is_exactly(module, kinds):
+        return None
+    if type(module) not in kinds:
+        return f"is a {type(module).__name__} where the class builds a {kinds[-1].__name__}"
+    return "has hooks or a forward of its own"
+
+
+def _resampling(module: nn.Module) -> str | None:
+    kinds = (nn.Identity, reference.Upsample, reference.Downsample)
+    if not is_exactly(module, kinds):
+        return f"h_upd is a {type(module).__name__} that the class does not build, or has hooks"
+    if isinstance(module, reference.Upsample | reference.Downsample) and module.use_conv:
+        return "h_upd has a convolution of its own"
+    if isinstance(module, reference.Downsample):
+        step: int | tuple[int, ...] = (1, 2, 2) if module.dims == 3 else 2
+        if not is_exactly(module.op, _POOLS) or any(
+            size not in (step, (step,)) for size in (module.op.kernel_size, module.op.stride)
+        ):
+            return f"h_upd.op is {module.op}"
+    return None
