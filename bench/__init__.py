@@ -1,6 +1,6 @@
-"""Measures, compares and profiles the blocks of `reference` and `kernels`.
+"""Measures and compares the blocks of `reference` and `kernels`.
 
-Rooms, each of which imports only from those above it in this list:
+Rooms, each of which imports only from those listed before it:
 
     machine    the machine that measures: hardware, driver, processes
     measure    one cell in, one row out; all that can change a number
@@ -16,7 +16,7 @@ Rooms, each of which imports only from those above it in this list:
     gate       expected against found: the verbs `check` and `baseline`
     cli        the command line
 
-Below them all lie the modules beside the rooms: `records` (the schema of what is written),
-`errors`, `exitcodes`, `units`, `terminal`, `progress`, `markdown`, `files`, `checkout`. Above them
-all, `plugins` has the few names that other packages may import.
+Every room may import the modules that lie beside the rooms: `records` (the schema of what is
+written), `errors`, `exitcodes`, `units`, `terminal`, `progress`, `markdown`, `files`, `checkout`.
+No room imports `plugins`, which has the few names that other packages may.
 """
