@@ -8,8 +8,8 @@ of the same code may differ by on this machine:
 
     SLOW        lower bound > log(1 + τ), and |e^d̄ − 1| · the base's median > the absolute floor
     FAST        upper bound < −log(1 + τ), likewise
-    SAME        both bounds within ±log(1 + τ): equivalence by two one-sided tests (Schuirmann 1987);
-                or a difference below the absolute floor
+    SAME        both bounds within ±log(1 + τ), by two one-sided tests (Schuirmann 1987), or a
+                difference below the absolute floor
     AMBIGUOUS   else
 
 Over the cells of a comparison SLOW and FAST also have to pass the procedure of Benjamini and
