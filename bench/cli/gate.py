@@ -104,7 +104,7 @@ def compare(
     slower, 1 slower, 3 something is missing or failed, 4 no verdict is possible, 5 wrong results.
     """
     from resblock_bench.bench.compare import compare as comparing
-    from resblock_bench.bench.findings.report import destination
+    from resblock_bench.bench.findings.report import destination, write
 
     to = destination(format, output)
     console, here, paths = result_console(), Path.cwd(), measured or []
@@ -127,7 +127,7 @@ def compare(
             f"{len(paths)} runs were named{' with --relative' if relative else ''}: name two run "
             "folders, one to compare its fused cells with the reference, or a revision with --base"
         )
-    raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
+    raise typer.Exit(write(comparing.report_of(outcome, explain=explain), to, console))
 
 
 def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:

@@ -18,8 +18,8 @@ from rich.console import Console
 from support.comparing import FAST, UNDISTURBED, checked, plan_of
 
 from resblock_bench.bench.compare import calibrate, calibration, compare, comparison
+from resblock_bench.bench.compare.calibration import calibration_file
 from resblock_bench.bench.compare.comparison import Comparison
-from resblock_bench.bench.compare.machine_store import calibration_file
 from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE, Verdict
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
