@@ -27,9 +27,6 @@ from .engines import Engine, LocalEngine
 from .ray_engine import RayEngine
 from .runner import OomRecord, run_tasks
 
-TIMEOUT_S = 300.0
-"""What a cell may take unless said otherwise: compiling one takes up to a minute."""
-
 
 @dataclass(frozen=True)
 class SweepRequest:
@@ -46,17 +43,17 @@ class SweepRequest:
     """
 
     plan: Plan | None
-    output: Path | None = None
-    resume: bool = False
-    retry: bool = False
-    ignore_oom: bool = False
-    timeout_s: float = TIMEOUT_S
-    budget_s: float | None = None
-    devices: Sequence[str] = ()
-    plots: bool = True
-    formats: Sequence[str] = ()
-    engine: str = "local"
-    accelerator: str | None = None
+    output: Path | None
+    resume: bool
+    retry: bool
+    ignore_oom: bool
+    timeout_s: float
+    budget_s: float | None
+    devices: Sequence[str]
+    plots: bool
+    formats: Sequence[str]
+    engine: str
+    accelerator: str | None
 
 
 def carry_out(request: SweepRequest, console: Console) -> int:
