@@ -28,9 +28,7 @@ from .app import (
 
 if TYPE_CHECKING:
     from resblock_bench.bench.compare.compare import BaseRequest
-    from resblock_bench.bench.grid.grid import PlannedCell
     from resblock_bench.bench.grid.plan import Plan
-    from resblock_bench.bench.grid.presets import Preset
 
 SourceOption = Annotated[
     list[Path] | None,
@@ -139,6 +137,7 @@ def _gate_plan(
     seed: int | None,
 ) -> Plan:
     """The cells that a gate times: those of gate-cpu or gate-cuda unless others are named."""
+    from resblock_bench.bench.grid.grid import plan
     from resblock_bench.bench.grid.plan import Plan
     from resblock_bench.bench.grid.presets import choose
     from resblock_bench.bench.measure.devices import default_kind, device_kind
@@ -147,6 +146,10 @@ def _gate_plan(
     if not (axis or preset or config):
         preset = f"gate-{kind}"
     sweep = choose(axis or [], preset, config, kind)
+    try:
+        cells = plan(sweep.grids)
+    except NothingSelectedError as error:  # a gate that compares nothing has not passed
+        raise InvalidError(str(error)) from None
     measured = (None if device is None else kind) or sweep.device or kind
     return Plan(
         device=measured,
@@ -154,18 +157,8 @@ def _gate_plan(
         seed=seed or 0,
         threads=threads or (1 if measured == "cpu" else None),
         memory_limit_bytes=None,
-        cells=_selected(sweep),
+        cells=cells,
     )
-
-
-def _selected(sweep: Preset) -> list[PlannedCell]:
-    """A gate that compares nothing has not passed."""
-    from resblock_bench.bench.grid.grid import plan
-
-    try:
-        return plan(sweep.grids)
-    except NothingSelectedError as error:
-        raise InvalidError(str(error)) from None
 
 
 def _base_request(base: str, plan: Plan, source: list[Path] | None, timeout: str) -> BaseRequest:

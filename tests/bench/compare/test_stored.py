@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 from support.cells import TINY
-from support.comparing import plan_of
+from support.comparing import a_round, plan_of
 from support.sweeps import spawned
 
 from resblock_bench.bench import files
@@ -30,7 +30,7 @@ from resblock_bench.bench.compare.stored import Stored
 from resblock_bench.bench.compare.verdict import Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
-from resblock_bench.bench.lockstep.rounds import Round, RoundRule
+from resblock_bench.bench.lockstep.rounds import RoundRule
 from resblock_bench.bench.measure.cell import row_of
 from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.telemetry import Reading
@@ -290,18 +290,6 @@ def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
 
 
 # Calibration
-
-
-def a_round(ratio, base_ms=10.0):
-    return Round(
-        base_ms=base_ms,
-        head_ms=base_ms * ratio,
-        log_ratio=math.log(ratio),
-        base_samples=30,
-        head_samples=30,
-        disturbances=[],
-        notes=[],
-    )
 
 
 def test_drift_is_the_worst_of_any_five_rounds():
