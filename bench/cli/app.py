@@ -55,7 +55,9 @@ SeedOption = Annotated[
 ]
 BudgetOption = Annotated[
     str | None,
-    typer.Option(metavar="8m", help="Stop once this is spent, keeping what was done (code 3)."),
+    typer.Option(
+        metavar="8m", help="Begin nothing new once this is spent, keeping what was done (code 3)."
+    ),
 ]
 TimeoutOption = Annotated[
     str, typer.Option(metavar="5m", help="What a round's check or burst may take.")
