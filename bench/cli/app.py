@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from resblock_bench.bench.errors import UsageError
 
 app = typer.Typer(
     name="resblock-bench",
@@ -50,6 +53,12 @@ GateThreadsOption = Annotated[
 SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="8m", help="Begin nothing new once this is spent, keeping what was done (code 3)."
+    ),
+]
 TimeoutOption = Annotated[
     str, typer.Option(metavar="5m", help="What a round's check or burst may take.")
 ]
@@ -58,6 +67,14 @@ OutputOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write the report there; the table is shown all the same."),
 ]
+
+
+def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Raises UsageError for an option that was given and would be ignored."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option.replace('_', '-')} {why}")
 
 
 class _Console(Console):

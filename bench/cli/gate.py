@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,14 +22,13 @@ from .app import (
     TimeoutOption,
     app,
     progress_console,
+    refuse,
     result_console,
 )
 
 if TYPE_CHECKING:
     from resblock_bench.bench.compare.compare import BaseRequest
-    from resblock_bench.bench.grid.grid import PlannedCell
     from resblock_bench.bench.grid.plan import Plan
-    from resblock_bench.bench.grid.presets import Preset
 
 SourceOption = Annotated[
     list[Path] | None,
@@ -104,12 +102,12 @@ def compare(
     slower, 1 slower, 3 something is missing or failed, 4 no verdict is possible, 5 wrong results.
     """
     from resblock_bench.bench.compare import compare as comparing
-    from resblock_bench.bench.findings.report import destination
+    from resblock_bench.bench.findings.report import destination, write
 
     to = destination(format, output)
     console, here, paths = result_console(), Path.cwd(), measured or []
     if base is None:
-        _refuse(context, _OF_TIMING, "goes with --base: what is stored is compared as it is")
+        refuse(context, _OF_TIMING, "goes with --base: what is stored is compared as it is")
     elif paths or relative:
         raise UsageError(
             "--base measures two revisions: leave out the run folders and --relative, or --base"
@@ -127,15 +125,7 @@ def compare(
             f"{len(paths)} runs were named{' with --relative' if relative else ''}: name two run "
             "folders, one to compare its fused cells with the reference, or a revision with --base"
         )
-    raise typer.Exit(comparing.carry_out(outcome, to, console, explain=explain))
-
-
-def _refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Raises UsageError for an option that was given and would be ignored."""
-    for option in options:
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{option} {why}")
+    raise typer.Exit(write(comparing.report_of(outcome, explain=explain), to, console))
 
 
 def _gate_plan(
@@ -147,6 +137,7 @@ def _gate_plan(
     seed: int | None,
 ) -> Plan:
     """The cells that a gate times: those of gate-cpu or gate-cuda unless others are named."""
+    from resblock_bench.bench.grid.grid import plan
     from resblock_bench.bench.grid.plan import Plan
     from resblock_bench.bench.grid.presets import choose
     from resblock_bench.bench.measure.devices import default_kind, device_kind
@@ -155,6 +146,10 @@ def _gate_plan(
     if not (axis or preset or config):
         preset = f"gate-{kind}"
     sweep = choose(axis or [], preset, config, kind)
+    try:
+        cells = plan(sweep.grids)
+    except NothingSelectedError as error:  # a gate that compares nothing has not passed
+        raise InvalidError(str(error)) from None
     measured = (None if device is None else kind) or sweep.device or kind
     return Plan(
         device=measured,
@@ -162,18 +157,8 @@ def _gate_plan(
         seed=seed or 0,
         threads=threads or (1 if measured == "cpu" else None),
         memory_limit_bytes=None,
-        cells=_selected(sweep),
+        cells=cells,
     )
-
-
-def _selected(sweep: Preset) -> list[PlannedCell]:
-    """A gate that compares nothing has not passed."""
-    from resblock_bench.bench.grid.grid import plan
-
-    try:
-        return plan(sweep.grids)
-    except NothingSelectedError as error:
-        raise InvalidError(str(error)) from None
 
 
 def _base_request(base: str, plan: Plan, source: list[Path] | None, timeout: str) -> BaseRequest:
@@ -250,29 +235,29 @@ def check(
     it, or take it back) or no verdict, 5 wrong. Axes, preset, config, device, source,
     threads and seed are those of the timing.
     """
-    from resblock_bench.bench.findings.report import destination
+    from resblock_bench.bench.findings.report import destination, write
     from resblock_bench.bench.gate import check as checking
     from resblock_bench.bench.gate import timing as check_timing
 
     names = _named(static=static, memory=memory, accuracy=accuracy, timing=timing)
     if names and not timing:
         options = ("base", *_OF_TIMING)
-        _refuse(context, options, "goes with --timing: name it too, or no part at all")
+        refuse(context, options, "goes with --timing: name it too, or no part at all")
     if base is None:
-        _refuse(context, _OF_TIMING, "goes with --base: without a revision nothing is timed")
+        refuse(context, _OF_TIMING, "goes with --base: without a revision nothing is timed")
     if pins is not None and not pins.is_dir():
         raise UsageError(f"--pins {pins} is no folder: name the one that holds static/ and memory/")
-    to, timed = destination(format, output), None
-    if base is not None:
-        plan = _gate_plan(axis, preset, config, device, threads, seed)
-        compared = _base_request(base, plan, source, timeout)
-        timed = functools.partial(check_timing.check, compared)
+    to, console = destination(format, output), result_console()
     # A report on the standard output stands alone there.
     alone = format != "table" and output is None
-    console = result_console()
     progress = progress_console() if alone else console
-    request = checking.CheckRequest(names, pins, to, timed)
-    raise typer.Exit(checking.carry_out(request, console, progress))
+    parts = checking.against_pins(pins, progress)
+    parts[checking.TIMING] = checking.NO_BASE
+    if base is not None:
+        plan = _gate_plan(axis, preset, config, device, threads, seed)
+        request = _base_request(base, plan, source, timeout)
+        parts[checking.TIMING] = functools.partial(check_timing.check, request, progress)
+    raise typer.Exit(write(checking.report_of(checking.check(names, parts)), to, console))
 
 
 def _named(**parts: bool) -> list[str]:
@@ -302,8 +287,7 @@ def save(
     from resblock_bench.bench.gate import baseline as baseline_pins
 
     names = _named(static=static, memory=memory, accuracy=accuracy)
-    baseline_pins.require(names, reason)
-    raise typer.Exit(baseline_pins.save(names, reason.strip(), pins, result_console()))
+    raise typer.Exit(baseline_pins.save(names, reason, pins, result_console()))
 
 
 @baseline.command()

@@ -22,18 +22,21 @@ from resblock_bench.bench.terminal import terminable
 from . import gate  # noqa: F401  adds its verbs
 from .app import (
     AxisOption,
+    BudgetOption,
     ConfigOption,
     DeviceOption,
     PresetOption,
     SeedOption,
     ThreadsOption,
     app,
+    refuse,
     result_console,
 )
 
 
 @app.command()
 def run(
+    context: typer.Context,
     axis: AxisOption = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
@@ -42,10 +45,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Default: results/runs/MACHINE/RUN under the checkout."),
     ] = None,
-    time_budget: Annotated[
-        str | None,
-        typer.Option(metavar="8m", help="Stop between two cells once this is spent (code 3)."),
-    ] = None,
+    time_budget: BudgetOption = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Measure what the run in --output lacks, and nothing else."),
@@ -140,17 +140,8 @@ def run(
             cells=plan(sweep.grids, by_value=budget_s is not None),
         )
     else:
-        settings = {
-            "--device": device,
-            "--seed": seed,
-            "--samples": samples,
-            "--max-time": max_time,
-            "--threads": threads,
-            "--memory-limit": memory_limit,
-        }
-        for flag, given in settings.items():
-            if given is not None:
-                raise UsageError(f"{flag} is set by the run that is resumed: leave it out")
+        settings = ("device", "seed", "samples", "max_time", "threads", "memory_limit")
+        refuse(context, settings, "is set by the run that is resumed: leave it out")
     console = result_console()
     if dry_run:
         shown = asked or read_run(folder_to_resume(output)).plan
@@ -267,10 +258,7 @@ def tune(
         Path | None,
         typer.Option(metavar="FILE", help="Default: the table that the kernels read."),
     ] = None,
-    time_budget: Annotated[
-        str | None,
-        typer.Option(metavar="3m", help="Stop once this is spent, keeping the table (code 3)."),
-    ] = None,
+    time_budget: BudgetOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
 ) -> None:
     """Measure launch choices on this GPU, and write the table that the kernels read.

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from resblock_bench.bench import exitcodes
+from resblock_bench.bench import exitcodes, files
 from resblock_bench.bench.checkout import require_own_code
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.grid.plan import Plan
@@ -29,10 +29,17 @@ from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.terminal import say
 
-from .calibration import CALIBRATION_VERSION, Calibration, noise_of, tolerance_of
+from .calibration import (
+    CALIBRATION_VERSION,
+    Calibration,
+    calibration_file,
+    noise_of,
+    tolerance_of,
+)
 from .comparison import STAGES
-from .machine_store import calibration_file, writable, write
 from .verdict import CALIBRATED_FREEDOM, smallest_detectable
+
+_ADVICE = "free it, or run in another folder"
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ def carry_out(request: CalibrationRequest, console: Console) -> int:
             environment, notes = bed.environment, bed.notes
             if not draws:
                 path = calibration_file(environment, request.plan.device, request.start)
-                writable(path)
+                with files.explained(path, _ADVICE):
+                    files.check_writable(path, parents=True)
                 draws = [Draw(task) for task in bed.tasks]
             measure = partial(_measure, bed, request.rule, order)
             tell = stack.enter_context(round_progress(console, len(bed.tasks)))
@@ -81,7 +89,7 @@ def carry_out(request: CalibrationRequest, console: Console) -> int:
         tolerance=tolerance_of(noises),
         cells=noises,
     )
-    write(path, calibration)
+    files.write(path, files.as_json(calibration), _ADVICE)
     console.print(_table(calibration))
     for note in notes:
         say(console, note)

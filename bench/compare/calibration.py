@@ -1,5 +1,7 @@
 """How much two runs of the same code differ on a machine: what `calibrate` stores and verdicts use.
 
+    results/baselines/<machine>/calibration-<device>-<threads>.json
+
 drift of a cell   the largest |mean log ratio| over any STAGES[0] successive rounds of A/A
 tolerance         1.5 × the largest drift of any cell, at least 1 % and 1 µs
 spread of a cell  the standard deviation of log(median) between processes, which stands in where
@@ -15,6 +17,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from resblock_bench.bench.checkout import repository_root
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.files import read_versioned
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule
@@ -24,7 +27,6 @@ from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.records import Cell, Environment, NonNegative, Positive, Record, cell_name
 
 from .comparison import STAGES
-from .machine_store import calibration_file
 from .verdict import DEFAULT_TOLERANCE, LEAST_TOLERANCE, Tolerance
 
 CALIBRATION_VERSION = 1
@@ -95,6 +97,13 @@ def tolerance_of(cells: Sequence[CellNoise]) -> Tolerance:
 def tolerance_by(calibration: Calibration | None) -> Tolerance:
     """The calibrated tolerance, or that of a machine which was not."""
     return DEFAULT_TOLERANCE if calibration is None else calibration.tolerance
+
+
+def calibration_file(environment: Environment, device: Kind, start: Path) -> Path:
+    """The calibration of a machine's device, with as many threads, in the repository around
+    `start`."""
+    folder = repository_root(start) / "results" / "baselines" / environment.machine
+    return folder / f"calibration-{device}-{environment.threads}.json"
 
 
 def read_calibration(path: Path) -> Calibration | None:

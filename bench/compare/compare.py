@@ -10,7 +10,7 @@ from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.findings.findings import Finding, Level, of_part
-from resblock_bench.bench.findings.report import CheckedEntry, Destination, Report, write
+from resblock_bench.bench.findings.report import CheckedEntry, Report
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.lockstep.progress import round_progress
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule, measure_pair
@@ -28,7 +28,7 @@ from .verdict import Tolerance
 
 HEAD = "the working tree"
 PART = "compare"
-COLUMNS = ("cell", "base", "head", "ratio", "95 % bounds", "verdict", "rounds", "detects")
+COLUMNS = ["cell", "base", "head", "ratio", "95 % bounds", "verdict", "rounds", "detects"]
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,7 @@ def in_lockstep(
     root   of another repository that their packages are of
     """
     with ExitStack() as stack:
-        bed = stack.enter_context(
-            opened(
-                request.plan,
-                sides,
-                limit_s=request.timeout_s,
-                root=root,
-            )
-        )
+        bed = stack.enter_context(opened(request.plan, sides, limit_s=request.timeout_s, root=root))
         base, head = bed.sides
         order = random.Random(request.plan.seed)
         calibration, note = usable(
@@ -191,19 +184,12 @@ def _calibrations(
     return found, list(notes)
 
 
-def carry_out(
-    outcome: ComparisonOutcome, to: Destination, console: Console, *, explain: bool
-) -> int:
-    """Show an outcome; returns the exit code."""
-    return write(report_of(outcome, explain=explain), to, console)
-
-
 def report_of(outcome: ComparisonOutcome, *, explain: bool = False) -> Report:
     """A row a cell, the findings, and what the verdicts rest on."""
     notes = [summary(outcome.items, outcome.tolerance), *outcome.notes, *outcome.uncalibrated]
     return Report(
         title=outcome.title,
-        columns=list(COLUMNS),
+        columns=COLUMNS,
         rows=[_row(item) for item in outcome.items],
         checked=[
             CheckedEntry(part=PART, subject=cell_name(item.cell), entry=None)

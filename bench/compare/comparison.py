@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
+from msgspec import field
 from msgspec.structs import replace
 
 from resblock_bench.bench.lockstep.rounds import Draw, Measure, Round, fill
@@ -44,12 +45,12 @@ class Compared(Record, frozen=True, kw_only=True):
     base: float | None
     head: float | None
     counts: tuple[Count, Count]
-    rounds: list[Round]
-    confirming_from: Count
-    disturbed: list[Round]
+    rounds: list[Round] = field(default_factory=list)
+    confirming_from: Count = 0
+    disturbed: list[Round] = field(default_factory=list)
     failed: tuple[Status, str] | None
     at_base: bool
-    confirmed: bool | None
+    confirmed: bool | None = None
 
 
 def _estimate(rounds: Sequence[Round]) -> Estimate | None:

@@ -9,7 +9,7 @@ calibrated on the machine stands in; see verdict.unpaired.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,10 +24,6 @@ from resblock_bench.bench.runs.folder import read_run
 from .calibration import Calibration
 from .comparison import Compared
 from .verdict import Estimate, Tolerance, Verdict, judge, unpaired
-
-_NO_VERDICT = Verdict(
-    word="AMBIGUOUS", ratio=None, low=None, high=None, detectable=None, reasons=[]
-)
 
 
 class Stored(Record, frozen=True, kw_only=True):
@@ -243,27 +239,19 @@ def _judged(
     pairs: Sequence[_Pair], tolerance: Tolerance, unit: Literal["ms", "× reference"]
 ) -> list[Compared]:
     verdicts = judge([pair.estimate for pair in pairs], tolerance)
-    return list(_compared(pairs, verdicts, unit))
-
-
-def _compared(
-    pairs: Iterable[_Pair], verdicts: Iterable[Verdict], unit: Literal["ms", "× reference"]
-) -> Iterable[Compared]:
+    found = []
     for pair, verdict in zip(pairs, verdicts, strict=True):
-        if pair.failed or pair.disturbed:
-            reason = pair.failed[1] if pair.failed else pair.disturbed or ""
-            verdict = replace(_NO_VERDICT, reasons=[reason])
-        yield Compared(
-            cell=pair.cell,
-            verdict=verdict,
-            unit=unit,
-            base=pair.base,
-            head=pair.head,
-            counts=pair.counts,
-            rounds=[],
-            confirming_from=0,
-            disturbed=[],
-            failed=pair.failed,
-            at_base=pair.at_base,
-            confirmed=None,
+        reason = pair.failed[1] if pair.failed else pair.disturbed
+        found.append(
+            Compared(
+                cell=pair.cell,
+                verdict=Verdict(word="AMBIGUOUS", reasons=[reason]) if reason else verdict,
+                unit=unit,
+                base=pair.base,
+                head=pair.head,
+                counts=pair.counts,
+                failed=pair.failed,
+                at_base=pair.at_base,
+            )
         )
+    return found

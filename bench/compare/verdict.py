@@ -106,14 +106,14 @@ class Verdict(Record, frozen=True, kw_only=True):
     """What the rounds of a cell say; `low`, `high` are the one-sided bounds of the ratio.
 
     `detectable` is the relative slowdown that would have been seen with 80 % probability, and
-    `reasons` say which rule decided.
+    `reasons` say which rule decided. Without an estimate there is no number.
     """
 
     word: Word
-    ratio: float | None
-    low: float | None
-    high: float | None
-    detectable: float | None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    detectable: float | None = None
     reasons: list[str]
 
 
@@ -156,9 +156,7 @@ def _mirrored(estimate: Estimate) -> Estimate:
 def _judge(estimate: Estimate | None, tolerance: Tolerance, discovered: bool) -> Verdict:
     if estimate is None:
         reason = "too few valid rounds, and no calibration that could stand in"
-        return Verdict(
-            word="AMBIGUOUS", ratio=None, low=None, high=None, detectable=None, reasons=[reason]
-        )
+        return Verdict(word="AMBIGUOUS", reasons=[reason])
     limit = math.log1p(tolerance.relative)
     low, high = estimate.bound(-1), estimate.bound(1)
     reasons: list[str] = []

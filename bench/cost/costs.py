@@ -6,7 +6,7 @@ processes of its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,12 +138,17 @@ def calls_of(
     return calls, refused
 
 
-def answers(jobs: Iterable[Job], console: Console) -> Generator[tuple[Job, Answer], None, None]:
-    """What each job came to, with progress on the console."""
+def answers(
+    jobs: Iterable[Job],
+    console: Console,
+    what: str = "counting bytes and compiling",
+    environ: Mapping[str, str] | None = None,
+) -> Generator[tuple[Job, Answer], None, None]:
+    """What each job came to, with progress on the console; `environ` as in Worker."""
     wanted = list(dict.fromkeys(jobs))
     with (
-        counted(console, "counting bytes and compiling", len(wanted)) as advance,
-        closing(workers.run(wanted, usable_cpus())) as found,
+        counted(console, what, len(wanted)) as advance,
+        closing(workers.run(wanted, usable_cpus(), environ)) as found,
     ):
         for job, answer in found:
             advance()

@@ -19,10 +19,9 @@ import torch
 from rich.console import Console
 
 from resblock_bench.bench.checkout import in_checkout
+from resblock_bench.bench.cost.costs import answers
 from resblock_bench.bench.findings.findings import Finding, Level
-from resblock_bench.bench.machine.proc import usable_cpus
-from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
-from resblock_bench.bench.progress import counted
+from resblock_bench.bench.machine.workers import Job, JobFailed
 from resblock_bench.bench.records import Conditioning, DType, Layout
 from resblock_bench.kernels.dispatch import triton_installed
 from resblock_bench.kernels.tiers import TIERS
@@ -65,17 +64,12 @@ def cases() -> Iterator[AccuracyCase]:
 def measure_cases(wanted: Sequence[AccuracyCase], console: Console) -> Found:
     """The figures of the cases, measured in processes of their own."""
     found = Found()
-    # Entries stand in the order of the cases, in which they do not end.
-    answers: dict[AccuracyCase, Answer] = {}
-    workers = max(1, min(usable_cpus(), len(wanted)))
     jobs = [Job(True, measure, (case,)) for case in wanted]
-    with counted(console, "errors against float64", len(wanted)) as advance:
-        for job, answer in run(jobs, workers, _SAME_EVERYWHERE):
-            answers[job.arguments[0]] = answer
-            advance()
-    for case in wanted:
+    values = dict(answers(jobs, console, "errors against float64", _SAME_EVERYWHERE))
+    # Entries stand in the order of the cases, in which they do not end.
+    for case, job in zip(wanted, jobs, strict=True):
         try:
-            enter(found, case, answers[case].get())
+            enter(found, case, values[job].get())
         except JobFailed as error:
             _say(found, "invalid", case, f"crashed: {error}")
     return found

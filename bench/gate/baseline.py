@@ -27,9 +27,14 @@ from .pins import Found, PinFile, PinnedPart, read_pins, require_writable, write
 def save(names: Sequence[str], reason: str, pins: Path | None, console: Console) -> int:
     """Measure the parts and pin what they find; returns the exit code.
 
-    A part with a wrong or invalid result of its own is not saved. Raises UsageError for a part that
-    cannot be measured here, and where the pins cannot be written.
+    A part with a wrong or invalid result of its own is not saved. Raises UsageError where no part
+    is named, no reason is given, a part cannot be measured here, or the pins cannot be written.
     """
+    if not names:
+        flags = ", ".join(f"--{name}" for name in pinned_parts())
+        raise UsageError(f"nothing is named to be saved: add {flags}")
+    if not reason.strip():
+        raise UsageError("--reason is empty: say why, for those who review it")
     require_own_code(Path.cwd())
     parts = [pinned_parts()[name] for name in names]
     for part in parts:
@@ -52,21 +57,12 @@ def save(names: Sequence[str], reason: str, pins: Path | None, console: Console)
                 say(console, f"{finding.level} {sentence(finding)}")
             say(console, f"{part.name}: not saved")
             continue
-        changed = write_pins(root, part, found.subjects, reason, _commit())
+        changed = write_pins(root, part, found.subjects, reason.strip(), _commit())
         for path in changed:
             say(console, f"{'saved' if path.exists() else 'removed'} {path}")
         same = len(found.subjects) - sum(path.exists() for path in changed)
         say(console, f"{part.name}: {len(changed)} files changed, {same} as they were")
     return exit_code(refused)
-
-
-def require(names: Sequence[str], reason: str) -> None:
-    """Raises UsageError where nothing is named to be saved, or no reason given."""
-    if not names:
-        flags = ", ".join(f"--{name}" for name in pinned_parts())
-        raise UsageError(f"nothing is named to be saved: add {flags}")
-    if not reason.strip():
-        raise UsageError("--reason is empty: say why, for those who review it")
 
 
 def _obstacles(part: PinnedPart, found: Found) -> list[Finding]:

@@ -7,7 +7,7 @@ come from the configuration, not from the files found.
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,16 +18,14 @@ from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import Finding, Level, exit_code, is_of_part, of_part
 from resblock_bench.bench.findings.report import (
     CheckedEntry,
-    Destination,
     Report,
     count_levels,
-    write,
 )
 
 from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
 
 TIMING = "timing"
-_NO_BASE = "no revision is named to compare the time with: add --base REV"
+NO_BASE = "no revision is named to compare the time with: add --base REV"
 COLUMNS = ["part", "compared", "as pinned", "worse", "better", "changed", "invalid", "seconds"]
 
 
@@ -38,24 +36,13 @@ class PartOutcome:
     part: str
     checked: list[CheckedEntry]
     findings: list[Finding]
-    seconds: float
     notes: list[str] = field(default_factory=list)
     cells: list[Compared] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 Check = Callable[[], PartOutcome] | str
 """What carries a part out, or why it cannot be done here."""
-
-
-@dataclass(frozen=True)
-class CheckRequest:
-    """What to check: parts by name (none: all that this machine can do), where the pins are, where
-    the report goes, and what times the cells, None where there is nothing to compare them with."""
-
-    parts: Sequence[str]
-    pins: Path | None
-    to: Destination
-    timing: Callable[[Console], PartOutcome] | None
 
 
 def pinned_parts() -> dict[str, PinnedPart]:
@@ -73,14 +60,6 @@ def default_pins(start: Path) -> Path:
     return repository_root(start) / PINS
 
 
-def carry_out(request: CheckRequest, console: Console, progress: Console) -> int:
-    """Check, and report on `console`; what is under way is shown on `progress`."""
-    parts = against_pins(request.pins, progress)
-    timing = request.timing
-    parts[TIMING] = _NO_BASE if timing is None else functools.partial(timing, progress)
-    return write(report_of(check(request.parts, parts)), request.to, console)
-
-
 def against_pins(pins: Path | None, console: Console) -> dict[str, Check]:
     """The parts whose figures are pinned, by name; `pins` None are those around here."""
     root = pins or default_pins(Path.cwd())
@@ -93,8 +72,8 @@ def against_pins(pins: Path | None, console: Console) -> dict[str, Check]:
 def check(names: Sequence[str], parts: Mapping[str, Check]) -> list[PartOutcome]:
     """The outcome of each part, or of all parts if none is named.
 
-    A part that cannot be done here is a note, unless it was asked for by name. Ctrl-C leaves what
-    the parts so far have found.
+    A part that cannot be done here is a note, unless it was asked for by name. One that fails as a
+    whole is a finding, and Ctrl-C leaves what the parts so far have found.
     """
     outcomes = []
     for name, part in parts.items():
@@ -103,27 +82,22 @@ def check(names: Sequence[str], parts: Mapping[str, Check]) -> list[PartOutcome]
         if isinstance(part, str):
             level: Level = "invalid" if names else "note"
             said = of_part(name, level, f"not done here: {part}")
-            outcomes.append(PartOutcome(name, [], [said], 0.0))
+            outcomes.append(PartOutcome(name, [], [said]))
             continue
+        began = time.monotonic()
         try:
-            outcomes.append(_guarded(name, part))
+            outcome = part()
         except KeyboardInterrupt:
             said = of_part(name, "invalid", "interrupted: neither it nor a later part was done")
-            outcomes.append(PartOutcome(name, [], [said], 0.0))
+            outcomes.append(PartOutcome(name, [], [said]))
             break
+        except Exception as error:
+            outcome = PartOutcome(name, [], [failure(name, error)])
+        outcomes.append(replace(outcome, seconds=time.monotonic() - began))
     if not any(outcome.checked or exit_code(outcome.findings) for outcome in outcomes):
         said = of_part("check", "invalid", "nothing was checked")
-        outcomes.append(PartOutcome("check", [], [said], 0.0))
+        outcomes.append(PartOutcome("check", [], [said]))
     return outcomes
-
-
-def _guarded(name: str, carried_out: Callable[[], PartOutcome]) -> PartOutcome:
-    """A part that fails as a whole is a finding: what the others found is not lost."""
-    began = time.monotonic()
-    try:
-        return carried_out()
-    except Exception as error:
-        return PartOutcome(name, [], [failure(name, error)], time.monotonic() - began)
 
 
 def failure(name: str, error: Exception) -> Finding:
@@ -135,7 +109,6 @@ def failure(name: str, error: Exception) -> Finding:
 
 def check_pinned(part: PinnedPart, root: Path, console: Console) -> PartOutcome:
     """Measure a part and compare it with its pins."""
-    began = time.monotonic()
     require_own_code(Path.cwd())
     pins = read_pins(root, part.name)
     found = part.measure(console)
@@ -143,7 +116,6 @@ def check_pinned(part: PinnedPart, root: Path, console: Console) -> PartOutcome:
         part.name,
         _compared(part, pins, found),
         judge(part, pins, found),
-        time.monotonic() - began,
         [part.summary(pins, found)] if part.summary is not None else [],
     )
 

@@ -15,13 +15,12 @@ import torch
 from rich.console import Console
 
 from resblock_bench.bench.checkout import in_checkout
+from resblock_bench.bench.cost.costs import answers
 from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.axes import Selection
 from resblock_bench.bench.grid.grid import plan
-from resblock_bench.bench.machine.proc import usable_cpus
-from resblock_bench.bench.machine.workers import Answer, Job, JobFailed, run
+from resblock_bench.bench.machine.workers import Job, JobFailed
 from resblock_bench.bench.measure.predict import predict_memory
-from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import Cell, Memory, cell_name
 from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 
@@ -83,17 +82,12 @@ def measure_cells(wanted: Iterable[Cell], console: Console) -> Found:
     """The figures of the cells, measured in processes of their own."""
     found = Found()
     jobs = [Job(True, predict, item) for item in items(wanted)]
-    count = max(1, min(usable_cpus(), len(jobs)))
-    answers: dict[Job, Answer] = {}
-    with counted(console, "memory on fake tensors", len(jobs)) as advance:
-        for job, answer in run(jobs, count):
-            answers[job] = answer
-            advance()
+    values = dict(answers(jobs, console, "memory on fake tensors"))
     # Entries stand in the order of the cells, in which the jobs do not end.
     for job in jobs:
         cell, backend = job.arguments
         try:
-            enter(found, cell, backend, answers[job].get())
+            enter(found, cell, backend, values[job].get())
         except JobFailed as error:
             _say(found, cell, backend, f"crashed: {error}")
     return found

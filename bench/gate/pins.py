@@ -48,7 +48,7 @@ class PinFile(Record, frozen=True, kw_only=True):
     subject: str
     made_with: dict[str, str | None]
     saves: Annotated[list[Save], Meta(min_length=1)]
-    entries: dict[str, dict[str, Value]]
+    entries: Entries
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The timing part of `check`: the gate's cells against a revision."""
 
-import time
-
 from rich.console import Console
 
 from resblock_bench.bench.compare.compare import (
@@ -20,7 +18,6 @@ from . import check as checking
 
 def check(request: BaseRequest, console: Console) -> checking.PartOutcome:
     """Compare. A machine that is not calibrated, or no longer as it was, allows no verdict."""
-    began = time.monotonic()
     outcome = against_base(request, console)
     uncalibrated = [of_part(checking.TIMING, "inconclusive", note) for note in outcome.uncalibrated]
     checked = [
@@ -31,7 +28,6 @@ def check(request: BaseRequest, console: Console) -> checking.PartOutcome:
         checking.TIMING,
         checked,
         [*findings_of(outcome, checking.TIMING), *uncalibrated],
-        time.monotonic() - began,
         [
             *(f"timing {line(item)}" for item in outcome.items),
             f"timing: {summary(outcome.items, outcome.tolerance)}",

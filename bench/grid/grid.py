@@ -48,7 +48,8 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
     for selection in given:
         items = list(_expand(selection))
         if by_value:
-            items.sort(key=weight, reverse=True)  # stable: the variants of a site stay together
+            # Stable: the variants of a site stay together.
+            items.sort(key=lambda item: weight(item.cell, item.multiplicity), reverse=True)
         for item in items:
             planned.setdefault(item.cell, item)
     if not planned:
@@ -60,11 +61,10 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
     return list(planned.values())
 
 
-def weight(item: PlannedCell) -> int:
+def weight(cell: Cell, multiplicity: int) -> int:
     """Activation elements, times how often the site occurs in its model."""
-    cell = item.cell
     positions: int = cell.resolution**cell.dims
-    return item.multiplicity * cell.batch * positions * (cell.channels + cell.out_channels)
+    return multiplicity * cell.batch * positions * (cell.channels + cell.out_channels)
 
 
 def _describe(selection: Selection) -> str:

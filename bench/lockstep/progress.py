@@ -34,7 +34,6 @@ def round_progress(console: Console, cells: int) -> Iterator[Callable[[str, Draw
             lost = f" ({count} disturbed)" if count else ""
             bar.update(shown, description=f"{stage}, round {rounds}{lost}: {cell_name(cell)}")
             if not console.is_terminal and rounds % cells == 1 % cells:
-                line = f"{stage}: round {rounds} of {cells} cells{lost}"
-                say(console, line)
+                say(console, f"{stage}: round {rounds} of {cells} cells{lost}")
 
         yield tell

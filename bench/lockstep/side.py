@@ -32,19 +32,7 @@ from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, packag
 from resblock_bench.bench.measure.telemetry import open_probe
 from resblock_bench.bench.measure.timing import Sampler
 
-from .orders import (
-    ADDR_NO_RANDOMIZE,
-    Burst,
-    Counters,
-    Ended,
-    Open,
-    Opened,
-    Order,
-    Read,
-    Reply,
-    Samples,
-    Up,
-)
+from . import orders
 
 
 def main() -> None:
@@ -53,27 +41,27 @@ def main() -> None:
     die_with_parent()
     if sys.argv[2]:
         os.sched_setaffinity(0, map(int, sys.argv[2].split(",")))
-    _answer(socket, Up(code_fingerprint(), bool(personality() & ADDR_NO_RANDOMIZE)))
+    _answer(socket, orders.Up(code_fingerprint(), bool(personality() & orders.ADDR_NO_RANDOMIZE)))
     while True:
         try:
             message = socket.recv_bytes()
         except (EOFError, OSError):
             return
-        order = msgspec.json.decode(message, type=Order)
-        if not isinstance(order, Open):
+        order = msgspec.json.decode(message, type=orders.Order)
+        if not isinstance(order, orders.Open):
             continue  # for a round that has ended meanwhile, which was said
         pid = os.fork()
         if pid == 0:
             _round(socket, order)
         _, status = os.waitpid(pid, 0)
-        _answer(socket, Ended(os.waitstatus_to_exitcode(status)))
+        _answer(socket, orders.Ended(os.waitstatus_to_exitcode(status)))
 
 
-def _answer(socket: Connection, answer: Reply) -> None:
+def _answer(socket: Connection, answer: orders.Reply) -> None:
     socket.send_bytes(msgspec.json.encode(answer))
 
 
-def _round(socket: Connection, order: Open) -> NoReturn:
+def _round(socket: Connection, order: orders.Open) -> NoReturn:
     """The life of a round's process."""
     code = 1
     try:
@@ -90,29 +78,29 @@ def _round(socket: Connection, order: Open) -> NoReturn:
         os._exit(code)
 
 
-def _serve(socket: Connection, order: Open) -> None:
+def _serve(socket: Connection, order: orders.Open) -> None:
     task = order.task
     device = open_device(task.device, task.environment.threads)
     try:
         checked = _prepared(task, Path(order.truth), device)
     except Exception as error:
-        _answer(socket, Opened(status_of(error), reason_of(error)))
+        _answer(socket, orders.Opened(status_of(error), reason_of(error)))
         return
     if checked.verdict.status != "ok":
-        _answer(socket, Opened(checked.verdict.status, checked.verdict.reason))
+        _answer(socket, orders.Opened(checked.verdict.status, checked.verdict.reason))
         return
     workload = checked.workload
     probe = open_probe(device.kind, device.uuid)
     sampler = Sampler(workload.step, device.timer, prepare=workload.reset)
     torch.manual_seed(task.seed)  # the masks of dropout
     sampler.warm_up(task.rule)
-    _answer(socket, Opened("ok", None))
+    _answer(socket, orders.Opened("ok", None))
     while True:
-        match msgspec.json.decode(socket.recv_bytes(), type=Order):
-            case Burst(seconds):
-                _answer(socket, Samples(list(sampler.burst(seconds))))
-            case Read():
-                _answer(socket, Counters(probe.source, probe.read()))
+        match msgspec.json.decode(socket.recv_bytes(), type=orders.Order):
+            case orders.Burst(seconds):
+                _answer(socket, orders.Samples(list(sampler.burst(seconds))))
+            case orders.Read():
+                _answer(socket, orders.Counters(probe.source, probe.read()))
             case _:
                 probe.close()
                 return

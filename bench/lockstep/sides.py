@@ -19,20 +19,7 @@ from resblock_bench.bench.machine.process import Ending
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import Status
 
-from .orders import (
-    ADDR_NO_RANDOMIZE,
-    Burst,
-    Close,
-    Counters,
-    Ended,
-    Open,
-    Opened,
-    Order,
-    Read,
-    Reply,
-    Samples,
-    Up,
-)
+from . import orders
 
 _SERVER = "resblock_bench.bench.lockstep.side"
 _START_S = 300.0
@@ -43,13 +30,13 @@ _ALIKE = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """What would else be drawn by lot for each side, and stay for all its rounds."""
-A = TypeVar("A", Opened, Samples, Counters, Ended, Up)
+A = TypeVar("A", orders.Opened, orders.Samples, orders.Counters, orders.Ended, orders.Up)
 
 
 def _fix_addresses() -> None:
     """Where the system allows it: the same addresses on all sides, not a draw for each."""
     libc = ctypes.CDLL(None)
-    libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE)
+    libc.personality(libc.personality(0xFFFFFFFF) | orders.ADDR_NO_RANDOMIZE)
 
 
 class SideError(Exception):
@@ -133,9 +120,9 @@ class Side:
             )
         self._socket = own
 
-    def _up(self) -> Up:
+    def _up(self) -> orders.Up:
         try:
-            return self._answer(Up, _START_S)
+            return self._answer(orders.Up, _START_S)
         except SideError as error:
             raise InvalidError(
                 f"{self.name} cannot be imported, so there is nothing to compare: {error}"
@@ -148,9 +135,9 @@ class Side:
         # What an earlier round printed says nothing of this one.
         os.truncate(self._log, 0)
         self._measuring = True
-        opened = self._ask(Open(task, str(truth)), Opened)
+        opened = self._ask(orders.Open(task, str(truth)), orders.Opened)
         if opened.status != "ok":
-            self._answer(Ended, self._limit_s)
+            self._answer(orders.Ended, self._limit_s)
             raise SideError(self, opened.status, opened.reason or "no reason was given")
 
     def _restart(self) -> None:
@@ -165,15 +152,15 @@ class Side:
 
     def burst(self, seconds: float) -> list[float]:
         """Samples in milliseconds."""
-        return self._ask(Burst(seconds), Samples).samples_ms
+        return self._ask(orders.Burst(seconds), orders.Samples).samples_ms
 
-    def read(self) -> Counters:
+    def read(self) -> orders.Counters:
         """The machine's counters, as the round's process sees them."""
-        return self._ask(Read(), Counters)
+        return self._ask(orders.Read(), orders.Counters)
 
     def end(self) -> None:
         """End the round's process."""
-        ended = self._ask(Close(), Ended)
+        ended = self._ask(orders.Close(), orders.Ended)
         if ended.exit_code:
             raise self._failed(ended.exit_code)
 
@@ -202,7 +189,7 @@ class Side:
             self._socket = None
         return exit_code
 
-    def _ask(self, order: Order, expected: type[A]) -> A:
+    def _ask(self, order: orders.Order, expected: type[A]) -> A:
         assert self._socket is not None
         with contextlib.suppress(OSError):  # it has ended: what it said last is there to read
             self._socket.send_bytes(msgspec.json.encode(order))
@@ -214,12 +201,12 @@ class Side:
             if not self._socket.poll(limit_s):
                 self.kill()
                 raise self._failed(None, limit_s)
-            answer = msgspec.json.decode(self._socket.recv_bytes(), type=Reply)
+            answer = msgspec.json.decode(self._socket.recv_bytes(), type=orders.Reply)
         except (EOFError, OSError, msgspec.DecodeError):
             raise self._failed(self.kill(_EXIT_S)) from None
-        if isinstance(answer, Ended):
+        if isinstance(answer, orders.Ended):
             self._measuring = False
-        if isinstance(answer, Ended) and not isinstance(answer, expected):
+        if isinstance(answer, orders.Ended) and not isinstance(answer, expected):
             raise self._failed(answer.exit_code)
         assert isinstance(answer, expected), answer
         return answer

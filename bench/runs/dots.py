@@ -101,7 +101,8 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
     if all(_value(row, quantity) is None for row in run.rows):
         return None
     wall = walls(run) if quantity.has_wall else {}
-    sites = sorted(by_site(run.rows), key=_site_order)
+    members = by_site(run.rows)
+    sites = sorted(members, key=_site_order)
     impls = list(dict.fromkeys(row.axes.impl for row in run.rows))
     modes = [mode for mode in MODE_TITLES if any(r.axes.checkpoint == mode for r in run.rows)]
     lanes = len(sites) * (len(impls) + 1)
@@ -120,7 +121,7 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
         for line, site in enumerate(sites):
             if line % 2 == 0:
                 ax.axhspan(line - 0.5, line + 0.5, color="#f2f2f2", linewidth=0, zorder=0)
-            rows = [r for r in by_site(run.rows)[site] if r.axes.checkpoint == mode]
+            rows = [r for r in members[site] if r.axes.checkpoint == mode]
             _draw_line(ax, line, rows, impls, quantity, wall)
         ax.set_xscale("log")
         ax.set_xlabel(quantity.label)

@@ -1,6 +1,7 @@
 """The trade between speed and memory: every variant over the reference without checkpointing."""
 
 from collections import Counter
+from statistics import geometric_mean
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -9,7 +10,7 @@ from resblock_bench.bench.records import variant_name
 
 from .folder import Run
 from .style import GREY, MODE_MARKERS, MODE_TITLES, colour_of, finish, handle
-from .table import by_site, geometric_mean
+from .table import by_site
 
 
 def draw_front(run: Run) -> Figure | None:

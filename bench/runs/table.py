@@ -1,8 +1,8 @@
 """The result of a run as a table of at most 100 columns and a one-line summary."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import geometric_mean
 
 from rich.table import Table
 from rich.text import Text
@@ -32,11 +32,6 @@ def by_site(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
     for row in rows:
         groups.setdefault(site_of(row.axes), []).append(row)
     return groups
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """The mean of ratios: exp of the mean logarithm."""
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:

@@ -1,2 +1,2 @@
 """The verb `run`: `sweep` opens a run folder and has an engine (`engines`, `ray_engine`) make rows
-of its cells; `lane` measures one after the other, `runner` decides which is next."""
+of its cells; `runner` decides which is next."""

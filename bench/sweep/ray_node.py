@@ -26,7 +26,7 @@ from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.survey import survey
 from resblock_bench.bench.records import Environment
 
-from .lane import Lane
+from .engines import Lane
 
 _POLL_S = 0.2
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import UsageError, unknown
-from resblock_bench.bench.grid.grid import PlannedCell, weight
+from resblock_bench.bench.grid.grid import weight
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
@@ -26,9 +26,6 @@ from resblock_bench.bench.terminal import say
 from .engines import Engine, LocalEngine
 from .ray_engine import RayEngine
 from .runner import OomRecord, run_tasks
-
-TIMEOUT_S = 300.0
-"""What a cell may take unless said otherwise: compiling one takes up to a minute."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,17 @@ class SweepRequest:
     """
 
     plan: Plan | None
-    output: Path | None = None
-    resume: bool = False
-    retry: bool = False
-    ignore_oom: bool = False
-    timeout_s: float = TIMEOUT_S
-    budget_s: float | None = None
-    devices: Sequence[str] = ()
-    plots: bool = True
-    formats: Sequence[str] = ()
-    engine: str = "local"
-    accelerator: str | None = None
+    output: Path | None
+    resume: bool
+    retry: bool
+    ignore_oom: bool
+    timeout_s: float
+    budget_s: float | None
+    devices: Sequence[str]
+    plots: bool
+    formats: Sequence[str]
+    engine: str
+    accelerator: str | None
 
 
 def carry_out(request: SweepRequest, console: Console) -> int:
@@ -71,9 +68,7 @@ def carry_out(request: SweepRequest, console: Console) -> int:
         rows = _rows_of(tasks, run)
         todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
         if request.budget_s is not None and request.resume:
-            todo.sort(
-                key=lambda task: weight(PlannedCell(task.cell, task.multiplicity)), reverse=True
-            )
+            todo.sort(key=lambda task: weight(task.cell, task.multiplicity), reverse=True)
         say(console, _begin_line(tasks, todo, rows, run))
         oom = None if request.ignore_oom else OomRecord(rows.values())
         ending = _measure_all(request, todo, engine, oom, run, console)

@@ -1,6 +1,7 @@
 """What tests of rounds and comparisons begin with: quick rules, tiny plans, the gate about them."""
 
 import functools
+import math
 
 import msgspec
 from rich.console import Console
@@ -9,7 +10,7 @@ from resblock_bench.bench.gate import check
 from resblock_bench.bench.gate import timing as check_timing
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.lockstep.rounds import RoundRule
+from resblock_bench.bench.lockstep.rounds import Round, RoundRule
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
 
 from .cells import TINY
@@ -22,6 +23,20 @@ import pretended as _pretended
 _pretended.pretend(_pretended.quiet)
 """
 """Appended to a side's own code: its rounds count, whatever else runs on this machine."""
+
+
+def a_round(ratio=1.0, base_ms=10.0, **changes):
+    """A round of few samples on a quiet machine."""
+    taken = Round(
+        base_ms=base_ms,
+        head_ms=base_ms * ratio,
+        log_ratio=math.log(ratio),
+        base_samples=3,
+        head_samples=3,
+        disturbances=[],
+        notes=[],
+    )
+    return msgspec.structs.replace(taken, **changes)
 
 
 def plan_of(*changes):

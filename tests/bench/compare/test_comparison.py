@@ -4,22 +4,11 @@ import math
 import random
 
 import pytest
+from support.comparing import a_round
 
 from resblock_bench.bench.compare.comparison import STAGES, Comparison
 from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE
 from resblock_bench.bench.lockstep.rounds import ATTEMPTS, Round, RoundError
-
-
-def a_round(ratio=1.0, base_ms=10.0, disturbances=()):
-    return Round(
-        base_ms=base_ms,
-        head_ms=base_ms * ratio,
-        log_ratio=math.log(ratio),
-        base_samples=30,
-        head_samples=30,
-        disturbances=list(disturbances),
-        notes=[],
-    )
 
 
 class Machine:

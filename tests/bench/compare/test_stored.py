@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 from support.cells import TINY
-from support.comparing import plan_of
+from support.comparing import a_round, plan_of
 from support.sweeps import spawned
 
+from resblock_bench.bench import files
 from resblock_bench.bench.compare import compare
 from resblock_bench.bench.compare import stored as compare_stored
 from resblock_bench.bench.compare.calibration import (
@@ -20,16 +21,16 @@ from resblock_bench.bench.compare.calibration import (
     MAX_AGE_DAYS,
     Calibration,
     CellNoise,
+    calibration_file,
     noise_of,
     stale,
     tolerance_of,
 )
-from resblock_bench.bench.compare.machine_store import calibration_file, write
 from resblock_bench.bench.compare.stored import Stored
 from resblock_bench.bench.compare.verdict import Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
-from resblock_bench.bench.lockstep.rounds import Round, RoundRule
+from resblock_bench.bench.lockstep.rounds import RoundRule
 from resblock_bench.bench.measure.cell import row_of
 from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.telemetry import Reading
@@ -83,6 +84,11 @@ def calibration(environment):
         tolerance=Tolerance(relative=0.03, absolute_ms=1e-3),
         cells=[noise],
     )
+
+
+def write(path, calibration):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(files.as_json(calibration))
 
 
 @pytest.fixture
@@ -286,18 +292,6 @@ def test_a_run_folder_has_one_process_a_cell(run_cli, tmp_path, calibration):
 # Calibration
 
 
-def a_round(ratio, base_ms=10.0):
-    return Round(
-        base_ms=base_ms,
-        head_ms=base_ms * ratio,
-        log_ratio=math.log(ratio),
-        base_samples=30,
-        head_samples=30,
-        disturbances=[],
-        notes=[],
-    )
-
-
 def test_drift_is_the_worst_of_any_five_rounds():
     ratios = [1.0] * 5 + [1.02] * 5 + [1.0] * 5
     noise = noise_of(TINY, [a_round(ratio) for ratio in ratios], 2)
@@ -356,15 +350,6 @@ def test_a_stale_calibration_is_said_and_not_used(
         path.write_bytes(damaged)
         with pytest.raises(InvalidError, match=message):
             compared(*sides)
-
-
-def test_what_cannot_be_stored_is_said(tmp_path):
-    path = tmp_path / "here" / "calibration.json"
-    for relative in (0.01, 0.02):
-        write(path, Tolerance(relative=relative, absolute_ms=1.0))
-    assert msgspec.json.decode(path.read_bytes())["relative"] == 0.02
-    with pytest.raises(UsageError, match="cannot be written"):
-        write(path / "below.json", Tolerance(relative=0.01, absolute_ms=1.0))
 
 
 def test_a_run_is_not_compared_with_itself(run_of, compared):

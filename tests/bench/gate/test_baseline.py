@@ -104,7 +104,6 @@ def test_a_pin_of_another_schema_is_replaced_and_a_damaged_one_is_not(
         (["--memory"], "--reason is empty"),
         (["--memory", "--reason", "  "], "--reason is empty"),
         (["--reason", "why"], "nothing is named to be saved: add --memory"),
-        (["--timing", "--reason", "why"], "No such option: --timing"),
     ],
 )
 def test_incomplete_requests_measure_nothing(

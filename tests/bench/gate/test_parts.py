@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from support import process_functions
 
+from resblock_bench.bench.cost import costs
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import accuracy as check_accuracy
 from resblock_bench.bench.gate import accuracy_cases, check
@@ -238,7 +239,7 @@ def test_a_gradient_of_another_sign_is_wrong(
 
 def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(check_accuracy, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(costs, "usable_cpus", lambda: 1)
     cases = [AccuracyCase("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
     found = check_accuracy.measure_cases(cases, quiet())
     assert not found.findings

@@ -15,18 +15,17 @@ import pytest
 from gate_rates import spinning
 from msgspec.structs import replace
 from rich.console import Console
-from support.comparing import FAST, UNDISTURBED, checked, plan_of
+from support.comparing import FAST, UNDISTURBED, a_round, checked, plan_of
 
 from resblock_bench.bench.compare import calibrate, calibration, compare, comparison
+from resblock_bench.bench.compare.calibration import calibration_file
 from resblock_bench.bench.compare.comparison import Comparison
-from resblock_bench.bench.compare.machine_store import calibration_file
 from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE, Verdict
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import timing as check_timing
 from resblock_bench.bench.lockstep import rounds
 from resblock_bench.bench.lockstep.rounds import (
-    Round,
     RoundError,
     RoundRule,
     Taken,
@@ -38,15 +37,6 @@ from resblock_bench.bench.lockstep.testbed import opened
 
 pytestmark = pytest.mark.slow
 
-A_ROUND = Round(
-    base_ms=10.0,
-    head_ms=10.0,
-    log_ratio=0.0,
-    base_samples=3,
-    head_samples=3,
-    disturbances=[],
-    notes=[],
-)
 AMBIGUOUS = Verdict(
     word="AMBIGUOUS", ratio=1.0, low=0.9, high=1.1, detectable=0.1, reasons=["it is"]
 )
@@ -225,7 +215,7 @@ def steady(monkeypatch):
     count = itertools.count()
 
     def measure(*arguments):
-        return replace(A_ROUND, log_ratio=0.001 * (next(count) % 3))
+        return a_round(log_ratio=0.001 * (next(count) % 3))
 
     for module in (calibrate, compare):
         monkeypatch.setattr(module, "measure_pair", measure)

@@ -9,7 +9,6 @@ from resblock_bench.bench.records import Floor, Row, Status
 from resblock_bench.bench.runs.table import (
     WIDTH,
     disturbed,
-    geometric_mean,
     problems,
     results_table,
     speed_ratio,
@@ -139,7 +138,3 @@ def test_a_disturbed_cell_is_marked_and_told(make_row: Callable[..., Row]) -> No
 def test_the_share_of_the_floor_is_shown(make_row: Callable[..., Row]) -> None:
     floor = Floor(bytes=1, flops=1, bytes_ms=0.1, flops_ms=0.2, share=0.37)
     assert "37%" in shown([msgspec.structs.replace(make_row(10.0), floor=floor)])
-
-
-def test_the_mean_of_ratios_is_geometric() -> None:
-    assert geometric_mean([2.0, 0.5]) == pytest.approx(1.0)

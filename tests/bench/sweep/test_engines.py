@@ -8,7 +8,7 @@ import pytest
 from resblock_bench.bench.machine.process import Ending, Processes
 from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.sweep.lane import Lane
+from resblock_bench.bench.sweep.engines import Lane
 
 
 class Scripted(Processes):
