@@ -42,11 +42,6 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     predicted: Predicted
 
 
-def norms_of(selection: Selection) -> list[Norm]:
-    """Both norms of every selected block, each once, in order."""
-    return list(weights_of(selection))
-
-
 def weights_of(selection: Selection) -> dict[Norm, int]:
     """Both norms of every selected block, each once, in order, with C·HW × how often it occurs."""
     from resblock_bench.bench.compiled.norms import norms_of_block
@@ -151,69 +146,49 @@ def answers(jobs: Iterable[Job], console: Console) -> Generator[tuple[Job, Answe
 
 
 def gather(
-    norms: Sequence[Norm], archs: Sequence[int], tier: Tier | None, console: Console
-) -> tuple[list[Cost], list[str]]:
-    """The costs in order, and why the others have none: the tier asked for cannot hold them.
-
-    Raises JobFailed where a kernel cannot be interpreted or compiled.
-    """
-    calls, refused = calls_of(norms, archs, tier)
-    if not calls:
-        raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
-    jobs = shared_jobs(calls)
-    counted = {call: call.traffic() for call in calls}
-    values = _values([*counted.values(), *_compilations(jobs)], console)
-    traffic = {call: values[job] for call, job in counted.items()}
-    return _costs(jobs, values, traffic), refused
-
-
-def survey(
     norms: Sequence[Norm],
     archs: Sequence[int],
     tier: Tier | None,
     console: Console,
     *,
-    rewrite: bool = False,
+    by_rule: bool = False,
+    rewrite: bool = True,
 ) -> tuple[list[Cost], list[str]]:
-    """As `gather`, rewriting only if asked for, with the traffic that the rules expect."""
+    """The costs in order, and why the others have none: the tier asked for cannot hold them.
+
+    by_rule   bytes are those that the tiers' rules expect, and not counted
+    rewrite   the rewrite is among the directions
+
+    Raises JobFailed where a kernel cannot be interpreted or compiled.
+    """
     from .expected_traffic import expected_traffic
-
-    calls, refused = calls_of(norms, archs, tier)
-    jobs = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
-    values = _values(_compilations(jobs), console)
-    traffic = {call: expected_traffic(call.norm, call.direction, call.launch) for call in jobs}
-    return _costs(jobs, values, traffic), refused
-
-
-Jobs = dict["Call", list[tuple[Job, "Launches"]]]
-
-
-def _compilations(jobs: Jobs) -> list[Job]:
-    return [job for kernels in jobs.values() for job, _ in kernels]
-
-
-def _values(jobs: Iterable[Job], console: Console) -> dict[Job, Any]:
-    with closing(answers(jobs, console)) as found:
-        return {job: answer.get() for job, answer in found}
-
-
-def _costs(jobs: Jobs, values: dict[Job, Any], traffic: dict[Call, Traffic]) -> list[Cost]:
-    costs = []
-    for call, kernels in jobs.items():
-        codes = [msgspec.structs.replace(values[job], **how._asdict()) for job, how in kernels]
-        costs.append(_cost(call, traffic[call], codes))
-    return costs
-
-
-def _cost(call: Call, traffic: Traffic, kernels: list[KernelCode]) -> Cost:
     from .predictions import predict
 
-    return Cost(
-        norm=call.norm,
-        direction=call.direction,
-        arch=call.arch,
-        launch=call.launch._asdict(),
-        traffic=traffic,
-        kernels=kernels,
-        predicted=predict(call.norm, call.direction, call.arch, call.launch, traffic, kernels),
-    )
+    calls, refused = calls_of(norms, archs, tier)
+    if not calls:
+        raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
+    compilations = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
+    jobs = [] if by_rule else [call.traffic() for call in compilations]
+    jobs += [job for kernels in compilations.values() for job, _ in kernels]
+    with closing(answers(jobs, console)) as found:
+        values = {job: answer.get() for job, answer in found}
+    costs = []
+    for call, shared in compilations.items():
+        traffic = (
+            expected_traffic(call.norm, call.direction, call.launch)
+            if by_rule
+            else values[call.traffic()]
+        )
+        kernels = [msgspec.structs.replace(values[job], **how._asdict()) for job, how in shared]
+        costs.append(
+            Cost(
+                norm=call.norm,
+                direction=call.direction,
+                arch=call.arch,
+                launch=call.launch._asdict(),
+                traffic=traffic,
+                kernels=kernels,
+                predicted=predict(*call, traffic, kernels),
+            )
+        )
+    return costs, refused
