@@ -17,10 +17,9 @@ from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
-from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind
-from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.records import Environment, Row
 
 from .lane import Lane
@@ -58,7 +57,7 @@ class LocalEngine:
         self, kind: Kind, *, threads: int, limit_s: float, devices: Sequence[str] = ()
     ) -> None:
         gpus = [gpu.uuid for gpu in chosen_gpus(devices)] if kind == "cuda" else []
-        self._survey = jobs.SurveyJob(kind, threads)
+        self._survey = SurveyJob(kind, threads)
         self._variables = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
         self._open = ExitStack()
         self._processes = Processes()
