@@ -119,6 +119,15 @@ class MachineCode(msgspec.Struct, frozen=True, kw_only=True):
     sass_hash: str
 
 
+class KernelCode(msgspec.Struct, frozen=True, kw_only=True):
+    """One kernel of a call: how often it is launched, its programs in all, and its code."""
+
+    kernel: str
+    launches: int
+    programs: int
+    code: MachineCode
+
+
 def compile_for(kernel: Any, arguments: Mapping[str, object], arch: int) -> MachineCode:
     """What `kernel[grid](**arguments)` would run on a GPU of that architecture.
 

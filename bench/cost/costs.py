@@ -23,8 +23,10 @@ from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import site_of
 
 if TYPE_CHECKING:
-    from resblock_bench.bench.compiled.norms import Direction, KernelCode, Norm, Traffic
+    from resblock_bench.bench.compiled.machine_code import KernelCode
+    from resblock_bench.bench.compiled.norms import Direction, Norm, Traffic
     from resblock_bench.bench.grid.axes import Selection
+    from resblock_bench.kernels.launch import Recorded
     from resblock_bench.kernels.tiers import Launch, Tier
 
     from .predictions import Predicted
@@ -74,13 +76,18 @@ class Call(NamedTuple):
         launch = counted_launch(self.launch)
         return Job(True, count_traffic, (self.norm, self.direction, launch))
 
-    def kernels(self) -> dict[str, Job]:
-        """Compiles its kernels, by name."""
-        from resblock_bench.bench.compiled.norms import compile_kernel, kernels_of
+    def kernels(self) -> dict[str, list[Recorded]]:
+        """The launches of each of its kernels, by name."""
+        from resblock_bench.bench.compiled.norms import kernels_of
 
-        names = kernels_of(self.norm, self.direction, self.launch)
+        return kernels_of(self.norm, self.direction, self.launch)
+
+    def compilation(self, kernel: str) -> Job:
+        """Compiles one of its kernels."""
+        from resblock_bench.bench.compiled.norms import compile_kernel
+
         how = (self.norm, self.direction, self.launch, self.arch)
-        return {name: Job(False, compile_kernel, (*how, name)) for name in names}
+        return Job(False, compile_kernel, (*how, kernel))
 
 
 class Launches(NamedTuple):
@@ -98,16 +105,14 @@ def shared_jobs(calls: Iterable[Call]) -> dict[Call, list[tuple[Job, Launches]]]
     published sites have several times as many launches as kernels.
     """
     from resblock_bench.bench.compiled.kernel_key import compile_key
-    from resblock_bench.bench.compiled.norms import kernels_of
 
     first: dict[object, Job] = {}
     found: dict[Call, list[tuple[Job, Launches]]] = {}
     for call in calls:
-        recorded = kernels_of(call.norm, call.direction, call.launch)
         found[call] = []
-        for name, job in call.kernels().items():
-            items = recorded[name]
-            shared = first.setdefault((call.arch, compile_key(items[0])), job)
+        for name, items in call.kernels().items():
+            same = call.arch, compile_key(items[0])
+            shared = first.setdefault(same, call.compilation(name))
             how = Launches(name, len(items), sum(item.grid[0] for item in items))
             found[call].append((shared, how))
     return found

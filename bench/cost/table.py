@@ -12,8 +12,8 @@ from typing import TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench.compiled.machine_code import MachineCode
-from resblock_bench.bench.compiled.norms import KernelCode, Norm
+from resblock_bench.bench.compiled.machine_code import KernelCode, MachineCode
+from resblock_bench.bench.compiled.norms import Norm
 
 from .costs import Cost
 from .host_time import HostTime, Span

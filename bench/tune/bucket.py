@@ -118,8 +118,9 @@ def measure(
 
 
 def _entry(work: BucketWork, choice: Choice, time_us: float, rules_us: float) -> Entry:
-    times = {"time_us": round(time_us, 3), "rules_us": round(rules_us, 3)}
-    return Entry(bucket=work.bucket, **choice._asdict(), **times)
+    rounded = round(time_us, 3), round(rules_us, 3)
+    how = choice._asdict()
+    return Entry(bucket=work.bucket, time_us=rounded[0], rules_us=rounded[1], **how)
 
 
 def _beats(time_us: float, rules_us: float) -> bool:
