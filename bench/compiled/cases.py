@@ -20,7 +20,7 @@ from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine.workers import Job
 
 from . import traffic
-from .machine_code import ARCHITECTURES, MachineCode, compile_for
+from .machine_code import ARCHITECTURES, KernelCode, compile_for
 
 GROUP = "resblock_bench.static"
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
@@ -79,14 +79,6 @@ def cases_of(value: str) -> dict[str, KernelCase]:
     return by_name
 
 
-class CaseCode(NamedTuple):
-    """How often a case's kernel is launched, with how many programs, and what it is compiled to."""
-
-    launches: int
-    programs: int
-    code: MachineCode
-
-
 def offer_job(value: str) -> Job:
     """Lists what an entry point "module:function" offers: architectures by name."""
     return Job(False, offered, (value,))
@@ -103,7 +95,7 @@ def traffic_job(value: str, name: str) -> Job:
 
 
 def code_job(value: str, name: str, arch: int) -> Job:
-    """Compiles a case: a CaseCode."""
+    """Compiles a case: a KernelCode."""
     return Job(False, compile_case, (value, name, arch))
 
 
@@ -126,8 +118,8 @@ def count_case(value: str, name: str) -> CaseTraffic:
     )
 
 
-def compile_case(value: str, name: str, arch: int) -> CaseCode:
+def compile_case(value: str, name: str, arch: int) -> KernelCode:
     """Must not have TRITON_INTERPRET=1 when the kernel's module is imported."""
     case = cases_of(value)[name]
     code = compile_for(case.kernel, case.arguments("meta"), arch)
-    return CaseCode(1, math.prod(case.grid), code)
+    return KernelCode(kernel=name, launches=1, programs=math.prod(case.grid), code=code)

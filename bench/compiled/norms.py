@@ -31,7 +31,7 @@ from resblock_bench.kernels.tiers import (
 )
 
 from . import traffic
-from .machine_code import MachineCode, compile_for
+from .machine_code import KernelCode, compile_for
 
 Direction = Literal["forward", "rewrite", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "rewrite", "backward")
@@ -117,15 +117,6 @@ class Traffic(Record, frozen=True, kw_only=True):
     floor: int
     sector_efficiency: float
     rule: str
-
-
-class KernelCode(Record, frozen=True, kw_only=True):
-    """One kernel of a direction: how it is launched, and what it is compiled to."""
-
-    kernel: str
-    launches: int
-    programs: int
-    code: MachineCode
 
 
 RULES: dict[Tier, str] = {

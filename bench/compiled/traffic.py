@@ -18,7 +18,7 @@ as PyTorch's are.
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,8 +36,8 @@ SECTOR_BYTES = 32
 class Access(Struct, frozen=True, kw_only=True):
     """What one launch of a kernel touched of one tensor, in one direction.
 
-    `launch` numbers the launches of the block from 0. `tensor` is the name given to
-    `Counter.name`, or else the kernel's parameter; names joined by a slash share these bytes.
+    `launch` numbers the launches of the block from 0. `tensor` is the kernel's parameter;
+    names joined by a slash share these bytes.
     """
 
     kernel: str
@@ -83,9 +83,8 @@ class _Storage:
 class _Tally:
     """Counts of the bytes with the same owners; touched: of the whole storage, byte by byte."""
 
-    owners: list[_Parameter]
+    tensor: str
     direction: AccessDirection
-    start: int
     touched: NDArray[np.bool_]
     requested_bytes: int = 0
     sectors: int = 0
@@ -108,15 +107,8 @@ class Counter:
 
     def __init__(self) -> None:
         self._launches: list[_Launch] = []
-        self._names: dict[int, str] = {}
         # Not the tensors: autograd copies a gradient that somebody else holds.
         self._kept: list[UntypedStorage] = []
-
-    def name(self, **tensors: Tensor) -> None:
-        """Call parameters that begin where these tensors do by these names, in earlier launches
-        too; so outputs can be named once they exist."""
-        self._kept += [tensor.untyped_storage() for tensor in tensors.values()]
-        self._names |= {tensor.data_ptr(): name for name, tensor in tensors.items()}
 
     def accesses(self) -> list[Access]:
         """In order of launches, and within a launch of the first access."""
@@ -124,7 +116,7 @@ class Counter:
             Access(
                 kernel=launch.kernel,
                 launch=number,
-                tensor=self._label(tally),
+                tensor=tally.tensor,
                 direction=tally.direction,
                 requested_bytes=tally.requested_bytes,
                 sectors=tally.sectors,
@@ -133,36 +125,6 @@ class Counter:
             for number, launch in enumerate(self._launches)
             for tally in launch.tallies.values()
         ]
-
-    def distinct_bytes(
-        self,
-        *,
-        direction: AccessDirection,
-        tensors: Collection[str] | None = None,
-        launches: Collection[int] | None = None,
-    ) -> int:
-        """Bytes touched at least once by any of the launches, each counted once.
-
-        `tensors` are names as in `Access.tensor`; None stands for all. ValueError for a tensor that
-        no launch touched and for a launch that was not.
-        """
-        _check("tensor", tensors, {access.tensor for access in self.accesses()})
-        _check("launch", launches, set(range(len(self._launches))))
-        union: dict[int, NDArray[np.bool_]] = {}
-        for number, launch in enumerate(self._launches):
-            if launches is not None and number not in launches:
-                continue
-            for tally in launch.tallies.values():
-                if tally.direction != direction:
-                    continue
-                if tensors is None or self._label(tally) in tensors:
-                    touched = union.setdefault(tally.start, np.zeros_like(tally.touched))
-                    touched |= tally.touched
-        return sum(int(np.count_nonzero(touched)) for touched in union.values())
-
-    def _label(self, tally: _Tally) -> str:
-        names = (self._names.get(owner.address, owner.name) for owner in tally.owners)
-        return "/".join(dict.fromkeys(names))
 
     def _begin(self, kernel: str, arguments: dict[str, Any]) -> _Launch:
         storages: dict[int, _Storage] = {}
@@ -214,9 +176,9 @@ class Counter:
         """Byte offsets [element, byte] into a storage, all of the same owners."""
         tally = launch.tallies.get((storage.start, bits, direction))
         if tally is None:
-            owners = [p for k, p in enumerate(storage.parameters) if bits >> k & 1]
+            names = [p.name for k, p in enumerate(storage.parameters) if bits >> k & 1]
             touched = np.zeros(storage.owners.size, np.bool_)
-            tally = _Tally(owners, direction, storage.start, touched)
+            tally = _Tally("/".join(names), direction, touched)
             launch.tallies[storage.start, bits, direction] = tally
         tally.requested_bytes += elements.size
         # An element that is not aligned to its size may reach into a second sector.
@@ -335,9 +297,3 @@ def _stray(
         nearest = min(parameters, key=lambda p: abs(address - p.address))
         text += f"; {nearest.name} begins at {nearest.address:#x}"
     return OutOfBoundsError(text + ".")
-
-
-def _check(kind: str, asked: Collection[Any] | None, known: Collection[Any]) -> None:
-    unknown = sorted(set(asked or ()) - set(known))
-    if unknown:
-        raise ValueError(f"No {kind} {unknown[0]!r} was seen; there are {sorted(known)}.")

@@ -19,8 +19,9 @@ from resblock_bench.bench import exitcodes, files
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.machine import workers
 from resblock_bench.bench.machine.workers import Job
+from resblock_bench.bench.terminal import say
 
-from .costs import Cost, gather, survey, weights_of
+from .costs import Cost, gather, weights_of
 
 if TYPE_CHECKING:
     from resblock_bench.bench.compiled.norms import Norm
@@ -71,39 +72,39 @@ def carry_out(request: CostRequest, console: Console) -> int:
     Raises UsageError without Triton, for an unknown architecture and where the tier cannot hold any
     of the norms.
     """
-    from . import host_table, prediction_table
-    from . import table as cost_table
+    from . import table
     from .published_norms import published_weights
 
     _check(request)
-    weights = (
-        published_weights(request.selection) if request.published else weights_of(request.selection)
+    published = request.published
+    weights = published_weights(request.selection) if published else weights_of(request.selection)
+    costs, refused = gather(
+        list(weights),
+        request.archs,
+        request.tier,
+        console,
+        by_rule=published,
+        rewrite=not published,
     )
-    collect = survey if request.published else gather
-    costs, refused = collect(list(weights), request.archs, request.tier, console)
     host = host_times(weights)
-    predicted = prediction_table.table(costs)
-    if request.published:
-        predicted = prediction_table.worst(costs, weights)
-    width = min(console.width, cost_table.WIDTH)
-    lines = [
-        *cost_table.notes(costs, refused),
-        *prediction_table.notes(costs, weights),
-        host_table.NOTE,
-    ]
-    if request.published:
-        lines.insert(
-            0, "bytes are what the tiers' rules expect; without --published they are counted"
-        )
+    width = min(console.width, table.WIDTH)
+    if published:
+        console.print(table.worst_table(costs, weights), width=width)
     else:
-        console.print(cost_table.table(costs), width=width)
-    console.print(predicted, width=width)
-    console.print(host_table.table(host), width=width)
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(table.cost_table(costs), width=width)
+        console.print(table.prediction_table(costs), width=width)
+    console.print(table.host_table(host), width=width)
+    if published:
+        say(console, "bytes are what the tiers' rules expect; without --published they are counted")
+    for line in (
+        *table.cost_notes(costs, refused),
+        *table.prediction_notes(costs, weights),
+        table.HOST_NOTE,
+    ):
+        say(console, line)
     if request.json is not None:
         files.write(request.json, files.as_json(CostReport(costs=costs, host=host)), _ADVICE)
-        console.print(f"json: {request.json}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"json: {request.json}")
     return exitcodes.OK
 
 

@@ -23,8 +23,10 @@ from resblock_bench.bench.progress import counted
 from resblock_bench.bench.records import site_of
 
 if TYPE_CHECKING:
-    from resblock_bench.bench.compiled.norms import Direction, KernelCode, Norm, Traffic
+    from resblock_bench.bench.compiled.machine_code import KernelCode
+    from resblock_bench.bench.compiled.norms import Direction, Norm, Traffic
     from resblock_bench.bench.grid.axes import Selection
+    from resblock_bench.kernels.launch import Recorded
     from resblock_bench.kernels.tiers import Launch, Tier
 
     from .predictions import Predicted
@@ -40,11 +42,6 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     traffic: Traffic
     kernels: list[KernelCode]
     predicted: Predicted
-
-
-def norms_of(selection: Selection) -> list[Norm]:
-    """Both norms of every selected block, each once, in order."""
-    return list(weights_of(selection))
 
 
 def weights_of(selection: Selection) -> dict[Norm, int]:
@@ -79,13 +76,18 @@ class Call(NamedTuple):
         launch = counted_launch(self.launch)
         return Job(True, count_traffic, (self.norm, self.direction, launch))
 
-    def kernels(self) -> dict[str, Job]:
-        """Compiles its kernels, by name."""
-        from resblock_bench.bench.compiled.norms import compile_kernel, kernels_of
+    def kernels(self) -> dict[str, list[Recorded]]:
+        """The launches of each of its kernels, by name."""
+        from resblock_bench.bench.compiled.norms import kernels_of
 
-        names = kernels_of(self.norm, self.direction, self.launch)
+        return kernels_of(self.norm, self.direction, self.launch)
+
+    def compilation(self, kernel: str) -> Job:
+        """Compiles one of its kernels."""
+        from resblock_bench.bench.compiled.norms import compile_kernel
+
         how = (self.norm, self.direction, self.launch, self.arch)
-        return {name: Job(False, compile_kernel, (*how, name)) for name in names}
+        return Job(False, compile_kernel, (*how, kernel))
 
 
 class Launches(NamedTuple):
@@ -103,16 +105,14 @@ def shared_jobs(calls: Iterable[Call]) -> dict[Call, list[tuple[Job, Launches]]]
     published sites have several times as many launches as kernels.
     """
     from resblock_bench.bench.compiled.kernel_key import compile_key
-    from resblock_bench.bench.compiled.norms import kernels_of
 
     first: dict[object, Job] = {}
     found: dict[Call, list[tuple[Job, Launches]]] = {}
     for call in calls:
-        recorded = kernels_of(call.norm, call.direction, call.launch)
         found[call] = []
-        for name, job in call.kernels().items():
-            items = recorded[name]
-            shared = first.setdefault((call.arch, compile_key(items[0])), job)
+        for name, items in call.kernels().items():
+            same = call.arch, compile_key(items[0])
+            shared = first.setdefault(same, call.compilation(name))
             how = Launches(name, len(items), sum(item.grid[0] for item in items))
             found[call].append((shared, how))
     return found
@@ -156,69 +156,49 @@ def answers(
 
 
 def gather(
-    norms: Sequence[Norm], archs: Sequence[int], tier: Tier | None, console: Console
-) -> tuple[list[Cost], list[str]]:
-    """The costs in order, and why the others have none: the tier asked for cannot hold them.
-
-    Raises JobFailed where a kernel cannot be interpreted or compiled.
-    """
-    calls, refused = calls_of(norms, archs, tier)
-    if not calls:
-        raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
-    jobs = shared_jobs(calls)
-    counted = {call: call.traffic() for call in calls}
-    values = _values([*counted.values(), *_compilations(jobs)], console)
-    traffic = {call: values[job] for call, job in counted.items()}
-    return _costs(jobs, values, traffic), refused
-
-
-def survey(
     norms: Sequence[Norm],
     archs: Sequence[int],
     tier: Tier | None,
     console: Console,
     *,
-    rewrite: bool = False,
+    by_rule: bool = False,
+    rewrite: bool = True,
 ) -> tuple[list[Cost], list[str]]:
-    """As `gather`, rewriting only if asked for, with the traffic that the rules expect."""
+    """The costs in order, and why the others have none: the tier asked for cannot hold them.
+
+    by_rule   bytes are those that the tiers' rules expect, and not counted
+    rewrite   the rewrite is among the directions
+
+    Raises JobFailed where a kernel cannot be interpreted or compiled.
+    """
     from .expected_traffic import expected_traffic
-
-    calls, refused = calls_of(norms, archs, tier)
-    jobs = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
-    values = _values(_compilations(jobs), console)
-    traffic = {call: expected_traffic(call.norm, call.direction, call.launch) for call in jobs}
-    return _costs(jobs, values, traffic), refused
-
-
-Jobs = dict["Call", list[tuple[Job, "Launches"]]]
-
-
-def _compilations(jobs: Jobs) -> list[Job]:
-    return [job for kernels in jobs.values() for job, _ in kernels]
-
-
-def _values(jobs: Iterable[Job], console: Console) -> dict[Job, Any]:
-    with closing(answers(jobs, console)) as found:
-        return {job: answer.get() for job, answer in found}
-
-
-def _costs(jobs: Jobs, values: dict[Job, Any], traffic: dict[Call, Traffic]) -> list[Cost]:
-    costs = []
-    for call, kernels in jobs.items():
-        codes = [msgspec.structs.replace(values[job], **how._asdict()) for job, how in kernels]
-        costs.append(_cost(call, traffic[call], codes))
-    return costs
-
-
-def _cost(call: Call, traffic: Traffic, kernels: list[KernelCode]) -> Cost:
     from .predictions import predict
 
-    return Cost(
-        norm=call.norm,
-        direction=call.direction,
-        arch=call.arch,
-        launch=call.launch._asdict(),
-        traffic=traffic,
-        kernels=kernels,
-        predicted=predict(call.norm, call.direction, call.arch, call.launch, traffic, kernels),
-    )
+    calls, refused = calls_of(norms, archs, tier)
+    if not calls:
+        raise UsageError(f"tier {tier} holds none of the {len(norms)} norms: {refused[0]}")
+    compilations = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
+    jobs = [] if by_rule else [call.traffic() for call in compilations]
+    jobs += [job for kernels in compilations.values() for job, _ in kernels]
+    with closing(answers(jobs, console)) as found:
+        values = {job: answer.get() for job, answer in found}
+    costs = []
+    for call, shared in compilations.items():
+        traffic = (
+            expected_traffic(call.norm, call.direction, call.launch)
+            if by_rule
+            else values[call.traffic()]
+        )
+        kernels = [msgspec.structs.replace(values[job], **how._asdict()) for job, how in shared]
+        costs.append(
+            Cost(
+                norm=call.norm,
+                direction=call.direction,
+                arch=call.arch,
+                launch=call.launch._asdict(),
+                traffic=traffic,
+                kernels=kernels,
+                predicted=predict(*call, traffic, kernels),
+            )
+        )
+    return costs, refused

@@ -149,9 +149,7 @@ def compiled_chain(norm: Norm, direction: Direction) -> list[ChainKernel]:
     ]
 
 
-def predict_chain(
-    chain: list[ChainKernel], norm: Norm, gpu: GpuFigures, host_us: float | None = None
-) -> Prediction:
+def predict_chain(chain: list[ChainKernel], norm: Norm, gpu: GpuFigures) -> Prediction:
     """Each kernel's launch, first latency and bytes, one kernel after another.
 
     What is read again comes from L2 if all that the kernel reads and writes fits what `tiers` takes
@@ -172,7 +170,7 @@ def predict_chain(
             ("start", gpu.launch_us + latency_us),
             ("memory", memory_us) if memory_us >= l2_us else ("L2", l2_us),
         ]
-    return sum_up(shares, host_us)
+    return sum_up(shares)
 
 
 def activation_bytes(norm: Norm) -> int:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from resblock_bench.bench.compiled.machine_code import MachineCode
-from resblock_bench.bench.compiled.norms import LEAST_PASSES, Direction, KernelCode, Norm, Traffic
+from resblock_bench.bench.compiled.machine_code import KernelCode
+from resblock_bench.bench.compiled.norms import LEAST_PASSES, Direction, Norm, Traffic
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.kernels.tiers import Launch, ceil_div
 
@@ -60,36 +60,42 @@ def launch_work(
 def _work(
     norm: Norm, direction: Direction, launch: Launch, traffic: Traffic, kernel: KernelCode
 ) -> LaunchWork:
-    phase = _phase(kernel)
-    programs = kernel.programs // kernel.launches
-    efficiency = traffic.sector_efficiency
+    tile = launch.block_c * launch.block_hw
+    tensors = 1 if direction != "backward" else 2
+    in_flight = tile * tensors * DTYPES[norm.dtype].itemsize / traffic.sector_efficiency
+    if launch.split and direction == "backward" and norm.layout == "nhwc":
+        in_flight *= min(2, launch.tiles)  # it loads a tile ahead
+    # Lanes past the end of a group load nothing and execute everything.
+    useful = min(1.0, launch.slab / (ceil_div(launch.slab, launch.block_c) * launch.block_c))
+    useful *= min(1.0, norm.positions / (launch.splits * launch.chunk))
+
+    def part(phase: str, programs: int, moved: Moved, loops: Sequence[dict[str, float]]) -> Part:
+        elements = float(programs) * launch.tiles * tile
+        return Part(
+            programs=programs,
+            read_bytes=moved.read,
+            written_bytes=moved.written,
+            l2_bytes=moved.l2,
+            in_flight_bytes=in_flight * useful,
+            round_trips=ROUND_TRIPS[phase],
+            instructions=elements * sum(loop["total"] for loop in loops),
+            special=elements * sum(loop["mufu"] for loop in loops),
+        )
+
+    code, programs = kernel.code, kernel.programs // kernel.launches
     first, rest = _bytes(norm, direction, traffic)
+    phase = kernel.kernel.rpartition(": ")[2]  # such as "split" of "backward: split"
     if phase == "split":
-        half = programs // 2
-        sums, apply = _loops(kernel.code, 2)
+        half = {name: value / 2 for name, value in code.instructions.items()}
+        sums, apply = code.loops if len(code.loops) == 2 else (half, half)
         parts = [
-            _part(norm, direction, launch, "split sums", half, first, [sums], efficiency),
-            _part(norm, direction, launch, "split apply", half, rest, [apply], efficiency),
+            part("split sums", programs // 2, first, [sums]),
+            part("split apply", programs // 2, rest, [apply]),
         ]
     else:
         both = Moved(*(a + b for a, b in zip(first, rest, strict=True)))
-        loops = _loops(kernel.code, len(kernel.code.loops))
-        parts = [_part(norm, direction, launch, phase, programs, both, loops, efficiency)]
-    code = kernel.code
+        parts = [part(phase, programs, both, code.loops)]
     return LaunchWork(kernel.kernel, kernel.launches, code.warps, code.occupancy, tuple(parts))
-
-
-def _phase(kernel: KernelCode) -> str:
-    """Such as "split" of "backward: split"."""
-    return kernel.kernel.rpartition(": ")[2]
-
-
-def _loops(code: MachineCode, count: int) -> list[dict[str, float]]:
-    """Instructions an element of each of so many loops; where there are others, their mean."""
-    if len(code.loops) == count:
-        return code.loops
-    mean = {name: value / count for name, value in code.instructions.items()}
-    return [mean] * count
 
 
 def _bytes(norm: Norm, direction: Direction, traffic: Traffic) -> tuple[Moved, Moved]:
@@ -106,35 +112,3 @@ def _bytes(norm: Norm, direction: Direction, traffic: Traffic) -> tuple[Moved, M
     first = Moved(read * fetched, 0.0, 0.0)
     rest = Moved(again * fetched, fetched + traffic.small * image, from_l2 * fetched)
     return first, rest
-
-
-def _part(
-    norm: Norm,
-    direction: Direction,
-    launch: Launch,
-    phase: str,
-    programs: int,
-    moved: Moved,
-    loops: Sequence[dict[str, float]],
-    efficiency: float,
-) -> Part:
-    """The programs of one phase."""
-    tile = launch.block_c * launch.block_hw
-    tensors = 1 if direction != "backward" else 2
-    in_flight = tile * tensors * DTYPES[norm.dtype].itemsize / efficiency
-    if launch.split and direction == "backward" and norm.layout == "nhwc":
-        in_flight *= min(2, launch.tiles)  # it loads a tile ahead
-    # Lanes past the end of a group load nothing and execute everything.
-    useful = min(1.0, launch.slab / (ceil_div(launch.slab, launch.block_c) * launch.block_c))
-    useful *= min(1.0, norm.positions / (launch.splits * launch.chunk))
-    elements = float(programs) * launch.tiles * tile
-    return Part(
-        programs=programs,
-        read_bytes=moved.read,
-        written_bytes=moved.written,
-        l2_bytes=moved.l2,
-        in_flight_bytes=in_flight * useful,
-        round_trips=ROUND_TRIPS[phase],
-        instructions=elements * sum(loop["total"] for loop in loops),
-        special=elements * sum(loop["mufu"] for loop in loops),
-    )

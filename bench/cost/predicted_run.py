@@ -20,9 +20,10 @@ from resblock_bench.bench.records import Ceilings, Cell, Row, site_name, variant
 from resblock_bench.bench.runs.table import by_site
 from resblock_bench.kernels.tiers import Launch
 
-from .costs import Cost, survey
+from .costs import Cost, gather
 from .gpu_figures import GpuFigures, architecture, gpu_that_copies
 from .predictions import Predicted, predict
+from .table import empty
 
 
 class Beside(NamedTuple):
@@ -118,13 +119,7 @@ def predictions_of(
 
 
 def table(found: Sequence[Beside]) -> Table:
-    view = Table(
-        title="the norms of the fused block: predicted beside measured",
-        title_justify="left",
-        expand=False,
-        pad_edge=False,
-    )
-    view.add_column("block, variant", max_width=40, overflow="fold")
+    view = empty("the norms of the fused block: predicted beside measured", "block, variant", 40)
     for heading in (
         "step µs",
         "norms µs, predicted",
@@ -153,7 +148,7 @@ def show(rows: Sequence[Row], ceilings: Ceilings | None, console: Console, width
     arch = architecture(chosen[0].device_name)
     assert arch is not None
     norms = list(dict.fromkeys(norm for row in chosen for norm in norms_of_block(row.axes)))
-    costs, _ = survey(norms, [arch], None, console, rewrite=True)
+    costs, _ = gather(norms, [arch], None, console, by_rule=True)
     found = beside(
         rows,
         predictions_of(

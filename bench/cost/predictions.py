@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from resblock_bench.bench.compiled.machine_code import KernelCode
 from resblock_bench.bench.compiled.norms import (
     LEAST_PASSES,
     Direction,
-    KernelCode,
     Norm,
     Traffic,
     compile_kernel,

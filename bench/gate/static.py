@@ -143,8 +143,9 @@ def norm_items(norms: Iterable[Norm]) -> Iterator[Item]:
         for job, archs in alike.items():
             yield Item(subject, f"{direction} traffic{archs if len(alike) > 1 else ''}", job)
         for call in together:
-            for kernel, job in call.kernels().items():
-                yield Item(subject, f"{direction} sm_{call.arch} {kernel}", job)
+            for kernel in call.kernels():
+                name = f"{direction} sm_{call.arch} {kernel}"
+                yield Item(subject, name, call.compilation(kernel))
 
 
 def case_items(

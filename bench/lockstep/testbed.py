@@ -17,7 +17,7 @@ from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
 from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.measure.truth_file import truth_path
 from resblock_bench.bench.records import Environment
 
@@ -81,7 +81,7 @@ def opened(
         processes = Processes()
         stack.callback(processes.close)
         threads = plan.threads or usable_cpus()
-        found = survey(processes, jobs.SurveyJob(plan.device, threads, ceilings=False), variables)
+        found = survey(processes, SurveyJob(plan.device, threads, ceilings=False), variables)
         cpus = _cpus(threads) if plan.device == "cpu" else []
         folder = stack.enter_context(scratch_folder())
         started = []

@@ -24,11 +24,16 @@ class Fact(NamedTuple):
     command: str | None = None
 
 
+def judged(topic: str, found: str, advice: str, command: str | None = None, *, well: bool) -> Fact:
+    """A fact with its advice, unless all is well."""
+    return Fact(topic, found) if well else Fact(topic, found, advice, command)
+
+
 def versions_fact() -> Fact:
     """Whether the kernels were tested with the torch and the Triton that are installed."""
     pair = versions.installed()
-    advice = None if versions.tested(pair) else versions.advice()
-    return Fact("versions", versions.describe(pair), advice)
+    found = versions.describe(pair)
+    return judged("versions", found, versions.advice(), well=versions.tested(pair))
 
 
 def cpu_facts(root: Path = Path("/")) -> list[Fact]:
@@ -53,14 +58,12 @@ def _governor(root: Path) -> Fact:
     }
     if not governors:
         return Fact("CPU governor", "not visible here (a virtual machine or container)")
-    text = ", ".join(sorted(governors))
-    if governors == {"performance"}:
-        return Fact("CPU governor", text)
-    return Fact(
+    return judged(
         "CPU governor",
-        text,
+        ", ".join(sorted(governors)),
         "clocks follow the load: set it to 'performance' while measuring",
         "sudo cpupower frequency-set -g performance",
+        well=governors == {"performance"},
     )
 
 
@@ -68,15 +71,14 @@ def _turbo(root: Path) -> Fact | None:
     folder = root / "sys/devices/system/cpu"
     for name, on, off in (("intel_pstate/no_turbo", "0", "1"), ("cpufreq/boost", "1", "0")):
         state = proc.read(folder / name)
-        if state == on:
-            return Fact(
+        if state in (on, off):
+            return judged(
                 "turbo",
-                "on",
+                "on" if state == on else "off",
                 "clocks vary with heat and busy cores: switch it off to compare runs",
                 f"echo {off} | sudo tee /sys/devices/system/cpu/{name}",
+                well=state == off,
             )
-        if state == off:
-            return Fact("turbo", "off")
     return None
 
 
@@ -100,15 +102,12 @@ def _load(root: Path) -> Fact | None:
         minute = float(proc.read(root / "proc/loadavg").split()[0])
     except (ValueError, IndexError):
         return None
-    found = f"{minute:.2f} on {os.cpu_count() or 1} CPUs"
-    # Half a CPU of background work is what an idle desktop shows.
-    if minute <= 0.5:
-        return Fact("load average", found)
-    return Fact(
+    return judged(
         "load average",
-        found,
+        f"{minute:.2f} on {os.cpu_count() or 1} CPUs",
         "other work competes for the CPUs: stop it, or expect wide intervals",
         "ps -eo pid,user,pcpu,args --sort=-pcpu | head",
+        well=minute <= 0.5,  # an idle desktop has half a CPU of background work
     )
 
 
@@ -116,14 +115,12 @@ def _threads(root: Path) -> Fact:
     usable, default = proc.usable_cpus(root), torch.get_num_threads()
     quota = proc.cgroup_quota(root)
     granted = "no cgroup quota" if quota is None else f"cgroup quota {quota:g}"
-    found = f"{usable} usable CPUs ({granted}); PyTorch would start {default} threads"
-    if default <= usable:
-        return Fact("threads", found)
-    return Fact(
+    return judged(
         "threads",
-        found,
+        f"{usable} usable CPUs ({granted}); PyTorch would start {default} threads",
         "more threads than CPUs wait for each other in your own programs; run takes care of it",
         f"export OMP_NUM_THREADS={usable}",
+        well=default <= usable,
     )
 
 
@@ -132,9 +129,9 @@ def _power(root: Path) -> Fact | None:
     states = {path.parent.name: path.read_text().strip() for path in supplies.glob("*/online")}
     if not states:
         return None
-    if "1" in states.values():
-        return Fact("power", "mains")
-    return Fact("power", "battery", "a laptop on battery lowers its clocks: plug it in")
+    mains = "1" in states.values()
+    advice = "a laptop on battery lowers its clocks: plug it in"
+    return judged("power", "mains" if mains else "battery", advice, well=mains)
 
 
 def _memory(root: Path) -> Fact | None:
@@ -147,11 +144,10 @@ def _memory(root: Path) -> Fact | None:
     limit = proc.cgroup_memory(root)
     if limit is not None and limit < total * 1024:
         found += f", cgroup limit {format_bytes(limit)}"
-    if available >= 0.25 * total:
-        return Fact("memory", found)
-    return Fact(
+    return judged(
         "memory",
         found,
         "little is free: close what holds it",
         "ps -eo pid,user,rss,args --sort=-rss | head",
+        well=available >= 0.25 * total,
     )

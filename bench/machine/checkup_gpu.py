@@ -8,7 +8,7 @@ import torch
 from resblock_bench.bench.units import format_bytes
 
 from . import nvml
-from .checkup import Fact
+from .checkup import Fact, judged
 from .proc import is_relative
 from .visible_gpus import visible_gpus
 
@@ -71,32 +71,27 @@ def _clocks(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
 
 def _throttles(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     active = gpu.active_throttles()
-    if active is None:
-        return
-    if not active:
-        yield Fact("", "nothing holds the clocks back")
-        return
-    yield Fact(
-        "",
-        f"clocks held back now by {', '.join(active)}",
-        "timings will follow that, not the code: see the reasons and mend them first",
-        f"nvidia-smi -i {gpu.whole_uuid} -q -d PERFORMANCE",
-    )
+    if active is not None:
+        held = ", ".join(active)
+        yield judged(
+            "",
+            f"clocks held back now by {held}" if active else "nothing holds the clocks back",
+            "timings will follow that, not the code: see the reasons and mend them first",
+            f"nvidia-smi -i {gpu.whole_uuid} -q -d PERFORMANCE",
+            well=not active,
+        )
 
 
 def _temperature(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
     celsius = gpu.temperature_c()
-    if celsius is None:
-        return
-    if celsius < _HOT_C:
-        yield Fact("", f"{celsius:.0f} °C")
-        return
-    yield Fact(
-        "",
-        f"{celsius:.0f} °C",
-        "it will lower its clocks: let it cool, and watch it",
-        f"watch nvidia-smi -i {gpu.whole_uuid} -q -d TEMPERATURE",
-    )
+    if celsius is not None:
+        yield judged(
+            "",
+            f"{celsius:.0f} °C",
+            "it will lower its clocks: let it cool, and watch it",
+            f"watch nvidia-smi -i {gpu.whole_uuid} -q -d TEMPERATURE",
+            well=celsius < _HOT_C,
+        )
 
 
 def _power(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
@@ -125,11 +120,12 @@ def _modes(gpu: nvml.NvmlGpu) -> Iterator[Fact]:
             f"sudo nvidia-smi -i {gpu.whole_uuid} -mig 0",
         )
     if persistence is not None:
-        yield Fact(
+        yield judged(
             "",
             f"persistence mode {_on(persistence)}",
-            None if persistence else "the driver is loaded anew for each run, clocks start cold",
-            None if persistence else f"sudo nvidia-smi -i {gpu.whole_uuid} -pm 1",
+            "the driver is loaded anew for each run, clocks start cold",
+            f"sudo nvidia-smi -i {gpu.whole_uuid} -pm 1",
+            well=persistence,
         )
 
 

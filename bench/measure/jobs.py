@@ -3,18 +3,14 @@
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
-from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.proc import available_bytes
 from resblock_bench.bench.machine.process import Announce, Ending
-from resblock_bench.bench.records import Environment, Status, site_of
+from resblock_bench.bench.records import Status, site_of
 
-from .ceilings import measure_ceilings
 from .cell import Task, measure, reason_of, status_of
 from .correctness import checked_cell, compute_truth
-from .devices import Kind, open_device
+from .devices import open_device
 from .memory_limit import limit_memory
 from .truth_file import write_truth
 
@@ -24,21 +20,6 @@ class CellJob(msgspec.Struct):
 
     task: Task
     truth: str
-
-
-class SurveyJob(msgspec.Struct):
-    """Find out about the machine, and measure its ceilings where they are wanted."""
-
-    device: Kind
-    threads: int
-    ceilings: bool = True
-
-
-class Survey(msgspec.Struct):
-    """The machine, or the sentence that says why the device cannot be used."""
-
-    environment: Environment | None = None
-    refusal: str | None = None
 
 
 def measure_cell(argument: bytes, announce: Announce) -> bytes:
@@ -79,17 +60,3 @@ def truth_problem(ending: Ending, limit_s: float) -> tuple[Status, str] | None:
         return status, f"its float64 truth: {reason}"
     reply = msgspec.json.decode(ending.reply, type=TruthReply)
     return None if reply.status == "ok" else (reply.status, f"its float64 truth: {reply.reason}")
-
-
-def survey(argument: bytes, announce: Announce) -> bytes:
-    """SurveyJob -> Survey."""
-    announce("survey")
-    job = msgspec.json.decode(argument, type=SurveyJob)
-    try:
-        device = open_device(job.device, job.threads)
-    except UsageError as error:
-        return msgspec.json.encode(Survey(refusal=str(error)))
-    found = environment.gather(job.threads)
-    if job.ceilings:
-        found = replace(found, ceilings=measure_ceilings(device))
-    return msgspec.json.encode(Survey(found))

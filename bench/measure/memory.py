@@ -64,7 +64,7 @@ class TrackerMeter:
     """Live CPU tensors, real ones or, for a prediction, fake ones."""
 
     def __init__(self, method: Literal["mem_tracker", "fake_tensors"] = "mem_tracker") -> None:
-        self._method: Literal["mem_tracker", "fake_tensors"] = method
+        self._method = method
 
     def unusable(self, impl: str) -> str | None:
         if impl == "compiled":
@@ -81,10 +81,8 @@ class TrackerMeter:
             baseline = _live_bytes(tracker)
             workload.step()
         peak = _peak_bytes(tracker)
-        workload.reset()
         with _tracking(workload) as tracker:
             saved = _graph_bytes(workload, lambda: _live_bytes(tracker))
-        workload.reset()
         return Memory(
             method=self._method,
             baseline_bytes=baseline,
@@ -159,7 +157,6 @@ class CudaMeter:
         charged = self._process_bytes()  # while the allocator still holds what the step needed
         workload.reset()
         saved = _graph_bytes(workload, self._live_bytes)
-        workload.reset()
         return Memory(
             method="cuda_allocator",
             baseline_bytes=baseline,
@@ -187,6 +184,7 @@ class CudaMeter:
 
 
 def _graph_bytes(workload: Workload, live_bytes: Callable[[], int]) -> int:
+    """What a graph keeps alive; no backward pass runs, so no gradient is left behind."""
     if workload.mode == "inference":
         return 0
     before = live_bytes()

@@ -25,7 +25,7 @@ from resblock_bench.bench.machine.visible_gpus import chosen_gpus
 from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task, reason_of, row_of
 from resblock_bench.bench.measure.devices import Kind
-from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.measure.truth_file import truth_path
 from resblock_bench.bench.records import Environment, Row, Status
 
@@ -117,7 +117,7 @@ class LocalEngine:
         self, kind: Kind, *, threads: int, limit_s: float, devices: Sequence[str] = ()
     ) -> None:
         gpus = [gpu.uuid for gpu in chosen_gpus(devices)] if kind == "cuda" else []
-        self._survey = jobs.SurveyJob(kind, threads)
+        self._survey = SurveyJob(kind, threads)
         self._variables = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else None
         self._open = ExitStack()
         self._processes = Processes()

@@ -18,10 +18,10 @@ from msgspec.structs import replace
 from resblock_bench.bench.errors import UsageError, first_line, unknown
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.process import ProcessesClosed
-from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task, row_of
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
+from resblock_bench.bench.measure.survey import SurveyJob
 from resblock_bench.bench.records import Environment, Row, Status
 
 from .ray_node import NodeJob, measure_on_node, survey_on_node
@@ -93,7 +93,7 @@ class RayEngine:
 
     def survey(self) -> Environment:
         """One of the nodes that cells will run on. Raises UsageError where its device fails."""
-        job = jobs.SurveyJob(self._kind, self._threads)
+        job = SurveyJob(self._kind, self._threads)
         try:
             reply = self._call(survey_on_node, msgspec.json.encode(job))
         except self._ray.exceptions.RayError as error:

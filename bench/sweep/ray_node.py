@@ -19,11 +19,10 @@ from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
-from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
-from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.records import Environment
 
 from .engines import Lane
@@ -51,7 +50,7 @@ def measure_on_node(argument: bytes) -> bytes:
 
     def measure(processes: Processes) -> bytes:
         # The ceilings of a run are measured once, by its own survey.
-        survey = jobs.SurveyJob(task.device, task.environment.threads, ceilings=False)
+        survey = SurveyJob(task.device, task.environment.threads, ceilings=False)
         own = _survey(processes, survey)
         if _device(own, task.device) == _device(task.environment, task.device):
             own = replace(own, ceilings=task.environment.ceilings)
@@ -72,11 +71,11 @@ def measure_on_node(argument: bytes) -> bytes:
 
 def survey_on_node(argument: bytes) -> bytes:
     """SurveyJob -> Environment. Raises UsageError where the device cannot be used."""
-    job = msgspec.json.decode(argument, type=jobs.SurveyJob)
+    job = msgspec.json.decode(argument, type=SurveyJob)
     return _with_processes(lambda processes: msgspec.json.encode(_survey(processes, job)))
 
 
-def _survey(processes: Processes, job: jobs.SurveyJob) -> Environment:
+def _survey(processes: Processes, job: SurveyJob) -> Environment:
     """This node; an error says which."""
     try:
         return survey(processes, job)

@@ -8,11 +8,7 @@ from typing import NamedTuple
 import torch
 
 from resblock_bench.bench.errors import first_line
-from resblock_bench.kernels.tiers import (
-    Choice,
-    Launch,
-    shape,
-)
+from resblock_bench.kernels.tiers import Choice, Launch, shape
 from resblock_bench.kernels.tuned import Entry
 
 from .cases import CallTruth, Case, draw_case, mistake, poisoned, same_bits, truth_of
@@ -93,85 +89,76 @@ def measure(
             break
         outcome.tried += 1
         how = shape(direction, problem, machine, choice)
-        with _naming(work, choice):
-            refusal = _checked(bench, choice, how, case, truth)
-            if refusal is None:
-                try:
-                    times[choice] = bench.time_us(case, how)
-                except DeviceLost:
-                    raise
-                except Exception as error:
-                    refusal = Refusal(choice, first_line(error), wrong=False)
-        if refusal is not None:
-            outcome.refused.append(refusal)
-            if choice == rules:
-                outcome.problem = f"the rules' own launch was refused: {refusal.reason}"
-                return outcome
-
-    def entry(choice: Choice, time_us: float, rules_us: float) -> Entry:
-        fields = choice._asdict()
-        rounded = round(time_us, 3), round(rules_us, 3)
-        return Entry(bucket=work.bucket, time_us=rounded[0], rules_us=rounded[1], **fields)
-
-    def time_us(choice: Choice) -> float:
-        with _naming(work, choice):
-            return bench.time_us(case, shape(direction, problem, machine, choice))
+        with _refusing(outcome, choice):
+            _check(bench, how, case, truth)
+            times[choice] = bench.time_us(case, how)
+        if rules not in times:
+            outcome.problem = f"the rules' own launch was refused: {outcome.refused[0].reason}"
+            return outcome
 
     for choice in sorted(times, key=lambda choice: times[choice]):
         if not _beats(times[choice], times[rules]):
             break
         # Of many, the fastest was also the luckiest: it and the rules are timed once more, one
         # after the other.
-        try:
-            rules_us, best_us = time_us(rules), time_us(choice)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            outcome.refused.append(Refusal(choice, first_line(error), wrong=False))
+        again: list[float] = []
+        for each in (rules, choice):
+            with _refusing(outcome, each):
+                again.append(bench.time_us(case, shape(direction, problem, machine, each)))
+        if len(again) < 2:
             continue
+        rules_us, best_us = again
         if _beats(best_us, rules_us):
-            outcome.entry = entry(choice, best_us, rules_us)
+            outcome.entry = _entry(work, choice, best_us, rules_us)
             return outcome
         break
     if not outcome.cut_short:
-        outcome.entry = entry(rules, times[rules], times[rules])
+        outcome.entry = _entry(work, rules, times[rules], times[rules])
     return outcome
+
+
+def _entry(work: BucketWork, choice: Choice, time_us: float, rules_us: float) -> Entry:
+    rounded = round(time_us, 3), round(rules_us, 3)
+    how = choice._asdict()
+    return Entry(bucket=work.bucket, time_us=rounded[0], rules_us=rounded[1], **how)
 
 
 def _beats(time_us: float, rules_us: float) -> bool:
     return time_us <= (1 - LEAST_GAIN) * rules_us
 
 
-def _checked(
-    bench: Bench, choice: Choice, how: Launch, case: Case, truth: CallTruth
-) -> Refusal | None:
-    """Run a launch, compare it with the truth, and repeat it.
+class _WrongResult(Exception):
+    """What is wrong with the results of a launch."""
+
+
+@contextlib.contextmanager
+def _refusing(outcome: BucketOutcome, choice: Choice) -> Iterator[None]:
+    """Refuse the choice for what its launch raises, but name it where the device is lost."""
+    try:
+        yield
+    except DeviceLost as error:
+        name = f"{bucket_name(outcome.work.bucket)}: {choice_name(choice)}"
+        raise DeviceLost(f"{name} {error}") from error
+    except _WrongResult as error:
+        outcome.refused.append(Refusal(choice, str(error), wrong=True))
+    except Exception as error:
+        outcome.refused.append(Refusal(choice, first_line(error), wrong=False))
+
+
+def _check(bench: Bench, how: Launch, case: Case, truth: CallTruth) -> None:
+    """Run a launch, compare it with the truth, and repeat it; raises _WrongResult.
 
     Programs of a divided unit exchange its sums; the backward's last fold those of all samples.
     """
     exchanging = how.split or case.saved is not None
-    try:
+    with poisoned():
+        results = bench.run(case, how)
+    reason = mistake(results, truth)
+    if reason is not None:
+        raise _WrongResult(reason)
+    for _ in range(REPEATS if exchanging else 1):
         with poisoned():
-            results = bench.run(case, how)
-        reason = mistake(results, truth)
-        if reason is not None:
-            return Refusal(choice, reason, wrong=True)
-        for _ in range(REPEATS if exchanging else 1):
-            with poisoned():
-                again = bench.run(case, how)
-            for name, first in results.items():
-                if not same_bits(first, again[name]):
-                    return Refusal(choice, f"{name} differs from run to run", wrong=True)
-    except DeviceLost:
-        raise
-    except Exception as error:
-        return Refusal(choice, first_line(error), wrong=False)
-    return None
-
-
-@contextlib.contextmanager
-def _naming(work: BucketWork, choice: Choice) -> Iterator[None]:
-    try:
-        yield
-    except DeviceLost as error:
-        raise DeviceLost(f"{bucket_name(work.bucket)}: {choice_name(choice)} {error}") from error
+            again = bench.run(case, how)
+        for name, first in results.items():
+            if not same_bits(first, again[name]):
+                raise _WrongResult(f"{name} differs from run to run")

@@ -16,10 +16,7 @@ from resblock_bench.bench.measure.operator import Tensors
 from resblock_bench.bench.measure.timing import DEFAULT_RULE, CudaTimer, time_fn
 from resblock_bench.bench.units import format_duration
 from resblock_bench.kernels import dispatch
-from resblock_bench.kernels.tiers import (
-    Launch,
-    Machine,
-)
+from resblock_bench.kernels.tiers import Launch, Machine
 
 from .cases import Case, launched
 

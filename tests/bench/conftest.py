@@ -22,8 +22,7 @@ from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.correctness import checked_cell, compute_truth
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
-from resblock_bench.bench.measure.jobs import SurveyJob
-from resblock_bench.bench.measure.survey import survey
+from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
 from resblock_bench.bench.measure.truth_file import truth_path, write_truth
 from resblock_bench.bench.measure.workload import unsupported

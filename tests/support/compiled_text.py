@@ -6,8 +6,8 @@ import re
 from typing import NamedTuple
 
 from resblock_bench.bench.compiled import machine_code
-from resblock_bench.bench.compiled.machine_code import Sass, parse_sass
 from resblock_bench.bench.compiled.norms import Direction, Norm, kernels_of
+from resblock_bench.bench.compiled.sass import Sass, parse_sass
 from resblock_bench.kernels.tiers import Launch
 
 

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 from support import compiled_text
 from support.compiled_text import Compiled, Statement, statements
 
-from resblock_bench.bench.compiled import machine_code
-from resblock_bench.bench.compiled.machine_code import Sass, opcode
+from resblock_bench.bench.compiled import sass as sass_text
 from resblock_bench.bench.compiled.norms import Direction, Norm, launch_of
+from resblock_bench.bench.compiled.sass import Sass, opcode
 from resblock_bench.bench.machine.workers import Job, Worker
 from resblock_bench.kernels.tiers import Tier
 
@@ -187,7 +187,7 @@ def until_atomic(sass: Sass, start: int) -> set[int]:
         if i in found or kind(instruction) == "atomic":
             continue
         found.add(i)
-        ahead += machine_code._targets(sass, i)
-        if not machine_code._ENDS.fullmatch(instruction):
+        ahead += sass_text._targets(sass, i)
+        if not sass_text._ENDS.fullmatch(instruction):
             ahead.append(i + 1)
     return found

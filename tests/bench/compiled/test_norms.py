@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("triton")
 
 from resblock_bench.bench.compiled import norms as norm_cost
+from resblock_bench.bench.compiled.machine_code import KernelCode
 from resblock_bench.bench.compiled.norms import (
     Direction,
-    KernelCode,
     Norm,
     compile_kernel,
     count_traffic,

@@ -10,11 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 from resblock_bench.bench.compiled.kernel_key import compile_key
-from resblock_bench.bench.compiled.machine_code import MachineCode
+from resblock_bench.bench.compiled.machine_code import KernelCode, MachineCode
 from resblock_bench.bench.compiled.norms import (
     LEAST_PASSES,
     Direction,
-    KernelCode,
     Norm,
     Traffic,
     count_traffic,

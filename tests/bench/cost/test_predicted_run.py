@@ -121,15 +121,15 @@ def test_the_table_fits_and_says_predicted(
     known = {(norm, d): predicted(d) for norm in norms for d in DIRECTIONS}
     asked: list[Any] = []
 
-    def survey(*arguments: Any, **options: Any) -> tuple[list[Any], list[str]]:
+    def gather(*arguments: Any, **options: Any) -> tuple[list[Any], list[str]]:
         asked.append((*arguments[:2], options))
         return [], []
 
-    monkeypatch.setattr(predicted_run, "survey", survey)
+    monkeypatch.setattr(predicted_run, "gather", gather)
     monkeypatch.setattr(predicted_run, "predictions_of", lambda costs, gpu: known)
     said = io.StringIO()
     predicted_run.show(rows, None, Console(file=said, width=100), 100)
-    assert asked == [(norms, [90], {"rewrite": True})]
+    assert asked == [(norms, [90], {"by_rule": True})]
     text = said.getvalue()
     assert "predicted beside measured" in text
     assert max(map(len, text.splitlines())) <= 100
@@ -141,10 +141,10 @@ def test_a_kernel_that_does_not_compile_leaves_the_run(
 ) -> None:
     from resblock_bench.bench.sweep import sweep
 
-    def survey(*arguments: Any, **options: Any) -> Any:
+    def gather(*arguments: Any, **options: Any) -> Any:
         raise JobFailed("no ptxas")
 
-    monkeypatch.setattr(predicted_run, "survey", survey)
+    monkeypatch.setattr(predicted_run, "gather", gather)
     said = io.StringIO()
     sweep._show_predicted([make_row(1.4, impl="fused")], found, Console(file=said))
     assert "nothing is predicted of the norms: no ptxas" in said.getvalue()

@@ -320,7 +320,7 @@ def test_the_kernels_are_found_right_in_every_tier(
     for choice in (*(Choice(tier, 128, 1) for tier in "ABC"), Choice("D", 128, 1, 1, 2)):
         how = shaped(choice, direction, problem)
         assert not how.split or channels_last or how.splits > 1
-        assert tune_measure._checked(Interpreted(), choice, how, case, truth) is None, choice
+        tune_measure._check(Interpreted(), how, case, truth)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -332,10 +332,7 @@ def test_one_channel_a_group(monkeypatch: pytest.MonkeyPatch, direction: Directi
     case = tune_cases.draw_case(direction, problem, torch.float32, CPU, 0)
     assert case.inputs.modulation.pre_shift is None
     how = tiers.plan_launch(direction, problem, SMALL)
-    refusal = tune_measure._checked(
-        Interpreted(), choices()[0], how, case, tune_cases.truth_of(case)
-    )
-    assert refusal is None
+    tune_measure._check(Interpreted(), how, case, tune_cases.truth_of(case))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -343,14 +340,12 @@ def test_an_element_that_no_program_writes_is_noticed(direction: Direction) -> N
     """A real launch of the real kernels, over fewer positions than there are."""
     pytest.importorskip("triton")
     case = tune_cases.draw_case(direction, PROBLEM, torch.float32, CPU, 0)
-    choice = Choice("C", 128, 1)
-    how = shaped(choice, direction)
+    how = shaped(Choice("C", 128, 1), direction)
     assert how.splits > 1
     damaged = how._replace(splits=how.splits - 1)
     damaged = damaged._replace(lag=damaged.parts)  # which must not exceed all parts
-    refusal = tune_measure._checked(Interpreted(), choice, damaged, case, tune_cases.truth_of(case))
-    assert refusal is not None and refusal.wrong
-    assert "NaN or were never written" in refusal.reason
+    with pytest.raises(tune_measure._WrongResult, match="NaN or were never written"):
+        tune_measure._check(Interpreted(), damaged, case, tune_cases.truth_of(case))
 
 
 @pytest.mark.parametrize("size", [2, 4], ids=["bf16", "fp32"])
