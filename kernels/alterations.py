@@ -17,6 +17,8 @@ ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # Apart, since torch.compile traces get_args in newer versions only.
 CONVOLUTIONS = get_args(ConvNd)
 NORMS = (nn.GroupNorm, reference.GroupNorm32)
+# Tuples, since torch.compile traces a union of types in newer versions only.
+_RESAMPLED = (reference.Upsample, reference.Downsample)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 # By position; None is called, whatever it is.
 _LAYERS: dict[str, tuple[tuple[type[nn.Module], ...] | None, ...]] = {
@@ -94,7 +96,7 @@ def _resampling(module: nn.Module) -> str | None:
     kinds = (nn.Identity, reference.Upsample, reference.Downsample)
     if not is_exactly(module, kinds):
         return f"h_upd is a {type(module).__name__} that the class does not build, or has hooks"
-    if isinstance(module, reference.Upsample | reference.Downsample) and module.use_conv:
+    if isinstance(module, _RESAMPLED) and module.use_conv:
         return "h_upd has a convolution of its own"
     if isinstance(module, reference.Downsample):
         step: int | tuple[int, ...] = (1, 2, 2) if module.dims == 3 else 2
