@@ -1,6 +1,6 @@
 """The traffic that a launch should have by its tier's rule, without counting it.
 
-`norm_cost.count_traffic` runs the kernels and finds these numbers (a test holds them together); for
+`norms.count_traffic` runs the kernels and finds these numbers (a test holds them together); for
 hundreds of published sites the rule is enough.
 """
 
