@@ -1,7 +1,7 @@
 """The static part of `check`: bytes and machine code of the kernels, the same on every machine.
 
-In a checkout of this project a subject is a norm at fixed sizes, or one of `static_cases`; in
-another repository it is a case that its packages offer (kernel_cases.py). Its entries are the
+In a checkout of this project a subject is a norm at fixed sizes, or the residual addition; in
+another repository it is a case that its packages offer (compiled/cases.py). Its entries are the
 traffic of each direction and the machine code of each of its kernels on each architecture. What
 costs more for certain is a regression: spills, narrower accesses, more bytes, wasted sectors,
 shared memory that no block may have. Machine code that is otherwise different is a change: only a
@@ -70,8 +70,8 @@ sass_hash               the same where the instructions are
 warps, programs         of a program, and of a launch
 launches                of the kernel in one call; of every kernel together they are what the
                         host has to start, and one kernel more is an entry without a pin
-requested, dram, small  passes over the activation, as in norm_cost.Traffic; of another package's
-                        case bytes an element (kernel_cases.CaseTraffic)
+requested, dram, small  passes over the activation (`Traffic`); of another package's case
+                        bytes an element (`CaseTraffic`)
 sector_efficiency       bytes asked for over those of the sectors they lie in
 """
 
