@@ -15,7 +15,7 @@ from resblock_bench.bench.grid.presets import presets
 from resblock_bench.bench.machine.checkup import Fact
 from resblock_bench.bench.measure.devices import default_kind
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
-from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.measure.predict_memory import predict_memory
 from resblock_bench.bench.records import Environment, cell_name
 from resblock_bench.bench.units import format_bytes, format_mib
 from resblock_bench.reference import PUBLISHED, resblock_sites

@@ -20,7 +20,7 @@ from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.axes import Selection
 from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.machine.workers import Job, JobFailed
-from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.measure.predict_memory import predict_memory
 from resblock_bench.bench.records import Cell, Memory, cell_name
 from resblock_bench.kernels.dispatch import Backend, prefer, triton_installed
 

@@ -1,2 +1,2 @@
 """The verb `run`: `sweep` opens a run folder and has an engine (`engines`, `ray_engine`) make rows
-of its cells; `runner` decides which is next."""
+of its cells; `schedule` decides which is next."""

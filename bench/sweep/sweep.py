@@ -25,7 +25,7 @@ from resblock_bench.bench.terminal import say
 
 from .engines import Engine, LocalEngine
 from .ray_engine import RayEngine
-from .runner import OomRecord, run_tasks
+from .schedule import OomRecord, run_tasks
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from resblock_bench.bench.gate import accuracy_cases, check
 from resblock_bench.bench.gate import memory as check_memory
 from resblock_bench.bench.gate.accuracy_cases import AccuracyCase
 from resblock_bench.bench.gate.pins import PINS, Found, PinnedPart, read_pins
-from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.measure.predict_memory import predict_memory
 from resblock_bench.kernels import aten, blocks
 from resblock_bench.kernels.spec import Spec
 

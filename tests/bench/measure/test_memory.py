@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from resblock_bench.bench.measure.memory import TrackerMeter, peak_resident_bytes
-from resblock_bench.bench.measure.predict import predict_memory
+from resblock_bench.bench.measure.predict_memory import predict_memory
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Memory
 

@@ -23,7 +23,7 @@ from resblock_bench.bench.records import Row
 from resblock_bench.bench.sweep import ray_node
 from resblock_bench.bench.sweep.engines import LocalEngine
 from resblock_bench.bench.sweep.ray_engine import RAY_SETTINGS, RayEngine, choose_accelerator, room
-from resblock_bench.bench.sweep.runner import run_tasks
+from resblock_bench.bench.sweep.schedule import run_tasks
 
 os.environ.update(RAY_SETTINGS)
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")

@@ -6,7 +6,7 @@ import pytest
 
 from resblock_bench.bench.measure.cell import Task, row_of
 from resblock_bench.bench.records import Row, Status
-from resblock_bench.bench.sweep.runner import OomRecord, run_tasks
+from resblock_bench.bench.sweep.schedule import OomRecord, run_tasks
 
 
 class Instant:
