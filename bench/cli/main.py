@@ -6,6 +6,8 @@ Verbs import what they need themselves, so that --help does not wait for PyTorch
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import sys
 import traceback
@@ -32,6 +34,8 @@ from .app import (
     refuse,
     result_console,
 )
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @app.command()
@@ -301,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     does a fault of this program, whose traceback is shown, and a reader who has gone: the code that
     Python and typer have for these, 1, means a regression here.
     """
+    _prepare_streams()
     try:
         with terminable():
             app(args=None if arguments is None else list(arguments))
@@ -320,7 +325,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with contextlib.suppress(OSError):
             print(f"resblock-bench: {text}", file=sys.stderr)
         sys.exit(exitcodes.INCOMPLETE)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            text = (
+                f"ended before it was done, since its output cannot be written ({error.strerror})"
+            )
+            print(f"resblock-bench: {text}: make room for it", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.exit(exitcodes.INCOMPLETE)
     sys.exit(exitcodes.OK)
+
+
+def _prepare_streams() -> None:
+    """What a stream cannot encode is replaced, and what stands for a closed one is /dev/null: in
+    this process and those it starts, no other file takes its number."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

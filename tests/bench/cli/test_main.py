@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -239,3 +240,40 @@ def test_columns_set_the_width_where_there_is_no_terminal(
     monkeypatch.setenv("COLUMNS", "60")
     narrow = run_cli("env").out
     assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))
+
+
+def _in_a_shell(redirection: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, with its streams redirected."""
+    script = f'exec "$0" -m resblock_bench.bench "$@" {redirection}'
+    return subprocess.run(
+        ["/bin/sh", "-c", script, sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        check=False,
+    )
+
+
+def test_what_the_output_cannot_encode_is_replaced() -> None:
+    done = _in_a_shell("", "list", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert "presets" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_output_is_one_sentence_and_3() -> None:
+    done = _in_a_shell(">/dev/full", "list")
+    assert done.returncode == 3
+    assert "its output cannot be written (No space left on device): make room" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_obstacle(tmp_path: Path, closed: str) -> None:
+    arguments = (*TINY, "-a", "impl=reference", "--no-plots", "--output", str(tmp_path / "run"))
+    done = _in_a_shell(closed, "run", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row.status for row in read_run(tmp_path / "run").rows] == ["ok"]
