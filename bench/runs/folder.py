@@ -129,6 +129,8 @@ def create_run(folder: Path, plan: Plan, environment: Environment) -> Iterator[R
 
     Raises UsageError where it cannot be written, is being written by another run, or holds a run.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: give another --output")
     with files.explained(folder, _ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)

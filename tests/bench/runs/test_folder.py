@@ -214,3 +214,14 @@ def test_the_default_folder_lies_in_the_checkout_around_here(tmp_path: Path) -> 
     found = default_output("box", inside)
     assert found.parent == tmp_path / "checkout" / "results" / "runs" / "box"
     assert default_output("box", inside) != found
+
+
+def test_a_file_in_the_place_of_the_folder_is_named_as_such(
+    tmp_path: Path, plan: Plan, found: Environment
+) -> None:
+    path = tmp_path / "run"
+    path.write_text("mine")
+    refusal = pytest.raises(UsageError, match="run is not a folder: give another --output")
+    with refusal, create_run(path, plan, found):
+        pass
+    assert path.read_text() == "mine"
