@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,9 @@ def _started_workers(
 ) -> None:
     """A fresh worker imports for seconds, and here each would get a kernel or two."""
 
-    def run(jobs: Iterable[Job], workers: int) -> Generator[tuple[Job, Answer], None, None]:
+    def run(
+        jobs: Iterable[Job], workers: int, environ: Mapping[str, str] | None = None
+    ) -> Generator[tuple[Job, Answer], None, None]:
         for job in dict.fromkeys(jobs):
             worker = interpreter if job.interpret else compiler
             worker.begin(job)

@@ -195,7 +195,7 @@ processes.close()
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(Path(functions.__file__).parents[1])},
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     assert done.stdout == "interrupted\n" * 2
     assert done.stderr == ""

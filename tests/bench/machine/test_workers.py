@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import pytest
 from support.sweeps import children_of, wait_for_death
@@ -18,12 +20,19 @@ pytestmark = pytest.mark.slow
 INTERPRET = ("TRITON_INTERPRET",)
 
 
+@pytest.fixture
+def started() -> Callable[[], set[BaseProcess]]:
+    """The processes that a test has started and that are still there."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_process_is_of_one_kind(workers: int) -> None:
+def test_a_process_is_of_one_kind(workers: int, started: Callable[[], set[BaseProcess]]) -> None:
     wanted = [Job(False, os.getenv, INTERPRET), Job(True, os.getenv, INTERPRET)]
     found = dict(run([*wanted, *wanted], workers))
     assert {job.interpret: answer.get() for job, answer in found.items()} == {False: "0", True: "1"}
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
 def test_whoever_fails_fails_alone() -> None:
@@ -41,15 +50,17 @@ def test_whoever_fails_fails_alone() -> None:
         found[absent].get()
 
 
-def test_whoever_stops_asking_ends_the_processes() -> None:
+def test_whoever_stops_asking_ends_the_processes(
+    started: Callable[[], set[BaseProcess]],
+) -> None:
     """As Ctrl-C does: the jobs would take an hour."""
     found = run(
         [Job(False, abs, (-1,)), *(Job(True, time.sleep, (3600 + i,)) for i in range(2))], 2
     )
     next(found)
-    assert multiprocessing.active_children()
+    assert started()
     found.close()
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
 def test_processes_end_with_the_one_that_asked() -> None:
@@ -82,11 +93,13 @@ def test_a_process_whose_asker_is_killed_before_it_is_up_begins_nothing() -> Non
     assert done.returncode == -9
 
 
-def test_whoever_takes_too_long_is_ended_alone() -> None:
+def test_whoever_takes_too_long_is_ended_alone(
+    started: Callable[[], set[BaseProcess]],
+) -> None:
     """A kernel whose programs wait for each other never ends where they run one after another."""
     waiting, good = Job(True, time.sleep, (3600,)), Job(True, abs, (-1,))
     found = dict(run([waiting, good], 1, limit_s=20.0))
     assert found[good].get() == 1
     with pytest.raises(WorkerDied, match="stopped after the time limit of 20"):
         found[waiting].get()
-    assert not multiprocessing.active_children()
+    assert not started()
