@@ -36,14 +36,12 @@ def alteration(block: nn.Module) -> str | None:
             layers = getattr(block, name)
             if type(layers) is not nn.Sequential or len(layers) != len(kinds):
                 return f"{name} has not the {len(kinds)} layers that the class builds"
-            for i, kind in enumerate(kinds):
-                found = None if kind is None else _replaced(layers[i], kind)
-                if found is not None:
+            for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+                if kind is not None and (found := _replaced(layer, kind)) is not None:
                     return f"{name}.{i} {found}"
         return _resampling(block.h_upd)
     for name in ("norm0", "norm1"):
-        found = _replaced(getattr(block, name), NORMS)
-        if found is not None:
+        if (found := _replaced(getattr(block, name), NORMS)) is not None:
             return f"{name} {found}"
     return None
 
@@ -93,8 +91,7 @@ def _replaced(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | No
 
 
 def _resampling(module: nn.Module) -> str | None:
-    kinds = (nn.Identity, reference.Upsample, reference.Downsample)
-    if not is_exactly(module, kinds):
+    if not is_exactly(module, (nn.Identity, *_RESAMPLED)):
         return f"h_upd is a {type(module).__name__} that the class does not build, or has hooks"
     if isinstance(module, _RESAMPLED) and module.use_conv:
         return "h_upd has a convolution of its own"

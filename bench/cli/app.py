@@ -14,7 +14,7 @@ from resblock_bench.bench.errors import UsageError
 
 app = typer.Typer(
     name="resblock-bench",
-    help="Measure, compare and profile diffusion U-Net residual blocks.",
+    help="Measure and compare diffusion U-Net residual blocks.",
     epilog="Exit codes: 0 fine, 1 regression, 2 usage, 3 incomplete or invalid, 4 inconclusive, "
     "5 wrong results.",
     no_args_is_help=True,

@@ -6,7 +6,7 @@ processes of its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,10 +16,8 @@ from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import plan
-from resblock_bench.bench.machine import workers
-from resblock_bench.bench.machine.proc import usable_cpus
-from resblock_bench.bench.machine.workers import Answer, Job
-from resblock_bench.bench.progress import counted
+from resblock_bench.bench.machine.answers import answers
+from resblock_bench.bench.machine.workers import Job
 from resblock_bench.bench.records import site_of
 
 if TYPE_CHECKING:
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from resblock_bench.kernels.tiers import Launch, Tier
 
     from .predictions import Predicted
+
+COUNTING = "counting bytes and compiling"
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,23 +138,6 @@ def calls_of(
     return calls, refused
 
 
-def answers(
-    jobs: Iterable[Job],
-    console: Console,
-    what: str = "counting bytes and compiling",
-    environ: Mapping[str, str] | None = None,
-) -> Generator[tuple[Job, Answer], None, None]:
-    """What each job came to, with progress on the console; `environ` as in Worker."""
-    wanted = list(dict.fromkeys(jobs))
-    with (
-        counted(console, what, len(wanted)) as advance,
-        closing(workers.run(wanted, usable_cpus(), environ)) as found,
-    ):
-        for job, answer in found:
-            advance()
-            yield job, answer
-
-
 def gather(
     norms: Sequence[Norm],
     archs: Sequence[int],
@@ -180,7 +163,7 @@ def gather(
     compilations = shared_jobs(call for call in calls if rewrite or call.direction != "rewrite")
     jobs = [] if by_rule else [call.traffic() for call in compilations]
     jobs += [job for kernels in compilations.values() for job, _ in kernels]
-    with closing(answers(jobs, console)) as found:
+    with closing(answers(jobs, console, COUNTING)) as found:
         values = {job: answer.get() for job, answer in found}
     costs = []
     for call, shared in compilations.items():

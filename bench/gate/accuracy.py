@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from resblock_bench.bench.checkout import in_checkout
-from resblock_bench.bench.cost.costs import answers
 from resblock_bench.bench.findings.findings import Finding, Level
+from resblock_bench.bench.machine.answers import answers
 from resblock_bench.bench.machine.workers import Job, JobFailed
 from resblock_bench.bench.records import Conditioning, DType, Layout
 from resblock_bench.kernels.dispatch import triton_installed

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 
 from resblock_bench.bench.checkout import in_checkout
-from resblock_bench.bench.cost.costs import answers
 from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.axes import Selection
 from resblock_bench.bench.grid.grid import plan
+from resblock_bench.bench.machine.answers import answers
 from resblock_bench.bench.machine.workers import Job, JobFailed
 from resblock_bench.bench.measure.predict_memory import predict_memory
 from resblock_bench.bench.records import Cell, Memory, cell_name

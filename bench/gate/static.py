@@ -26,10 +26,11 @@ from resblock_bench.bench.compiled.machine_code import (
     SM_SHARED_BYTES,
     MachineCode,
 )
-from resblock_bench.bench.cost.costs import answers, calls_of
+from resblock_bench.bench.cost.costs import COUNTING, calls_of
 from resblock_bench.bench.findings.findings import Finding
 from resblock_bench.bench.grid.grid import GROUPS
 from resblock_bench.bench.machine import workers
+from resblock_bench.bench.machine.answers import answers
 from resblock_bench.bench.machine.workers import Job
 
 from .pins import Criterion, Entries, Found, PinFile, PinnedPart, Value
@@ -158,11 +159,11 @@ def case_items(
     items: dict[str, list[Item]] = {}
     wrong: list[Finding] = []
     offers = {point: kernel_cases.offer_job(point.value) for point in points}
-    answers = dict(workers.run(offers.values(), 1))
+    offered = dict(workers.run(offers.values(), 1))
     for point, job in offers.items():
         package = point.dist.name if point.dist else point.name
         try:
-            archs_of = answers[job].get()
+            archs_of = offered[job].get()
         except workers.JobFailed as error:
             why = f"{point.value} cannot be used ({_one_line(error)})"
             text = f"of the package {package}: {why}; mend or uninstall it"
@@ -185,7 +186,7 @@ def case_items(
 def measure_items(items: Iterable[Item], console: Console) -> Found:
     """Every item's figures; a finding for each that failed, and for one that could not run."""
     wanted = list(items)
-    values = dict(answers((item.job for item in wanted), console))
+    values = dict(answers((item.job for item in wanted), console, COUNTING))
     found = Found()
     for subject, entry, job in wanted:
         entries = found.subjects.setdefault(subject, {})

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from support import process_functions
 
-from resblock_bench.bench.cost import costs
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import accuracy as check_accuracy
 from resblock_bench.bench.gate import accuracy_cases, check
 from resblock_bench.bench.gate import memory as check_memory
 from resblock_bench.bench.gate.accuracy_cases import AccuracyCase
 from resblock_bench.bench.gate.pins import PINS, Found, PinnedPart, read_pins
+from resblock_bench.bench.machine import answers
 from resblock_bench.bench.measure.predict_memory import predict_memory
 from resblock_bench.kernels import aten, blocks
 from resblock_bench.kernels.spec import Spec
@@ -239,7 +239,7 @@ def test_a_gradient_of_another_sign_is_wrong(
 
 def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(costs, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(answers, "usable_cpus", lambda: 1)
     cases = [AccuracyCase("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
     found = check_accuracy.measure_cases(cases, quiet())
     assert not found.findings
