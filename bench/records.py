@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 DType = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["nchw", "nhwc"]
@@ -28,6 +28,7 @@ OOM_EXPECTED = "out of memory is expected"
 Positive = Annotated[int, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
+Above = Annotated[float, Meta(gt=0)]
 
 
 class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,16 +60,17 @@ class Cell(Record, frozen=True, kw_only=True):
 
 
 class Rule(Record, frozen=True, kw_only=True):
-    """When to stop: warm-up, wanted precision of the median, and the limits.
+    """When to stop: warm-up, wanted precision of median and ratio, and the limits.
 
     warmup_s, warmup_min_steps   the least warm-up
     steady, warmup_max_s         it goes on until two successive windows of half of that least
                                  warm-up differ by at most this fraction, or until it took so long
-    burst_s, gap_s               a burst ends after burst_s; sleep before the next one
-    confidence, rel_half_width   stop once the median's interval is so narrow
+    burst_s, gap_s               a burst ends after burst_s; who is alone sleeps before the next
+    confidence, rel_half_width   stop once the intervals of medians and ratios are so narrow
     min_samples                  taken whatever the limits below say; no burst is cut shorter for
                                  max_samples, which else spreads over several bursts
-    max_time_s                   of sampling with its preparations and gaps, without the warm-up
+    max_time_s                   of sampling with its preparations and gaps, without the warm-up,
+                                 for each variant of a block
     """
 
     warmup_s: NonNegative
@@ -85,8 +87,12 @@ class Rule(Record, frozen=True, kw_only=True):
 
 
 class Contract(Rule, frozen=True, kw_only=True):
-    """How a cell is timed, by which rule. Rows with different contracts are not comparable."""
+    """How a cell is timed, by which rule. Rows with different contracts are not comparable.
 
+    `turns` is what takes turns in being timed.
+    """
+
+    turns: str
     device: str
     timer: str
     threads: Positive
@@ -135,12 +141,26 @@ class Ceilings(Record, frozen=True, kw_only=True):
 
     `copy_bytes_per_s` is that of a copy far larger than the caches, bytes read plus bytes written;
     `peak_bytes_per_s` the best over all sizes, caches included; `matrix_flops_per_s` that of a
-    large matrix product by dtype, two operations a multiply-add.
+    large matrix product by dtype, two operations a multiply-add. `disturbances` are sentences that
+    say why they may be too low.
     """
 
     copy_bytes_per_s: Annotated[float, Meta(gt=0)]
     peak_bytes_per_s: Annotated[float, Meta(gt=0)]
     matrix_flops_per_s: dict[str, Annotated[float, Meta(gt=0)]]
+    disturbances: list[str] = msgspec.field(default_factory=list)
+
+
+class Ratio(Record, frozen=True, kw_only=True):
+    """How many times as fast as another variant of its block, measured in the same rounds.
+
+    The median over the rounds of the other's median time over this one's, with its interval; null
+    where the rounds are too few for one.
+    """
+
+    value: Above
+    low: Above | None
+    high: Above | None
 
 
 class Floor(Record, frozen=True, kw_only=True):
@@ -207,8 +227,10 @@ class Environment(Record, frozen=True, kw_only=True):
 class Row(Record, frozen=True, kw_only=True):
     """One measured cell. Times are raw and in milliseconds; bytes are exact.
 
-    `ci_low_ms, ci_high_ms` is the distribution-free confidence interval of the median, `bursts` the
-    number of samples in each burst; `outliers` counts the samples outside Tukey's fences, none of
+    `block` names the variants that took turns, `rounds` is the number of samples in each turn.
+    `ratio` compares with the reference in the same checkpoint mode, `ratio_to_none` with the
+    reference without checkpointing, where the block has them. `ci_low_ms, ci_high_ms` is the
+    distribution-free confidence interval of the median; `outliers` counts the samples outside Tukey's fences, none of
     which is removed. The `graph_` figures are those of a CUDA graph's replay of the same step.
     `wall_s` is all that the cell took, `overhead_s` the part of it spent on starting and ending its
     process. `attempt` counts from 1; of the attempts at a cell the last one stands. `output` is the
@@ -225,8 +247,11 @@ class Row(Record, frozen=True, kw_only=True):
     snapshot: str | None
     axes: Cell
     multiplicity: Positive
+    block: str | None
     samples_ms: list[Annotated[float, Meta(gt=0)]] | None
-    bursts: list[Positive] | None
+    rounds: list[Positive] | None
+    ratio: Ratio | None
+    ratio_to_none: Ratio | None
     median_ms: float | None
     ci_low_ms: float | None
     ci_high_ms: float | None

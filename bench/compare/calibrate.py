@@ -100,7 +100,7 @@ def carry_out(request: CalibrationRequest, console: Console) -> int:
 def _measure(bed: Testbed, rule: RoundRule, order: random.Random, task: Task) -> Round:
     base, head = bed.sides
     try:
-        return measure_pair(task, bed.truth(task), base, head, rule, order)
+        return measure_pair(task, base, head, rule, order)
     except RoundError as error:  # a calibration is worth storing only as a whole
         raise InvalidError(f"{cell_name(task.cell)} cannot be calibrated: {error}") from None
 

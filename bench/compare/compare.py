@@ -106,7 +106,7 @@ def in_lockstep(
             notes.append(f"{base.name} and {head.name} are the same code")
 
         def measure(task: Task) -> Round:
-            return measure_pair(task, bed.truth(task), base, head, request.rule, order)
+            return measure_pair(task, base, head, request.rule, order)
 
         tell = stack.enter_context(round_progress(console, len(bed.tasks)))
         comparison = Comparison(bed.tasks, measure, tolerance, order, tell)

@@ -1,8 +1,8 @@
 """Rounds: a cell on two sides in lockstep, in a fresh process each.
 
-Every process checks and warms up the cell; then the sides take turns, a short burst of samples
-each, in an order drawn anew for every pair. What the machine does over more than a burst's time
-(clocks, other guests, temperature) thus falls on both alike, and only one of them ever computes.
+Every process checks and warms up the cell; then they take turns, a short burst of samples each.
+What the machine does over more than a burst's time (clocks, other guests, temperature) thus falls
+on both alike.
 
 All cells take their rounds in turn; disturbed ones are taken again, to a limit.
 """
@@ -14,18 +14,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from msgspec import Meta
-from msgspec.structs import replace
 
 from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.measure.conditions import conditions
-from resblock_bench.bench.measure.telemetry import Reading
-from resblock_bench.bench.records import NonNegative, Positive, Record, Status
+from resblock_bench.bench.records import NonNegative, Positive, Record, Row, Status
 
-from .sides import Side, SideError
+from .party import Ended, Party
+from .testbed import Side
+from .turns import Turns
 
 ATTEMPTS = 2
 """Rounds are taken again until there were this many times as many as are wanted."""
@@ -73,32 +71,57 @@ class RoundError(Exception):
         self.at_base = at_base
 
 
-class Taken(NamedTuple):
-    """The bursts of samples of each side, in milliseconds, what disturbed the machine, and what of
-    that could not be known."""
-
-    bursts_ms: list[list[list[float]]]
-    disturbances: list[str]
-    notes: list[str]
-
-
 def measure_pair(
-    task: Task, truth: Path, base: Side, head: Side, rule: RoundRule, order: random.Random
+    task: Task, base: Side, head: Side, rule: RoundRule, order: random.Random
 ) -> Round:
-    """One round of a task's cell on both sides. Raises RoundError."""
-    (bases, heads), disturbances, notes = take_bursts(task, truth, (base, head), rule, order)
+    """One round of a task's cell on both sides, each in a fresh process. Raises RoundError."""
+    turns = Turns(order)
+    parties: dict[Side, Party] = {}
+    rows: dict[Side, Row] = {}
+    try:
+        for side in order.sample((base, head), 2):
+            try:
+                parties[side] = side.begin(task)
+            except Ended as ended:
+                rows[side] = ended.row
+            else:
+                turns.open(parties[side])
+        if len(turns.bursts) == 2:
+            turns.read()
+            until, count = time.monotonic() + rule.seconds, 0
+            while not turns.rows and (count < rule.bursts or time.monotonic() < until):
+                turns.round(rule.burst_s)
+                count += 1
+            turns.read()
+        if len(turns.bursts) == 2:
+            turns.finish("time")
+    finally:
+        turns.kill()
+    rows |= {side: turns.rows[party] for side, party in parties.items() if party in turns.rows}
+    # What is the matter with the head, even where the base failed before.
+    for side in (head, base):
+        if side in rows and rows[side].status != "ok":
+            raise _failed(side, rows[side], at_base=side is base)
+    bases, heads = (turns.bursts[parties[side]] for side in (base, head))
+    found = turns.conditions()
+    assert found is not None
     base_ms, head_ms = list(itertools.chain(*bases)), list(itertools.chain(*heads))
-    pairs = zip(bases, heads, strict=True)
-    logs = [_log_ratio(b, h) for b, h in pairs]
     return Round(
         base_ms=statistics.median(base_ms),
         head_ms=statistics.median(head_ms),
-        log_ratio=statistics.median(logs),
+        log_ratio=statistics.median(map(_log_ratio, bases, heads)),
         base_samples=len(base_ms),
         head_samples=len(head_ms),
-        disturbances=disturbances,
-        notes=notes,
+        disturbances=found.disturbances,
+        notes=found.notes,
     )
+
+
+def _failed(side: Side, row: Row, *, at_base: bool) -> RoundError:
+    text = f"{side.name}: {row.reason}"
+    if at_base and row.status == "wrong":
+        text += " (by the float64 result of the installed reference, the truth for both sides)"
+    return RoundError(row.status, text, at_base=at_base)
 
 
 def _log_ratio(base: Sequence[float], head: Sequence[float]) -> float:
@@ -109,66 +132,6 @@ def _log_ratio(base: Sequence[float], head: Sequence[float]) -> float:
     """
     count = min(len(base), len(head))
     return math.log(statistics.median(head[:count]) / statistics.median(base[:count]))
-
-
-def take_bursts(
-    task: Task, truth: Path, sides: Sequence[Side], rule: RoundRule, order: random.Random
-) -> Taken:
-    """The samples of one round. Raises RoundError."""
-    bursts: dict[Side, list[list[float]]] = {side: [] for side in sides}
-    try:
-        _open(order.sample(sides, len(sides)), task, truth, sides[-1])
-        before, source = _read(sides)
-        until = time.monotonic() + rule.seconds
-        while len(bursts[sides[0]]) < rule.bursts or time.monotonic() < until:
-            for side in order.sample(sides, len(sides)):
-                bursts[side].append(side.burst(rule.burst_s))
-        after, _ = _read(sides)
-        for side in sides:
-            side.end()
-    except SideError as error:
-        for side in sides:
-            side.abandon()
-        at_base = error.side is sides[0]
-        text = f"{error.side.name}: {error}"
-        if at_base and error.status == "wrong":
-            text += " (by the float64 result of the installed reference, the truth for both sides)"
-        raise RoundError(error.status, text, at_base=at_base) from None
-    except BaseException:
-        for side in sides:
-            side.kill()
-        raise
-    images = task.cell.batch * sum(len(burst) for taken in bursts.values() for burst in taken)
-    found = conditions(
-        before, after, source=source, images=images, threads=task.environment.threads
-    )
-    return Taken(list(bursts.values()), found.disturbances, found.notes)
-
-
-def _open(sides: Sequence[Side], task: Task, truth: Path, head: Side) -> None:
-    """Raises SideError: what is the matter with the head, even where the base failed before."""
-    failed: dict[Side, SideError] = {}
-    for side in sides:
-        try:
-            side.open(task, truth)
-        except SideError as error:
-            failed[side] = error
-    if failed:
-        raise failed.get(head) or next(iter(failed.values()))
-
-
-def _read(sides: Sequence[Side]) -> tuple[Reading, str]:
-    """The counters of all sides as those of one process: none is foreign to another."""
-    answers = [side.read() for side in sides]
-    readings = [answer.reading for answer in answers]
-    own = [reading.own_cpu_s for reading in readings if reading.own_cpu_s is not None]
-    foreign = readings[0].foreign_processes
-    together = replace(
-        readings[0],
-        own_cpu_s=sum(own) if len(own) == len(sides) else None,
-        foreign_processes=None if foreign is None else max(0, foreign - len(sides) + 1),
-    )
-    return together, answers[0].source
 
 
 Measure = Callable[[Task], Round]

@@ -1,7 +1,8 @@
-"""The ground on which sides are compared: the machine, its GPU held, the truths of all sites."""
+"""The ground on which two code bases are compared: the machine, its GPU held, the truths of all
+sites, and a server of processes for each side."""
 
 import contextlib
-import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,20 +10,86 @@ from pathlib import Path
 
 import msgspec
 
+from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.gpu_lock import only_user
-from resblock_bench.bench.machine.proc import usable_cpus
-from resblock_bench.bench.machine.process import Processes
+from resblock_bench.bench.machine.proc import last_cpus, usable_cpus
+from resblock_bench.bench.machine.process import Processes, Server
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
 from resblock_bench.bench.measure import jobs
-from resblock_bench.bench.measure.cell import Task
+from resblock_bench.bench.measure.cell import CellJob, Task, row_of
+from resblock_bench.bench.measure.origin import Origin
 from resblock_bench.bench.measure.survey import SurveyJob, survey
-from resblock_bench.bench.measure.truth_file import truth_path
+from resblock_bench.bench.measure.truth_file import truths_folder
 from resblock_bench.bench.records import Environment
 
-from .rounds import RoundError
-from .sides import Side
+from .party import Ended, Party
+
+
+class Side:
+    """A code base: what its processes are forked from, which has imported it once.
+
+    name     how people call it: a revision, or "the working tree"
+    paths    what its Python path begins with; the code that is measured has to lie in one of them,
+             if there are any
+    root     of another repository, whose modules outside of the paths are refused
+    bed      where its processes compute
+    """
+
+    def __init__(self, name: str, paths: Sequence[Path], root: Path | None, bed: "Testbed") -> None:
+        self.name = name
+        self._origin = None
+        if paths:
+            folders = [str(path) for path in paths]
+            self._origin = Origin(folders, "" if root is None else str(root), time.time())
+        self._bed = bed
+        self._server = Server(paths)
+        self._processes = Processes(self._server)
+        self.code = ""
+        self.fixed_addresses = False
+
+    def start(self) -> None:
+        """Import everything. Raises InvalidError where that cannot be done."""
+        try:
+            told = self._told()
+        except InvalidError as error:
+            raise InvalidError(
+                f"{self.name} cannot be imported, so there is nothing to compare: {error}"
+            ) from None
+        self.code, self.fixed_addresses = told.code, told.fixed_addresses
+
+    def _told(self) -> jobs.Code:
+        ending = self._processes.run(jobs.tell_code, b"", limit_s=self._bed.limit_s)
+        if ending.reply is None:
+            raise InvalidError(ending.problem(self._bed.limit_s)[1])
+        return msgspec.json.decode(ending.reply, type=jobs.Code)
+
+    def begin(self, task: Task) -> Party:
+        """A fresh process for a round of a task's cell. Raises Ended."""
+        truths = self._bed.truths(task)
+        if not self._server.up:
+            try:
+                code = self._told().code
+            except InvalidError as error:
+                raise Ended(row_of(task, "crashed", str(error))) from None
+            if code != self.code:
+                reason = "its files changed meanwhile: compare again"
+                raise Ended(row_of(task, "crashed", reason))
+        job = CellJob(
+            task=task,
+            truths=str(truths),
+            memory=False,
+            cpus=self._bed.cpus,
+            origin=self._origin,
+        )
+        return Party(
+            self._processes, job, limit_s=self._bed.limit_s, environment=self._bed.variables
+        )
+
+    def close(self) -> None:
+        self._processes.close()
+        self._server.close()
 
 
 @dataclass
@@ -32,29 +99,36 @@ class Testbed:
     sides      started, in the order given
     tasks      one a cell, in the plan's order
     notes      on what may make the sides differ that is not their code
+    limit_s    what a process may take, seconds
+    cpus       that processes compute on; none are any
+    variables  of their environment
     """
 
     environment: Environment
     sides: list[Side]
     tasks: list[Task]
     notes: list[str]
+    limit_s: float
+    cpus: list[int]
+    variables: dict[str, str]
     _processes: Processes
     _folder: Path
-    _limit_s: float
 
-    def truth(self, task: Task) -> Path:
-        """The file of a task's truth, which is computed when it is first asked for.
+    def truths(self, task: Task) -> Path:
+        """The folder of a task's truths, which are computed when they are first asked for.
 
-        Raises RoundError where it cannot be.
+        Raises Ended where they cannot be.
         """
-        path = truth_path(self._folder, task.cell, task.seed)
-        if not path.exists():
-            argument = msgspec.json.encode(jobs.CellJob(task, str(path)))
-            ending = self._processes.run(jobs.compute_site_truth, argument, limit_s=self._limit_s)
-            problem = jobs.truth_problem(ending, self._limit_s)
+        folder = truths_folder(self._folder, task.cell, task.seed)
+        if not folder.exists():
+            argument = msgspec.json.encode(CellJob(task=task, truths=str(folder)))
+            ending = self._processes.run(
+                jobs.compute_site_truths, argument, limit_s=self.limit_s, environment=self.variables
+            )
+            problem = jobs.truth_problem(ending, self.limit_s)
             if problem is not None:
-                raise RoundError(*problem)
-        return path
+                raise Ended(row_of(task, *problem))
+        return folder
 
 
 @contextlib.contextmanager
@@ -82,21 +156,24 @@ def opened(
         stack.callback(processes.close)
         threads = plan.threads or usable_cpus()
         found = survey(processes, SurveyJob(plan.device, threads, ceilings=False), variables)
-        cpus = _cpus(threads) if plan.device == "cpu" else []
-        folder = stack.enter_context(scratch_folder())
-        started = []
-        for number, (name, paths) in enumerate(sides.items()):
-            own = folder / f"side-{number}"
-            own.mkdir()
-            side = Side(
-                name, paths, own, limit_s=limit_s, variables=variables, cpus=cpus, root=root
-            )
-            stack.callback(side.kill)
-            started.append(side)
-        for side in started:
-            side.wait()
-        tasks = plan.tasks(found)
-        yield Testbed(found, started, tasks, _notes(started), processes, folder, limit_s)
+        bed = Testbed(
+            environment=found,
+            sides=[],
+            tasks=plan.tasks(found),
+            notes=[],
+            limit_s=limit_s,
+            cpus=last_cpus(threads) if plan.device == "cpu" else [],
+            variables=variables,
+            _processes=processes,
+            _folder=stack.enter_context(scratch_folder()),
+        )
+        for name, paths in sides.items():
+            side = Side(name, paths, root, bed)
+            stack.callback(side.close)
+            side.start()
+            bed.sides.append(side)
+        bed.notes += _notes(bed.sides)
+        yield bed
 
 
 def _notes(sides: Sequence[Side]) -> list[str]:
@@ -106,14 +183,3 @@ def _notes(sides: Sequence[Side]) -> list[str]:
         "this system draws the addresses of each process's memory by lot, which alone can make "
         "them differ by some per cent: allow personality(2), or compare repeatedly"
     ]
-
-
-def _cpus(threads: int) -> list[int]:
-    """The CPUs that all sides compute on, one a thread; none where the system does not tell.
-
-    Neighbours of a virtual machine slow its CPUs apart from each other: on the same ones the sides
-    go through the same slow spells.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    return sorted(os.sched_getaffinity(0))[-threads:]  # the first ones serve more interrupts

@@ -113,6 +113,17 @@ def physical_cores(root: Path = ROOT) -> int | None:
     return len(set(zip(sockets, cores, strict=False))) or None
 
 
+def last_cpus(count: int) -> list[int]:
+    """So many of the CPUs that this process may use; none where the system does not tell.
+
+    Neighbours of a virtual machine slow its CPUs apart from each other: on the same ones processes
+    go through the same slow spells. The first ones serve more interrupts.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))[-count:]
+
+
 def usable_cpus(root: Path = ROOT) -> int:
     """How many CPUs this process may keep busy: its affinity mask and its cgroup's quota.
 

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from resblock_bench.bench.records import Ceilings
 
+from .conditions import conditions
 from .devices import Device
+from .telemetry import open_probe
 from .timing import Sampler
 from .workload import DTYPES
 
@@ -34,6 +37,7 @@ SMALLEST_PRODUCT = {"fp32": 1024, "bf16": 128, "fp16": 128}
 LARGEST_PRODUCT = 8192
 PRODUCT_S = 0.02
 """Sizes are doubled until a product would take longer: 16 bits are slow on some CPUs."""
+ATTEMPTS = 3
 SAMPLES = 3
 SAMPLING_S = 0.015
 """At least so many samples of each size, and then more for so long."""
@@ -42,13 +46,46 @@ SAMPLING_S = 0.015
 def measure_ceilings(device: Device) -> Ceilings:
     """The ceilings of an opened device, in its dtypes and with TF32 as it was opened, off.
 
-    Takes about a second on a CPU that is not busy otherwise, and leaves no memory behind.
+    Takes about a second on a CPU that is not busy otherwise, and leaves no memory behind. While
+    others work it is done again, up to ATTEMPTS times, and the best is kept.
     """
+    probe = open_probe(device.kind, device.uuid)
+    found: Ceilings | None = None
     try:
-        copy, peak = _bytes_per_s(device)
-        matrix = {name: _flops_per_s(device, name) for name in SMALLEST_PRODUCT}
+        for _ in range(ATTEMPTS):
+            before = probe.read()
+            newer = _measured(device)
+            gone = conditions(
+                before, probe.read(), source=probe.source, images=0, threads=torch.get_num_threads()
+            )
+            newer = replace(newer, disturbances=gone.disturbances)
+            found = newer if found is None else best(found, newer)
+            if not newer.disturbances:
+                break
     finally:
+        probe.close()
         device.timer.close()
+    assert found is not None
+    return found
+
+
+def best(one: Ceilings, other: Ceilings) -> Ceilings:
+    """The highest figures of both; undisturbed if either is."""
+    matrix = {
+        name: max(rate, other.matrix_flops_per_s[name])
+        for name, rate in one.matrix_flops_per_s.items()
+    }
+    return Ceilings(
+        copy_bytes_per_s=max(one.copy_bytes_per_s, other.copy_bytes_per_s),
+        peak_bytes_per_s=max(one.peak_bytes_per_s, other.peak_bytes_per_s),
+        matrix_flops_per_s=matrix,
+        disturbances=one.disturbances and other.disturbances,
+    )
+
+
+def _measured(device: Device) -> Ceilings:
+    copy, peak = _bytes_per_s(device)
+    matrix = {name: _flops_per_s(device, name) for name in SMALLEST_PRODUCT}
     return Ceilings(copy_bytes_per_s=copy, peak_bytes_per_s=peak, matrix_flops_per_s=matrix)
 
 

@@ -1,29 +1,33 @@
 """One cell in, one row out: checked, then measured, whatever happens on the way.
 
-`measure` runs in the cell's own process. What a row holds besides measurements is the task's, so
-that the process that waits can write the row of a cell that never answered.
+`measure` runs in the cell's own process, which takes turns with those of other variants while it is
+timed. What a row holds besides measurements is the task's, so that the process that waits can write
+the row of a cell that never answered.
 """
 
 import datetime
 import gc
+import os
 import platform
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import asdict, replace
 
 from resblock_bench.bench.errors import first_line
-from resblock_bench.bench.machine.process import Announce
+from resblock_bench.bench.machine.channel import Channel
 from resblock_bench.bench.records import (
     SCHEMA_VERSION,
     Cell,
-    Conditions,
     Contract,
     Correctness,
     Count,
@@ -35,27 +39,29 @@ from resblock_bench.bench.records import (
     Row,
     Rule,
     Status,
+    StopRule,
     cell_id,
 )
 
-from . import stats
-from .conditions import conditions
-from .correctness import check, checked_cell
+from . import orders, stats
+from .correctness import LAST_INPUTS, check, checked_cell
 from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
 from .fingerprint import code_fingerprint
-from .floor import floor_of, impossible
-from .implementations import IMPLEMENTATIONS, could_not_compile
+from .floor import floor_of
+from .implementations import IMPLEMENTATIONS, could_not_compile, packages_of
 from .memory import MemoryMeter
 from .memory_limit import limit_memory
+from .origin import Origin
 from .out_of_memory import is_out_of_memory
 from .snapshot import recording
-from .telemetry import Reading, open_probe
-from .timing import Timing, time_fn
-from .truth_file import read_truth
-from .workload import INPUTS, PRECISION, STEPS, Workload, draw_inputs, draw_weights
+from .telemetry import open_probe
+from .timing import Sampler, WarmUp, time_fn
+from .truth_file import FIRST, LAST, read_truth
+from .workload import INPUTS, PRECISION, STEPS, Inputs, Workload, draw_inputs, draw_weights
 
 SNAPSHOTS = "snapshots"
+TURNS = "the variants of a block, a burst each, in an order drawn anew for every round"
 
 
 class Task(Record, frozen=True, kw_only=True):
@@ -76,11 +82,28 @@ class Task(Record, frozen=True, kw_only=True):
     folder: str | None
 
 
+class CellJob(Struct, kw_only=True):
+    """A task to measure, in turns with its block's other variants.
+
+    truths   the folder of the site's truths
+    memory   whether it is measured, too, and a graph's replay
+    cpus     that the process computes on; none are those it has
+    origin   where the code that is measured has to come from
+    """
+
+    task: Task
+    truths: str
+    memory: bool = True
+    cpus: list[int] = field(default_factory=list)
+    origin: Origin | None = None
+
+
 def contract_of(task: Task) -> Contract:
     """The conditions under which a task's cell is timed."""
     tools = TOOLS[task.device]
     return Contract(
         **asdict(task.rule),
+        turns=TURNS,
         device=task.device,
         timer=tools.timer.name,
         threads=task.environment.threads,
@@ -128,25 +151,24 @@ def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) 
     )
 
 
-def measure(task: Task, truth: Path, announce: Announce = lambda phase: None) -> Row:
-    """The row of a cell. An exception becomes the row's status and reason; only interrupts pass.
-
-    truth       the file of the site's truth
-    announce    told which phase begins
+def measure(job: CellJob, channel: Channel) -> Row:
+    """The row of a cell; conditions and ratios are known to who waits. An exception becomes the
+    row's status and reason; only interrupts pass.
 
     What was measured before an exception stays in the row.
     """
     started = time.monotonic()
+    task = job.task
     row = row_of(task, "failed")
     try:
-        for found in _steps(task, truth, announce):
+        for found in _steps(job, channel):
             row = replace(row, **asdict(found))
     except Exception as error:
         row = replace(row, status=status_of(error), reason=reason_of(error))
     snapshot = _snapshot_file(task)
     if snapshot is not None and snapshot.exists():
         row = replace(row, snapshot=f"{SNAPSHOTS}/{snapshot.name}")
-    return replace(row, wall_s=time.monotonic() - started)
+    return replace(row, wall_s=time.monotonic() - started - channel.waited_s)
 
 
 def _snapshot_file(task: Task) -> Path | None:
@@ -156,27 +178,36 @@ def _snapshot_file(task: Task) -> Path | None:
     return Path(task.folder) / SNAPSHOTS / f"{id_of(task)}-{task.attempt}.pickle"
 
 
-def _steps(task: Task, truth: Path, announce: Announce) -> Iterator[Struct]:
+def _steps(job: CellJob, channel: Channel) -> Iterator[Struct]:
     """Measure step by step: what each finds are fields of the row, and the last status stands."""
+    task = job.task
+    if job.cpus:
+        os.sched_setaffinity(0, job.cpus)
+    before = set(sys.modules)
     unusable = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
     if unusable is not None:
         yield CellStatus("skipped", unusable)
         return
     device = open_device(task.device, task.environment.threads)
     yield OpenedDevice(device.name, device.uuid)
-    announce("check")
+    channel.announce("check")
+    meter = device.meter if job.memory else None
     with recording(device.torch_device, _snapshot_file(task)):
-        checked = checked_workload(task, truth, device, device.meter)
+        checked = checked_workload(task, Path(job.truths) / FIRST, device, meter)
         yield checked.verdict
         if checked.verdict.status == "wrong":
             return
-        announce("memory")
-        yield _needed(task, checked, device)
-    announce("timing")
-    timed = _timed(task, checked.workload, device)
-    yield timed
-    yield _judged(task, timed)
-    if device.kind == "cuda":
+        if job.origin is not None:
+            job.origin.hold(packages_of(task.cell.impl), before)
+        if job.memory:
+            channel.announce("memory")
+            yield _needed(task, checked, device)
+    channel.announce("timing")
+    yield _timed(task, checked.workload, device, channel)
+    channel.announce("last check")
+    last = _checked_again(task, checked, Path(job.truths) / LAST, device)
+    yield last
+    if last.status == "ok" and device.kind == "cuda" and job.memory:
         # Last, since a graph's memory pool stays.
         yield _replayed(task, checked.workload, device)
 
@@ -194,12 +225,6 @@ class Verified(CellStatus, frozen=True):
     correctness: Correctness
 
 
-class Judged(CellStatus, frozen=True):
-    """Of the timing, "ok" or "impossible" by the machine's ceilings."""
-
-    floor: Floor | None
-
-
 class OpenedDevice(Struct, frozen=True):
     """The device that measures."""
 
@@ -214,15 +239,18 @@ class Needed(Struct, frozen=True):
     memory_note: str | None
 
 
-class Timed(Timing, frozen=True, kw_only=True):
-    """The samples, what follows from them, and what the machine went through meanwhile."""
+class Timed(WarmUp, frozen=True, kw_only=True):
+    """The samples, and what follows from them."""
 
+    samples_ms: list[float]
+    rounds: list[int]
+    stop_rule: StopRule
     median_ms: float
     ci_low_ms: float | None
     ci_high_ms: float | None
     outliers: int
     throughput_images_per_s: float
-    conditions: Conditions
+    floor: Floor | None
 
 
 class Replayed(Struct, frozen=True, kw_only=True):
@@ -268,11 +296,14 @@ def checked_workload(
     right, correctness = check(results, truth)
     verdict = Verified("ok", None, correctness)
     if not right:
-        worst = correctness.worst
-        error, limit = correctness.errors[worst], correctness.limits[worst]
-        reason = f"{worst}: relative error {error} is above its limit {limit}"
-        verdict = Verified("wrong", reason, correctness)
+        verdict = Verified("wrong", _worst(correctness), correctness)
     return Checked(workload, verdict, cold_peak_bytes)
+
+
+def _worst(correctness: Correctness) -> str:
+    worst = correctness.worst
+    error, limit = correctness.errors[worst], correctness.limits[worst]
+    return f"{worst}: relative error {error} is above its limit {limit}"
 
 
 def _needed(task: Task, checked: Checked, device: Device) -> Needed:
@@ -284,44 +315,64 @@ def _needed(task: Task, checked: Checked, device: Device) -> Needed:
     return Needed(device.meter.measure(checked.workload, checked.cold_peak_bytes), None)
 
 
-def _timed(task: Task, workload: Workload, device: Device) -> Timed:
+def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> Timed:
+    """Warm up, say so, and take bursts as ordered."""
     probe = open_probe(device.kind, device.uuid)
-    readings: list[Reading] = []
+    sampler = Sampler(workload.step, device.timer, prepare=workload.freshen)
     torch.manual_seed(task.seed)  # the masks of dropout
+    bursts: list[list[float]] = []
+    answer: orders.Answer = orders.Ready()
+    stop_rule: StopRule | None = None
     try:
-        timing = time_fn(
-            workload.step,
-            device.timer,
-            task.rule,
-            prepare=workload.reset,
-            warm=lambda: readings.append(probe.read()),
-            clock_mhz=lambda: probe.read().sm_clock_mhz,
-        )
-        readings.append(probe.read())
+        warmup = sampler.warm_up(task.rule, lambda: probe.read().sm_clock_mhz)
+        while stop_rule is None:
+            channel.send(msgspec.json.encode(answer))
+            match msgspec.json.decode(channel.receive(), type=orders.Order):
+                case orders.Redraw():
+                    workload.redraw()
+                    answer = orders.Ready()
+                case orders.Burst(seconds, most):
+                    if bursts and len(bursts[-1]) > 1:
+                        sampler.sample_ms()  # what the others' turns have left is no part of one
+                    bursts.append(list(islice(sampler.burst(seconds), most)))
+                    answer = orders.Samples(bursts[-1])
+                case orders.Read():
+                    answer = orders.Counters(probe.source, probe.read())
+                case orders.Finish(stop_rule):
+                    pass
     finally:
         probe.close()
-    samples, batch, threads = timing.samples_ms, task.cell.batch, task.environment.threads
+        device.timer.close()
+    samples, batch = list(chain(*bursts)), task.cell.batch
     median_ms = statistics.median(samples)
     low, high = stats.median_interval(samples, task.rule.confidence) or (None, None)
-    images = batch * len(samples)
+    ceilings = task.environment.ceilings
     return Timed(
-        **asdict(timing),
+        **asdict(warmup),
+        samples_ms=samples,
+        rounds=list(map(len, bursts)),
+        stop_rule=stop_rule,
         median_ms=median_ms,
         ci_low_ms=low,
         ci_high_ms=high,
         outliers=stats.outlier_count(samples),
         throughput_images_per_s=batch / median_ms * 1e3,
-        conditions=conditions(*readings, source=probe.source, images=images, threads=threads),
+        floor=None if ceilings is None else floor_of(task.cell, ceilings, median_ms),
     )
 
 
-def _judged(task: Task, timed: Timed) -> Judged:
-    ceilings = task.environment.ceilings
-    if ceilings is None:
-        return Judged("ok", None, None)
-    floor = floor_of(task.cell, ceilings, timed.median_ms)
-    reason = impossible(floor, ceilings, min(timed.samples_ms))
-    return Judged("ok" if reason is None else "impossible", reason, floor)
+def _checked_again(task: Task, checked: Checked, truth_file: Path, device: Device) -> CellStatus:
+    """The same step with other inputs: what was kept from before is wrong now."""
+    cell, workload = task.cell, checked.workload
+    if cell.dropout:
+        weights = draw_weights(cell, task.seed)
+        inputs = Inputs(workload.x, workload.emb, workload.cotangent)
+        workload = Workload(checked_cell(cell), weights, inputs, device.torch_device)
+    workload.refill(draw_inputs(cell, device.torch_device, task.seed + LAST_INPUTS))
+    right, correctness = check(workload.results(copied=True), read_truth(truth_file))
+    if right:
+        return CellStatus("ok", None)
+    return CellStatus("wrong", f"with other inputs than at first, {_worst(correctness)}")
 
 
 def _replayed(task: Task, workload: Workload, device: Device) -> Replayed:

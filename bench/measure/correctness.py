@@ -21,6 +21,8 @@ from resblock_bench.bench.records import Cell, Correctness
 from .out_of_memory import is_out_of_memory
 from .workload import DTYPES, Inputs, Workload, draw_inputs, draw_weights
 
+LAST_INPUTS = 1
+"""What is added to the seed for the inputs that a cell is checked with once it was timed."""
 _EAGER_FACTOR = 2.0
 _FLOOR_EPS = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 _VANISHES = 1e-9
@@ -44,10 +46,13 @@ def checked_cell(cell: Cell) -> Cell:
     return msgspec.structs.replace(cell, dropout=0.0)
 
 
-def compute_truth(site: Cell, device: torch.device, seed: int) -> Truth:
-    """The float64 results of a site, and the limits that the eager reference's errors set."""
+def compute_truth(site: Cell, device: torch.device, seed: int, inputs_seed: int) -> Truth:
+    """The float64 results of a site, and the limits that the eager reference's errors set.
+
+    seed   of the weights
+    """
     weights = draw_weights(site, seed)
-    inputs = draw_inputs(site, device, seed)
+    inputs = draw_inputs(site, device, inputs_seed)
     # The truth starts from the values that the cell starts from: rounded to its dtype.
     rounded = Workload(site, weights, inputs, device).block.state_dict()
     tensors = _results_in_parts(site, rounded, inputs, device, torch.float64)

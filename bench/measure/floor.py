@@ -10,17 +10,18 @@
 
 Both are the same for every variant of a site. The times are bytes over the bandwidth of a large
 copy, and flops over the rate of a matrix product in the cell's dtype. A share near 1 is as good as
-it gets; above 1 is no error: Winograd and Fourier convolutions need fewer operations than are
-counted, and on a CPU a small site stays in the cache.
+it gets. A little above is no error: Winograd's convolutions need fewer operations than are counted,
+and on a CPU a small site stays in the cache. Far above is `impossible`.
 """
 
 import functools
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resblock_bench.bench.records import Ceilings, Cell, Floor, site_of
+from resblock_bench.bench.records import Ceilings, Cell, Floor, Row, site_of
 from resblock_bench.bench.units import format_bytes
 
 from .workload import Workload, draw_inputs, draw_weights
@@ -28,6 +29,9 @@ from .workload import Workload, draw_inputs, draw_weights
 TOLERANCE = 1.25
 """How far a true time may lie beyond the byte ceiling: that is measured, so a little low, and by
 copies, while a step mostly reads."""
+FEWER_OPERATIONS = 4.0
+"""Winograd's F(4×4, 3×3) multiplies so many times less often than the direct convolution (Lavin and
+Gray 2016); no library that PyTorch uses has a form that saves more."""
 
 
 class LeastWork(NamedTuple):
@@ -40,30 +44,55 @@ class LeastWork(NamedTuple):
 def floor_of(cell: Cell, ceilings: Ceilings, median_ms: float | None) -> Floor:
     """The floor of a supported cell; `share` is None without a median."""
     work = _work(site_of(cell))
-    bytes_ms = work.bytes / ceilings.copy_bytes_per_s * 1e3
-    flops_ms = work.flops / ceilings.matrix_flops_per_s[cell.dtype] * 1e3
+    return _timed(work.bytes, work.flops, cell, ceilings, median_ms)
+
+
+def _timed(
+    bytes_: int, flops: int, cell: Cell, ceilings: Ceilings, median_ms: float | None
+) -> Floor:
+    bytes_ms = bytes_ / ceilings.copy_bytes_per_s * 1e3
+    flops_ms = flops / ceilings.matrix_flops_per_s[cell.dtype] * 1e3
     return Floor(
-        bytes=work.bytes,
-        flops=work.flops,
+        bytes=bytes_,
+        flops=flops,
         bytes_ms=bytes_ms,
         flops_ms=flops_ms,
         share=None if median_ms is None else max(bytes_ms, flops_ms) / median_ms,
     )
 
 
-def impossible(floor: Floor, ceilings: Ceilings, fastest_ms: float) -> str | None:
+def judged(row: Row, ceilings: Ceilings) -> Row:
+    """A row that is `ok`, held against ceilings: with its floor by these, and maybe `impossible`."""
+    if row.floor is None or row.median_ms is None or row.samples_ms is None:
+        return row
+    floor = _timed(row.floor.bytes, row.floor.flops, row.axes, ceilings, row.median_ms)
+    reason = impossible(floor, ceilings, row.median_ms, min(row.samples_ms))
+    if reason is None:
+        return replace(row, floor=floor)
+    return replace(row, floor=floor, status="impossible", reason=reason)
+
+
+def impossible(floor: Floor, ceilings: Ceilings, median_ms: float, fastest_ms: float) -> str | None:
     """Why a step cannot have been this fast, or None.
 
-    Only bytes decide, at the best rate of any copy, caches included, and with TOLERANCE.
+    By its bytes at the best rate of any copy, caches included, with TOLERANCE; by its operations
+    with FEWER_OPERATIONS.
     """
+    cause = "the step left work out, or the clock is wrong"
     needed_ms = floor.bytes / ceilings.peak_bytes_per_s * 1e3
-    if fastest_ms >= needed_ms / TOLERANCE:
-        return None
-    return (
-        f"a step took {fastest_ms:.3g} ms, but only to read its inputs and to write its results "
-        f"({format_bytes(floor.bytes)}) this machine needs {needed_ms:.3g} ms at its fastest: "
-        "the step left work out, or the clock is wrong"
-    )
+    if fastest_ms < needed_ms / TOLERANCE:
+        return (
+            f"a step took {fastest_ms:.3g} ms, but only to read its inputs and to write its "
+            f"results ({format_bytes(floor.bytes)}) this machine needs {needed_ms:.3g} ms at its "
+            f"fastest: {cause}"
+        )
+    if median_ms < floor.flops_ms / FEWER_OPERATIONS / TOLERANCE:
+        return (
+            f"a step took {median_ms:.3g} ms, but for the {floor.flops:.3g} operations of its "
+            f"convolutions this machine needs {floor.flops_ms:.3g} ms, and "
+            f"{FEWER_OPERATIONS:g} times less at its fastest: {cause}"
+        )
+    return None
 
 
 @functools.cache

@@ -4,57 +4,72 @@ from pathlib import Path
 
 import msgspec
 
-from resblock_bench.bench.machine.proc import available_bytes
-from resblock_bench.bench.machine.process import Announce, Ending
+from resblock_bench.bench.machine.channel import Channel
+from resblock_bench.bench.machine.proc import available_bytes, personality
+from resblock_bench.bench.machine.process import ADDR_NO_RANDOMIZE, Ending
 from resblock_bench.bench.records import Status, site_of
 
-from .cell import Task, measure, reason_of, status_of
-from .correctness import checked_cell, compute_truth
+from .cell import CellJob, measure, reason_of, status_of
+from .correctness import LAST_INPUTS, checked_cell, compute_truth
 from .devices import open_device
+from .fingerprint import code_fingerprint
 from .memory_limit import limit_memory
-from .truth_file import write_truth
+from .truth_file import FIRST, LAST, write_truth
 
 
-class CellJob(msgspec.Struct):
-    """Measure a task, or write the truth of its site; `truth` is the file."""
-
-    task: Task
-    truth: str
+def measure_cell(argument: bytes, channel: Channel) -> bytes:
+    """CellJob -> Row, in turns with other cells; see orders.py."""
+    return msgspec.json.encode(measure(msgspec.json.decode(argument, type=CellJob), channel))
 
 
-def measure_cell(argument: bytes, announce: Announce) -> bytes:
-    """CellJob -> Row."""
-    job = msgspec.json.decode(argument, type=CellJob)
-    return msgspec.json.encode(measure(job.task, Path(job.truth), announce))
+class Code(msgspec.Struct):
+    """What a process is forked from.
+
+    code              the digest of the code that it has imported
+    fixed_addresses   whether its memory lies where that of other processes does
+    """
+
+    code: str
+    fixed_addresses: bool
+
+
+def tell_code(argument: bytes, channel: Channel) -> bytes:
+    """-> Code."""
+    fixed = bool(personality() & ADDR_NO_RANDOMIZE)
+    return msgspec.json.encode(Code(code_fingerprint(), fixed))
 
 
 class TruthReply(msgspec.Struct):
-    """Whether the truth was written; status and reason are those of a row where it was not."""
+    """Whether the truths were written; status and reason are those of a row where it was not."""
 
     status: Status
     reason: str | None = None
 
 
-def compute_site_truth(argument: bytes, announce: Announce) -> bytes:
+def compute_site_truths(argument: bytes, channel: Channel) -> bytes:
     """CellJob -> TruthReply."""
-    announce("truth")
+    channel.announce("truth")
     job = msgspec.json.decode(argument, type=CellJob)
-    task = job.task
+    task, folder = job.task, Path(job.truths)
     reply = TruthReply("ok")
     try:
         device = open_device(task.device, task.environment.threads)
         free = available_bytes() if task.device == "cpu" else None
         if free is not None:
             limit_memory(free)
-        truth = compute_truth(checked_cell(site_of(task.cell)), device.torch_device, task.seed)
-        write_truth(Path(job.truth), truth)
+        site = checked_cell(site_of(task.cell))
+        folder.mkdir()
+        for name, seed in ((FIRST, task.seed), (LAST, task.seed + LAST_INPUTS)):
+            truth = compute_truth(site, device.torch_device, task.seed, seed)
+            write_truth(folder / name, truth)
+            del truth
     except Exception as error:
         reply = TruthReply(status_of(error), reason_of(error))
     return msgspec.json.encode(reply)
 
 
 def truth_problem(ending: Ending, limit_s: float) -> tuple[Status, str] | None:
-    """Status and reason of a row whose truth was not written by `compute_site_truth`, or None."""
+    """Status and reason of a row whose truth was not written by `compute_site_truths`, or None."""
     if ending.reply is None:
         status, reason = ending.problem(limit_s)
         return status, f"its float64 truth: {reason}"

@@ -28,6 +28,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import bdtr
 
+from resblock_bench.bench.records import Ratio
+
 
 @functools.cache
 def interval_rank(count: int, confidence: float) -> int:
@@ -85,6 +87,23 @@ def relative_half_width(samples: Sequence[float], confidence: float) -> float:
     if interval is None:
         return float("inf")
     return (interval[1] - interval[0]) / 2 / statistics.median(samples)
+
+
+def ratio_of(
+    other: Sequence[Sequence[float]], own: Sequence[Sequence[float]], confidence: float
+) -> Ratio:
+    """How many times as fast as another one is, from the samples of both in each of their rounds.
+
+    The two of a round lie within some tenths of a second, in which machines change little.
+    """
+    pairs = zip(other, own, strict=False)  # one may have had samples enough before the other
+    logs = [math.log(statistics.median(a) / statistics.median(b)) for a, b in pairs]
+    low, high = median_interval(logs, confidence) or (None, None)
+    return Ratio(
+        value=math.exp(statistics.median(logs)),
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
+    )
 
 
 def outlier_count(samples: Sequence[float]) -> int:

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine import environment
-from resblock_bench.bench.machine.process import Announce, Processes
+from resblock_bench.bench.machine.channel import Channel
+from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.records import Environment
 
 from .ceilings import measure_ceilings
@@ -50,9 +51,9 @@ def survey(
     return replace(reply.environment, machine=environment.machine_name())
 
 
-def _look(argument: bytes, announce: Announce) -> bytes:
+def _look(argument: bytes, channel: Channel) -> bytes:
     """SurveyJob -> _Reply."""
-    announce("survey")
+    channel.announce("survey")
     job = msgspec.json.decode(argument, type=SurveyJob)
     try:
         device = open_device(job.device, job.threads)

@@ -1,4 +1,5 @@
-"""Keeps the float64 truth of a site in a file, for the processes of its variants.
+"""Keeps the float64 truths of a site in files, for the processes of its variants: that of the first
+inputs, and of the last.
 
 Arrays in NumPy's own format and a JSON head; reading executes nothing.
 """
@@ -15,6 +16,7 @@ from resblock_bench.bench.records import Cell, site_of
 
 from .correctness import Truth, checked_cell
 
+FIRST, LAST = "first.npz", "last.npz"
 _HEAD = "head"
 
 
@@ -24,11 +26,11 @@ class _Head(msgspec.Struct, forbid_unknown_fields=True):
     limits: dict[str, float]
 
 
-def truth_path(folder: Path, cell: Cell, seed: int) -> Path:
-    """Where the truth of a cell's site lies in `folder`: the same for all its variants."""
+def truths_folder(folder: Path, cell: Cell, seed: int) -> Path:
+    """Where in `folder` the truths of a cell's site lie: the same for all its variants."""
     site = checked_cell(site_of(cell))
     content = msgspec.json.encode([site, seed], order="deterministic")
-    return folder / f"{hashlib.sha256(content).hexdigest()[:16]}.npz"
+    return folder / hashlib.sha256(content).hexdigest()[:16]
 
 
 def write_truth(path: Path, truth: Truth) -> None:

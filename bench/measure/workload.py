@@ -135,11 +135,31 @@ class Workload:
         self.x = inputs.x.detach().requires_grad_(cell.mode != "inference")
         self.emb = inputs.emb.detach().requires_grad_(cell.mode != "inference")
         self.cotangent = inputs.cotangent
+        self._generator = torch.Generator(device).manual_seed(0)
 
     def reset(self) -> None:
         """Drop all gradients, as the contract has them before a step."""
         for leaf in self.leaves().values():
             leaf.grad = None
+
+    def freshen(self) -> None:
+        """`reset`, and change a number in x: no result of before is right for what comes now."""
+        self.reset()
+        with torch.no_grad():
+            self.x[(0,) * self.x.ndim].neg_()
+
+    def redraw(self) -> None:
+        """Other inputs in the same memory."""
+        with torch.no_grad():
+            for tensor in (self.x, self.emb, self.cotangent):
+                tensor.normal_(generator=self._generator)
+
+    def refill(self, inputs: Inputs) -> None:
+        """These inputs in the same memory."""
+        with torch.no_grad():
+            self.x.copy_(inputs.x)
+            self.emb.copy_(inputs.emb)
+            self.cotangent.copy_(inputs.cotangent)
 
     def step(self) -> Tensor:
         """One step of the cell's mode; what it contains is in STEPS."""
@@ -155,8 +175,11 @@ class Workload:
         """What a training step differentiates by: x, emb and every parameter."""
         return {"x": self.x, "emb": self.emb, **dict(self.block.named_parameters())}
 
-    def results(self) -> dict[str, Tensor]:
-        """One step's output and, in train mode, its gradients as 'grad NAME'."""
+    def results(self, *, copied: bool = False) -> dict[str, Tensor]:
+        """One step's output and, in train mode, its gradients as 'grad NAME'.
+
+        copied   as they are when the step returns, whatever is still being written to them
+        """
         self.reset()
         results = {"out": self.step().detach()}
         if self.mode == "train":
@@ -164,5 +187,7 @@ class Workload:
                 if leaf.grad is None:
                     raise RuntimeError(f"the backward pass left no gradient for {name}")
                 results[f"grad {name}"] = leaf.grad
+        if copied:
+            results = {name: result.clone() for name, result in results.items()}
         self.reset()
         return results

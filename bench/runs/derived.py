@@ -7,7 +7,8 @@ import msgspec
 from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.machine.process import Announce, Processes
+from resblock_bench.bench.machine.channel import Channel
+from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.terminal import say
 
 from .export import export
@@ -44,7 +45,7 @@ def derive(console: Console, folder: Path, formats: Sequence[str], *, plots: boo
         say(console, f"no more tables or figures: {reply.problem}")
 
 
-def _write_derived(argument: bytes, announce: Announce) -> bytes:
+def _write_derived(argument: bytes, channel: Channel) -> bytes:
     from .plots import draw_all
 
     wanted = msgspec.json.decode(argument, type=_Wanted)

@@ -150,7 +150,7 @@ def _parquet_types(kind: inspect.Type) -> tuple[Any, str]:
 def _markdown(run: Run) -> bytes:
     """A table for a comment on a change: a line a cell, then the summary and what went wrong."""
     cells = [
-        [site_name(site), f"{site.dtype} {site.layout} {site.mode}", *variant_line(row, members)]
+        [site_name(site), f"{site.dtype} {site.layout} {site.mode}", *variant_line(row)]
         for site, members in by_site(run.rows).items()
         for row in members
     ]

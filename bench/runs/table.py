@@ -1,5 +1,6 @@
 """The result of a run as a table of at most 100 columns and a one-line summary."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
@@ -7,13 +8,21 @@ from statistics import geometric_mean
 from rich.table import Table
 from rich.text import Text
 
-from resblock_bench.bench.records import Cell, Row, Status, cell_name, site_name, site_of
+from resblock_bench.bench.records import (
+    Cell,
+    Ratio,
+    Row,
+    Status,
+    cell_name,
+    site_name,
+    site_of,
+)
 from resblock_bench.bench.units import format_mib
 
 from .folder import Run
 
 WIDTH = 100
-HEADINGS = ("block, variant", "images/s", "±", "×ref", "floor", "peak MiB", "saved MiB", "error")
+HEADINGS = ("block, variant", "images/s", "±", "×ref ±", "floor", "peak MiB", "saved MiB", "error")
 _STYLES: dict[Status, str] = {
     "ok": "",
     "skipped": "dim",
@@ -34,24 +43,9 @@ def by_site(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
     return groups
 
 
-def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
-    """Throughput over that of the reference in the same checkpoint mode of the same site.
-
-    None unless both are `ok`: a time that is impossible compares with nothing.
-    """
-    peer = next(
-        (
-            other
-            for other in rows
-            if other.axes.impl == "reference" and other.axes.checkpoint == row.axes.checkpoint
-        ),
-        None,
-    )
-    if peer is None or {peer.status, row.status} != {"ok"}:
-        return None
-    if peer.median_ms is None or row.median_ms is None:
-        return None
-    return peer.median_ms / row.median_ms
+def undisturbed(row: Row) -> bool:
+    """Whether the machine did nothing else while the row's block was timed."""
+    return row.conditions is None or not row.conditions.disturbances
 
 
 def results_table(rows: Sequence[Row]) -> Table:
@@ -68,12 +62,12 @@ def results_table(rows: Sequence[Row]) -> Table:
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{count}", style="dim"))
         for row in members:
-            table.add_row(*variant_line(row, members), style=_STYLES[row.status])
+            table.add_row(*variant_line(row), style=_STYLES[row.status])
     return table
 
 
-def variant_line(row: Row, members: Sequence[Row]) -> list[str]:
-    """The cells of a row under HEADINGS; `members` are the rows of its site."""
+def variant_line(row: Row) -> list[str]:
+    """The cells of a row under HEADINGS."""
     name = f"  {row.axes.impl} {row.axes.checkpoint}"
     error = "–"
     if row.correctness is not None:
@@ -81,20 +75,26 @@ def variant_line(row: Row, members: Sequence[Row]) -> list[str]:
         error = "not finite" if worst is None else f"{worst:.1e}"
     if row.status != "ok" or row.throughput_images_per_s is None:
         return [name, row.status, "", "", "", "", "", error]
-    if row.conditions is not None and row.conditions.disturbances:
+    if not undisturbed(row):
         name += " !"
-    ratio = speed_ratio(row, members)
     memory = row.memory
     return [
         name,
         f"{row.throughput_images_per_s:,.1f}",
         _half_width(row),
-        "–" if ratio is None else f"{ratio:.2f}",
+        "–" if row.ratio is None or row.axes.impl == "reference" else ratio_text(row.ratio),
         "–" if row.floor is None or row.floor.share is None else f"{row.floor.share:.0%}",
         "–" if memory is None else format_mib(memory.peak_above_baseline_bytes),
         "–" if memory is None else format_mib(memory.saved_for_backward_bytes),
         error,
     ]
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """With half its interval, such as 1.12 ±0.03."""
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f}"
+    return f"{ratio.value:.2f} ±{(ratio.high - ratio.low) / 2:.2f}"
 
 
 def _half_width(row: Row) -> str:
@@ -115,7 +115,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
 
 def disturbed(rows: Sequence[Row]) -> str | None:
     """How many cells were disturbed while they were timed, with an example; None if none was."""
-    found = [row for row in rows if row.conditions is not None and row.conditions.disturbances]
+    found = [row for row in rows if not undisturbed(row)]
     if not found:
         return None
     sentences = found[0].conditions.disturbances if found[0].conditions is not None else []
@@ -135,25 +135,47 @@ def source_of(run: Run) -> str:
 
 
 def summary(rows: Sequence[Row], planned: int | None = None) -> str:
-    """Counts by status, and how each other implementation stands to the reference.
-
-    The ratio is the geometric mean over the cells that both completed, with its range and how many
-    there should be: a mean alone would hide a loss, and a hole.
-    """
+    """Counts by status, and how each other implementation stands to the reference."""
     counts = Counter(row.status for row in rows)
     text = f"{len(rows)}{'' if planned is None else f' of {planned}'} cells: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
-    ratios: dict[str, list[float | None]] = {}
-    for members in by_site(rows).values():
-        for row in members:
-            if row.axes.impl != "reference":
-                ratios.setdefault(row.axes.impl, []).append(speed_ratio(row, members))
-    for impl, found in ratios.items():
-        values = [ratio for ratio in found if ratio is not None]
-        if values:
-            text += (
-                f"; {impl} runs at {geometric_mean(values):.2f}× the reference "
-                f"({min(values):.2f}–{max(values):.2f} over {len(values)} of {len(found)})"
-            )
+    for impl in dict.fromkeys(row.axes.impl for row in rows if row.axes.impl != "reference"):
+        text += f"; {headline(impl, [row for row in rows if row.axes.impl == impl])}"
     return text + "."
+
+
+def headline(impl: str, rows: Sequence[Row]) -> str:
+    """How many times as fast as the reference in the same mode the implementation is.
+
+    The geometric mean over its variants that were measured and not disturbed, with the interval
+    that follows from theirs, and their range: a mean alone would hide a loss, and a hole.
+    """
+    compared = [row for row in rows if row.ratio is not None]
+    ratios = [row.ratio for row in compared if undisturbed(row) and row.ratio is not None]
+    left_out = len(compared) - len(ratios)
+    if not compared:
+        return f"{impl} compares with no reference"
+    if not ratios:
+        return f"nothing is said of {impl}: all of its {len(rows)} cells were disturbed or failed"
+    values = [ratio.value for ratio in ratios]
+    text = f"{impl} runs at {geometric_mean(values):.2f}× the reference"
+    interval = mean_interval(ratios)
+    if interval is not None:
+        text += f", {interval[0]:.2f}–{interval[1]:.2f} with 95 %"
+    text += f" ({min(values):.2f}–{max(values):.2f} over {len(ratios)} of {len(rows)} cells"
+    return text + (f", {left_out} disturbed ones left out)" if left_out else ")")
+
+
+def mean_interval(ratios: Sequence[Ratio]) -> tuple[float, float] | None:
+    """The interval of the geometric mean of independent ratios; None where one has none.
+
+    On the log scale the half widths add up by their squares.
+    """
+    squares = 0.0
+    for ratio in ratios:
+        if ratio.low is None or ratio.high is None:
+            return None
+        squares += (math.log(ratio.high / ratio.low) / 2) ** 2
+    mean, half = geometric_mean([r.value for r in ratios]), math.sqrt(squares) / len(ratios)
+    return mean * math.exp(-half), mean * math.exp(half)

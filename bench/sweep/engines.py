@@ -1,12 +1,13 @@
-"""Engines carry tasks out: an engine takes cells and yields rows.
+"""Engines carry blocks out: an engine takes a block's tasks, one a variant, and returns their rows.
 
 local   a lane for each visible GPU, or one on the CPU
 ray     the same on the nodes of a Ray cluster (ray_engine.py)
 
-A lane measures one cell after the other on one device, each in a process of its own.
+A lane measures one block after the other on one device.
 """
 
 import queue
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,21 +18,28 @@ from typing import Protocol
 import msgspec
 from msgspec.structs import replace
 
+from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.lockstep.block import measure_block
+from resblock_bench.bench.lockstep.party import Party
+from resblock_bench.bench.machine.channel import Function
 from resblock_bench.bench.machine.gpu_lock import only_user
-from resblock_bench.bench.machine.proc import available_bytes
+from resblock_bench.bench.machine.proc import available_bytes, last_cpus
 from resblock_bench.bench.machine.process import Ending, Processes, ProcessesClosed
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
 from resblock_bench.bench.measure import jobs
-from resblock_bench.bench.measure.cell import Task, reason_of, row_of
+from resblock_bench.bench.measure.cell import CellJob, Task, reason_of, row_of
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.measure.survey import SurveyJob, survey
-from resblock_bench.bench.measure.truth_file import truth_path
-from resblock_bench.bench.records import Environment, Row, Status
+from resblock_bench.bench.measure.truth_file import truths_folder
+from resblock_bench.bench.records import Ceilings, Environment, Row
+
+Block = Sequence[Task]
+"""The variants of a block that are to be measured together."""
 
 
 class Engine(Protocol):
-    """Measures up to `lanes` tasks at a time, on machines like the one that `survey` finds.
+    """Measures up to `lanes` blocks at a time, on machines like the one that `survey` finds.
 
     `close` ends what still runs; its rows are lost. `survey` raises UsageError where the device
     cannot be used.
@@ -42,68 +50,80 @@ class Engine(Protocol):
 
     def survey(self) -> Environment: ...
 
-    def submit(self, task: Task) -> Future[Row]: ...
+    def submit(self, block: Block) -> Future[list[Row]]: ...
 
     def close(self) -> None: ...
 
 
 class Lane:
-    """Turns tasks into rows.
+    """Turns blocks into rows.
 
-    folder      its own, where the truth of the newest site is kept for all its variants
-    limit_s     seconds that a cell may take, and again the truth of its site
+    folder      its own, where the truths of a site are kept for all its variants
+    limit_s     seconds that a cell may take, and again the truths of its site
     gpu         the UUID of the GPU that is this lane's own; None on a CPU
+    cpus        that its processes compute on; none are any
     """
 
     def __init__(
-        self, processes: Processes, folder: Path, *, limit_s: float, gpu: str | None = None
+        self,
+        processes: Processes,
+        folder: Path,
+        *,
+        limit_s: float,
+        gpu: str | None = None,
+        cpus: Sequence[int] = (),
     ) -> None:
-        environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        self._run = partial(processes.run, limit_s=limit_s, environment=environment)
-        self._folder = folder
-        self._limit_s = limit_s
+        self._processes, self._folder, self._limit_s = processes, folder, limit_s
+        self._variables = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         # As PyTorch writes it; a position, by which Ray names a GPU, says nothing here.
         self._uuid = gpu.removeprefix("GPU-") if gpu and gpu.startswith(("GPU-", "MIG-")) else None
-        self._truth: Path | None = None
+        self._cpus = list(cpus)
 
-    def measure(self, task: Task) -> Row:
-        """The row of a task, whatever becomes of its process."""
+    def measure(self, block: Block) -> list[Row]:
+        """The rows of a block, whatever becomes of its processes."""
+        first = block[0]
+        truths = truths_folder(self._folder, first.cell, first.seed)
+        try:
+            job = msgspec.json.encode(CellJob(task=first, truths=str(truths)))
+            ending = self._run(jobs.compute_site_truths, job)
+            problem = jobs.truth_problem(ending, self._limit_s)
+            if problem is not None:
+                output, wall_s = ending.output or None, ending.wall_s
+                return [row_of(task, *problem, output=output, wall_s=wall_s) for task in block]
+            return measure_block(block, partial(self._begin, truths), self._ceilings)
+        except ProcessesClosed:
+            raise
+        except Exception as error:  # no reply is worth the end of a sweep
+            reason = f"its process could not be used: {reason_of(error)}"
+            return [row_of(task, "failed", reason) for task in block]
+        finally:
+            shutil.rmtree(truths, ignore_errors=True)  # they may take gigabytes
+
+    def _begin(self, truths: Path, task: Task) -> Party:
         if task.device == "cpu" and task.memory_limit_bytes is None:
             # What this machine has to give: without a limit its out-of-memory killer decides.
             task = replace(task, memory_limit_bytes=available_bytes())
         if self._uuid is not None:
             task = replace(task, environment=replace(task.environment, gpu_uuid=self._uuid))
-        truth = truth_path(self._folder, task.cell, task.seed)
-        argument = msgspec.json.encode(jobs.CellJob(task, str(truth)))
+        job = CellJob(task=task, truths=str(truths), cpus=self._cpus)
+        return Party(self._processes, job, limit_s=self._limit_s, environment=self._variables)
+
+    def _ceilings(self, task: Task) -> Ceilings | None:
+        """Those of the machine, measured now; None where that fails."""
+        job = SurveyJob(task.device, task.environment.threads)
         try:
-            if truth != self._truth:
-                if self._truth is not None:  # one may take gigabytes
-                    self._truth.unlink(missing_ok=True)
-                    self._truth = None
-                ending = self._run(jobs.compute_site_truth, argument)
-                problem = jobs.truth_problem(ending, self._limit_s)
-                if problem is not None:
-                    return _row_without_timing(task, *problem, ending)
-                self._truth = truth
-            ending = self._run(jobs.measure_cell, argument)
-            if ending.reply is None:
-                return _row_without_timing(task, *ending.problem(self._limit_s), ending)
-            row = msgspec.json.decode(ending.reply, type=Row)
-            overhead_s = max(0.0, ending.wall_s - (row.wall_s or 0.0))
-            output = None if row.status == "ok" else ending.output or None
-            return replace(row, wall_s=ending.wall_s, overhead_s=overhead_s, output=output)
-        except ProcessesClosed:
-            raise
-        except Exception as error:  # no reply is worth the end of a sweep
-            return row_of(task, "failed", f"its process could not be used: {reason_of(error)}")
+            return survey(self._processes, job, self._variables).ceilings
+        except UsageError:
+            return None
 
-
-def _row_without_timing(task: Task, status: Status, reason: str, ending: Ending) -> Row:
-    return row_of(task, status, reason, output=ending.output or None, wall_s=ending.wall_s)
+    def _run(self, function: Function, argument: bytes) -> Ending:
+        return self._processes.run(
+            function, argument, limit_s=self._limit_s, environment=self._variables
+        )
 
 
 class LocalEngine:
-    """This machine. Two cells never share a GPU, also not with another run of this suite.
+    """This machine. Two blocks never share a GPU, also not with another run of this suite.
 
     kind        "cuda" has a lane for each GPU, "cpu" one
     threads     of a cell
@@ -130,7 +150,8 @@ class LocalEngine:
             each: Sequence[str | None] = gpus or (None,)
             for own in each:
                 folder = self._open.enter_context(scratch_folder())
-                self._lanes.put(Lane(self._processes, folder, limit_s=limit_s, gpu=own))
+                cpus = last_cpus(threads) if own is None else ()
+                self._lanes.put(Lane(self._processes, folder, limit_s=limit_s, gpu=own, cpus=cpus))
         except BaseException:
             self._open.close()
             raise
@@ -143,10 +164,10 @@ class LocalEngine:
         """This machine. Raises UsageError where its device cannot be used."""
         return survey(self._processes, self._survey, self._variables)
 
-    def submit(self, task: Task) -> Future[Row]:
+    def submit(self, block: Block) -> Future[list[Row]]:
         """Waits while no lane is free."""
         lane = self._lanes.get()
-        future = self._pool.submit(lane.measure, task)
+        future = self._pool.submit(lane.measure, block)
         future.add_done_callback(lambda _: self._lanes.put(lane))
         return future
 

@@ -1,4 +1,4 @@
-"""Measures on the nodes of a Ray cluster: a cell is a Ray task, and its row is the reply.
+"""Measures on the nodes of a Ray cluster: a block is a Ray task, and its rows are the reply.
 
 What happens on a node is what happens on one machine (ray_node.py). Ray only finds the node, keeps
 other tasks off its GPU or cores, and says when it is lost.
@@ -18,15 +18,16 @@ from msgspec.structs import replace
 from resblock_bench.bench.errors import UsageError, first_line, unknown
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.process import ProcessesClosed
-from resblock_bench.bench.measure.cell import Task, row_of
+from resblock_bench.bench.measure.cell import row_of
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.measure.survey import SurveyJob
 from resblock_bench.bench.records import Environment, Row, Status
 
+from .engines import Block
 from .ray_node import NodeJob, measure_on_node, survey_on_node
 
-_MOST_CELLS = 512  # Each waits in a thread of this process.
+_MOST_BLOCKS = 512  # Each waits in a thread of this process.
 _CANCEL_S = 10.0  # After that, Ray kills what has not ended by itself.
 _ACCELERATOR = "accelerator_type:"
 RAY_SETTINGS = {
@@ -41,7 +42,7 @@ RAY_SETTINGS = {
 class RayEngine:
     """The nodes of a running Ray cluster, each task with a GPU or cores of its own.
 
-    kind          "cuda" takes a GPU for each cell, "cpu" takes `threads` cores
+    kind          "cuda" takes a GPU for each block, "cpu" takes `threads` cores
     threads       of a cell
     limit_s       the time limit of a cell, seconds; waiting for a node does not count
     address       of the cluster; "auto" is the one that this machine belongs to
@@ -79,14 +80,14 @@ class RayEngine:
         except BaseException:
             ray.shutdown()
             raise
-        self._pool = ThreadPoolExecutor(_MOST_CELLS, thread_name_prefix="ray-cell")
+        self._pool = ThreadPoolExecutor(_MOST_BLOCKS, thread_name_prefix="ray-block")
 
     @property
     def lanes(self) -> int:
         """One more than fits now: a node never waits for this process, and a queue is what makes
         a cluster grow that can.
         """
-        return min(self._room() + 1, _MOST_CELLS)
+        return min(self._room() + 1, _MOST_BLOCKS)
 
     def _room(self) -> int:
         return room(self._ray.nodes(), self._kind, self._threads, self._accelerator)
@@ -101,27 +102,27 @@ class RayEngine:
         # The rows say which node measured them; the run goes by one name, whichever node this is.
         return replace(msgspec.json.decode(reply, type=Environment), machine=machine_name())
 
-    def submit(self, task: Task) -> Future[Row]:
-        return self._pool.submit(self._row, task)
+    def submit(self, block: Block) -> Future[list[Row]]:
+        return self._pool.submit(self._rows, block)
 
-    def _row(self, task: Task) -> Row:
+    def _rows(self, block: Block) -> list[Row]:
         exceptions = self._ray.exceptions
-        job = NodeJob(code_fingerprint(), self._limit_s, msgspec.Raw(msgspec.json.encode(task)))
+        job = NodeJob(code_fingerprint(), self._limit_s, msgspec.Raw(msgspec.json.encode(block)))
         losses: list[str] = []
         while len(losses) < 2:
             try:
                 reply = self._call(measure_on_node, msgspec.json.encode(job))
-                return msgspec.json.decode(reply, type=Row)
+                return msgspec.json.decode(reply, type=list[Row])
             except exceptions.TaskCancelledError:
                 raise
             except exceptions.RayTaskError as error:
-                return _row_without_node(task, "failed", _cause(error))
+                return _rows_without_node(block, "failed", _cause(error))
             except exceptions.OutOfMemoryError as error:
-                return _row_without_node(task, "oom", f"ended by Ray: {_cause(error)}")
+                return _rows_without_node(block, "oom", f"ended by Ray: {_cause(error)}")
             except exceptions.RayError as error:
                 losses.append(_cause(error))
         reason = f"its node or worker was lost twice: {'; then '.join(losses)}"
-        return _row_without_node(task, "crashed", reason)
+        return _rows_without_node(block, "crashed", reason)
 
     def _call(self, function: Callable[[bytes], bytes], argument: bytes) -> bytes:
         """Run `function` on a node. A second try is made by `_row`, not by Ray, so that a want of
@@ -158,7 +159,7 @@ class RayEngine:
 def room(
     nodes: Iterable[Mapping[str, Any]], kind: Kind, threads: int, accelerator: str | None
 ) -> int:
-    """How many cells the nodes that live can take at once; `nodes` are those of ray.nodes()."""
+    """How many blocks the nodes that live can take at once; `nodes` are those of ray.nodes()."""
     total = 0
     for node in nodes:
         resources = node["Resources"] if node["Alive"] else {}
@@ -238,14 +239,17 @@ def _cause(error: Exception) -> str:
     return str(inner) if isinstance(inner, UsageError) else first_line(inner)
 
 
-def _row_without_node(task: Task, status: Status, reason: str) -> Row:
-    """A row for a task of which no node has told anything: not this machine's name, either."""
-    return row_of(
-        task,
-        status,
-        reason,
-        device_name="unknown",
-        device_uuid=None,
-        host="unknown",
-        versions=dict.fromkeys(task.environment.versions),
-    )
+def _rows_without_node(block: Block, status: Status, reason: str) -> list[Row]:
+    """Rows for a block of which no node has told anything: not this machine's name, either."""
+    return [
+        row_of(
+            task,
+            status,
+            reason,
+            device_name="unknown",
+            device_uuid=None,
+            host="unknown",
+            versions=dict.fromkeys(task.environment.versions),
+        )
+        for task in block
+    ]

@@ -1,15 +1,13 @@
-"""What a node of a Ray cluster does for a cell: the same as one machine does for its own cells.
+"""What a node of a Ray cluster does for a block: the same as one machine does for its own.
 
 These functions run in a Ray worker, which itself never touches the device. JSON in, JSON out.
 """
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from types import ModuleType
 
 import msgspec
 from msgspec.structs import replace
@@ -31,22 +29,23 @@ _POLL_S = 0.2
 
 
 class NodeJob(msgspec.Struct):
-    """A task for a node. It is decoded once the node is known to have the same `code`."""
+    """A block for a node. Its tasks are decoded once the node is known to have the same `code`."""
 
     code: str
     limit_s: float
-    task: msgspec.Raw
+    tasks: msgspec.Raw
 
 
 def measure_on_node(argument: bytes) -> bytes:
-    """NodeJob -> Row. Raises UsageError where this node cannot measure the cell."""
+    """NodeJob -> rows. Raises UsageError where this node cannot measure the block."""
     job = msgspec.json.decode(argument, type=NodeJob)
     if job.code != code_fingerprint():
         raise UsageError(
             f"the node {machine_name()} has other code ({code_fingerprint()}) than the run "
             f"({job.code}): install the same version of resblock-bench on every node"
         )
-    task = msgspec.json.decode(job.task, type=Task)
+    tasks = msgspec.json.decode(job.tasks, type=list[Task])
+    task = tasks[0]
 
     def measure(processes: Processes) -> bytes:
         # The ceilings of a run are measured once, by its own survey.
@@ -57,14 +56,13 @@ def measure_on_node(argument: bytes) -> bytes:
         # Without a shared file system the run's folder is not here.
         run_folder = task.folder if task.folder and Path(task.folder).is_dir() else None
         gpu = os.environ["CUDA_VISIBLE_DEVICES"] if task.device == "cuda" else None
+        block = [replace(each, environment=own, folder=run_folder) for each in tasks]
         with contextlib.ExitStack() as stack:
             if own.gpu_uuid is not None and gpu is not None:
                 stack.enter_context(only_user(own.gpu_uuid))
-            lane = Lane(
-                processes, stack.enter_context(scratch_folder()), limit_s=job.limit_s, gpu=gpu
-            )
-            row = lane.measure(replace(task, environment=own, folder=run_folder))
-            return msgspec.json.encode(row)
+            folder = stack.enter_context(scratch_folder())
+            lane = Lane(processes, folder, limit_s=job.limit_s, gpu=gpu)
+            return msgspec.json.encode(lane.measure(block))
 
     return _with_processes(measure)
 
@@ -95,7 +93,7 @@ def _with_processes(work: Callable[[Processes], bytes]) -> bytes:
     it waits for a process.
     """
     processes = Processes()
-    with _without_main_module(), ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
         result = thread.submit(work, processes)
         try:
             while not wait([result], timeout=_POLL_S).done:
@@ -103,14 +101,3 @@ def _with_processes(work: Callable[[Processes], bytes]) -> bytes:
         finally:
             processes.close()
         return result.result()
-
-
-@contextlib.contextmanager
-def _without_main_module() -> Iterator[None]:
-    """A process imports its parent's main module; a worker's is Ray's, and no cell's business."""
-    own = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = own

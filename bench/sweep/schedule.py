@@ -1,6 +1,6 @@
-"""From tasks to rows, whatever engine measures them, as a lazy iterator.
+"""From tasks to rows, whatever engine measures them, block by block, as a lazy iterator.
 
-What is decided here needs no measurement: which cell comes next, that the time budget is spent,
+What is decided here needs no measurement: which block comes next, that the time budget is spent,
 that a cell is larger than one of its series which ran out of memory.
 """
 
@@ -12,9 +12,9 @@ import msgspec
 
 from resblock_bench.bench.measure.cell import Task, row_of
 from resblock_bench.bench.measure.workload import unsupported
-from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row, cell_name
+from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row, cell_name, site_of
 
-from .engines import Engine
+from .engines import Block, Engine
 
 _SIZES = ("batch", "resolution", "channels", "out_channels")
 
@@ -50,48 +50,60 @@ def _is_larger(cell: Cell, other: Cell) -> bool:
     return msgspec.structs.replace(cell, **same, model=other.model) == other
 
 
-def run_tasks(
-    tasks: Iterable[Task],
+def blocks_of(tasks: Iterable[Task]) -> list[list[Task]]:
+    """The tasks of each block, in the order in which the blocks come first."""
+    blocks: dict[Cell, list[Task]] = {}
+    for task in tasks:
+        blocks.setdefault(site_of(task.cell), []).append(task)
+    return list(blocks.values())
+
+
+def run_blocks(
+    blocks: Iterable[Block],
     engine: Engine,
     *,
     oom: OomRecord | None,
-    began: Callable[[Cell], None] = lambda cell: None,
+    began: Callable[[Block], None] = lambda block: None,
     budget_s: float | None = None,
-    running: dict[Future[Row], Task] | None = None,
+    running: dict[Future[list[Row]], Block] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Row]:
-    """The rows of `tasks` as they end.
+    """The rows of `blocks` as these end.
 
     oom         None tries every cell
-    began       told of each cell that an engine takes
-    budget_s    seconds after which no further cell is begun; those under way end
+    began       told of each block that an engine takes
+    budget_s    seconds after which no further block is begun; those under way end
     running     filled with what is under way, for who ends the iteration early
     """
     started = clock()
-    queue = iter(tasks)
+    queue = iter(blocks)
     running = {} if running is None else running
     while True:
         while len(running) < engine.lanes:
             if budget_s is not None and clock() - started >= budget_s:
                 break
-            task = next(queue, None)
-            if task is None:
+            block = next(queue, None)
+            if block is None:
                 break
-            reason = unsupported(task.cell)
-            if reason is None and oom is not None:
-                reason = oom.verdict(task.cell)
-            if reason is not None:
-                yield row_of(task, "skipped", reason)
-                continue
-            began(task.cell)
-            running[engine.submit(task)] = task
+            possible = []
+            for task in block:
+                reason = unsupported(task.cell)
+                if reason is None and oom is not None:
+                    reason = oom.verdict(task.cell)
+                if reason is None:
+                    possible.append(task)
+                else:
+                    yield row_of(task, "skipped", reason)
+            if possible:
+                began(possible)
+                running[engine.submit(possible)] = possible
         if not running:
             return
         done, _ = wait(running, return_when=FIRST_COMPLETED)
-        # One at a time: the others stay in `running` while this row is handed out.
+        # One at a time: while its rows are handed out, it stays in `running` with the others.
         future = done.pop()
-        row = future.result()
+        for row in future.result():
+            if oom is not None:
+                oom.note(row)
+            yield row
         del running[future]
-        if oom is not None:
-            oom.note(row)
-        yield row

@@ -17,15 +17,22 @@ from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.progress import TaskProgress
-from resblock_bench.bench.records import OOM_EXPECTED, Environment, Row, cell_name
+from resblock_bench.bench.records import (
+    OOM_EXPECTED,
+    Environment,
+    Row,
+    cell_name,
+    site_name,
+    variant_name,
+)
 from resblock_bench.bench.runs import table
 from resblock_bench.bench.runs.derived import derive
 from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
 
-from .engines import Engine, LocalEngine
+from .engines import Block, Engine, LocalEngine
 from .ray_engine import RayEngine
-from .schedule import OomRecord, run_tasks
+from .schedule import OomRecord, blocks_of, run_blocks
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,12 @@ def carry_out(request: SweepRequest, console: Console) -> int:
         rows = _rows_of(tasks, run)
         todo = missing(tasks, rows, retry=request.retry, ignore_oom=request.ignore_oom)
         if request.budget_s is not None and request.resume:
-            todo.sort(key=lambda task: weight(task.cell, task.multiplicity), reverse=True)
-        say(console, _begin_line(tasks, todo, rows, run))
+            todo.sort(key=lambda block: weight(block[0].cell, block[0].multiplicity), reverse=True)
+        count = sum(map(len, todo))
+        say(console, _begin_line(tasks, count, rows, run))
         oom = None if request.ignore_oom else OomRecord(rows.values())
         ending = _measure_all(request, todo, engine, oom, run, console)
-        left = len(todo) - (len(run.attempts) - earlier)
+        left = count - (len(run.attempts) - earlier)
         if ending is None and left:
             ending = "stopped, since the time budget is spent"
         found = list(_rows_of(tasks, run).values())
@@ -177,21 +185,21 @@ def _show_predicted(rows: list[Row], found: Environment, console: Console) -> No
 
 def _measure_all(
     request: SweepRequest,
-    todo: Sequence[Task],
+    todo: Sequence[Block],
     engine: Engine,
     oom: OomRecord | None,
     run: Run,
     console: Console,
 ) -> str | None:
     """Why the sweep ended before its last cell, or None."""
-    running: dict[Future[Row], Task] = {}
+    running: dict[Future[list[Row]], Block] = {}
     try:
-        with TaskProgress(console, len(todo)) as progress:
-            rows = run_tasks(
+        with TaskProgress(console, sum(map(len, todo))) as progress:
+            rows = run_blocks(
                 todo,
                 engine,
                 oom=oom,
-                began=lambda cell: progress.begin(cell_name(cell)),
+                began=lambda block: progress.begin(_block_name(block)),
                 budget_s=request.budget_s,
                 running=running,
             )
@@ -202,10 +210,12 @@ def _measure_all(
                     return f"stopped, since {run.folder} cannot be written ({error.strerror})"
                 progress.finish(_finished(row))
     except KeyboardInterrupt:
-        # Several lanes may have ended cells whose rows were not handed out yet.
+        # Several lanes may have ended blocks whose rows were not all handed out yet.
         for future in [future for future in running if future.done() and not future.exception()]:
-            with suppress(OSError):
-                run.append(future.result())
+            for row in future.result():
+                if row not in run.attempts:
+                    with suppress(OSError):
+                        run.append(row)
         return "interrupted"
     return None
 
@@ -217,33 +227,47 @@ def _finished(row: Row) -> str:
     return f"{cell_name(row.axes)}: {result}"
 
 
+def _block_name(block: Block) -> str:
+    cell = block[0].cell
+    variants = ", ".join(variant_name(task.cell) for task in block)
+    return f"{site_name(cell)} {cell.dtype} {cell.layout} {cell.mode}: {variants}"
+
+
 def missing(
     tasks: Iterable[Task], rows: Mapping[str, Row], *, retry: bool, ignore_oom: bool
-) -> list[Task]:
-    """The tasks that have no row yet, by id; those to be tried again as a further attempt.
+) -> list[list[Task]]:
+    """Of each block that lacks a row, what is to be measured: with what it lacks all that was
+    measured, since only rows of the same rounds compare. Whatever has a row is a further attempt.
 
-    retry        whatever has no measurement, but for what ran out of memory
-    ignore_oom   what ran out of memory, or was skipped since a smaller cell did
+    retry        whatever has no measurement is lacking, but for what ran out of memory
+    ignore_oom   and what ran out of memory, or was skipped since a smaller cell did
     """
-    todo = []
-    for task in tasks:
+
+    def lacking(task: Task) -> bool:
         row = rows.get(id_of(task))
         if row is None:
-            todo.append(task)
-            continue
+            return True
         no_memory = row.status == "oom" or (row.reason or "").startswith(OOM_EXPECTED)
-        again = ignore_oom if no_memory else retry and row.status != "ok"
-        if again:
-            todo.append(replace(task, attempt=row.attempt + 1))
+        return ignore_oom if no_memory else retry and row.status != "ok"
+
+    todo: list[list[Task]] = []
+    for block in blocks_of(tasks):
+        if not any(map(lacking, block)):
+            continue
+        todo.append([])
+        for task in block:
+            row = rows.get(id_of(task))
+            if row is None:
+                todo[-1].append(task)
+            elif row.status == "ok" or lacking(task):
+                todo[-1].append(replace(task, attempt=row.attempt + 1))
     return todo
 
 
-def _begin_line(
-    tasks: Sequence[Task], todo: Sequence[Task], rows: Mapping[str, Row], run: Run
-) -> str:
+def _begin_line(tasks: Sequence[Task], todo: int, rows: Mapping[str, Row], run: Run) -> str:
     found = run.environment
     name = (found.gpu if run.plan.device == "cuda" else found.cpu) or "CPU"
-    text = f"{len(todo)} cells on {name} into {run.folder}"
+    text = f"{todo} cells on {name} into {run.folder}"
     if run.attempts:
         text += f", which has {len(rows)} of {len(tasks)}"
     others = len({row.id for row in run.attempts} - rows.keys())

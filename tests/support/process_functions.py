@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,31 @@ import torch
 
 from resblock_bench.bench.gate import memory as check_memory
 from resblock_bench.bench.gate.accuracy_cases import AccuracyCase, Errors
+from resblock_bench.bench.machine.channel import Channel
 from resblock_bench.bench.records import Cell, Memory
 from resblock_bench.kernels import blocks
 from resblock_bench.kernels.dispatch import Backend
 
-Announce = Callable[[str], None]
 
 
-def echo(argument: bytes, announce: Announce) -> bytes:
-    announce("echoing")
+def echo(argument: bytes, channel: Channel) -> bytes:
+    channel.announce("echoing")
     return argument + str(os.getpid()).encode()
 
 
-def environment(argument: bytes, announce: Announce) -> bytes:
+def environment(argument: bytes, channel: Channel) -> bytes:
     return os.environ.get(argument.decode(), "absent").encode()
 
 
-def state(argument: bytes, announce: Announce) -> bytes:
+def state(argument: bytes, channel: Channel) -> bytes:
     """Whether the process began warm and clean."""
     threads = Path("/proc/self/status").read_text().split("Threads:")[1].split()[0]
     warm = "resblock_bench.bench.measure.cell" in sys.modules
     return f"{warm} {torch.cuda.is_initialized()} {threads}".encode()
 
 
-def hang(argument: bytes, announce: Announce) -> bytes:
-    announce("hanging")
+def hang(argument: bytes, channel: Channel) -> bytes:
+    channel.announce("hanging")
     print("I hang", flush=True)
     if os.fork() == 0:  # and so does what it started
         time.sleep(1000)
@@ -46,22 +45,22 @@ def hang(argument: bytes, announce: Announce) -> bytes:
     return b""
 
 
-def print_much(argument: bytes, announce: Announce) -> bytes:
+def print_much(argument: bytes, channel: Channel) -> bytes:
     print("x" * 1_000_000 + " the end", flush=True)
     return b"done"
 
 
-def fail(argument: bytes, announce: Announce) -> bytes:
-    announce("failing")
+def fail(argument: bytes, channel: Channel) -> bytes:
+    channel.announce("failing")
     raise ValueError("no good")
 
 
-def end_by_signal(argument: bytes, announce: Announce) -> bytes:
+def end_by_signal(argument: bytes, channel: Channel) -> bytes:
     os.kill(os.getpid(), int(argument))
     return b""
 
 
-def large_reply(argument: bytes, announce: Announce) -> bytes:
+def large_reply(argument: bytes, channel: Channel) -> bytes:
     return b"r" * int(argument)
 
 

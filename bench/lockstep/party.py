@@ -1,0 +1,122 @@
+"""A variant's process as seen by who gives the turns: opened, asked for bursts, ended."""
+
+import time
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from resblock_bench.bench.machine.process import Process, Processes
+from resblock_bench.bench.measure import orders
+from resblock_bench.bench.measure.cell import CellJob, row_of
+from resblock_bench.bench.measure.jobs import measure_cell
+from resblock_bench.bench.records import Row, StopRule
+
+CLOCK_FACTOR, CLOCK_MS = 3.0, 2.0
+"""What a step may take from outside: so many times what it says, and so much more for the work
+around it."""
+A = TypeVar("A", orders.Ready, orders.Samples, orders.Counters)
+
+
+class Ended(Exception):
+    """A party that takes no more turns; its row says why."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row.reason)
+        self.row = row
+
+
+class Party:
+    """A cell's process. Only one of those on a device computes at a time: who opens or asks waits.
+
+    limit_s       what it may take in all, seconds; the turns of others do not count
+    environment   variables of the process
+
+    `open` comes first, `finish` last; each raises Ended where the process comes to its end before.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        job: CellJob,
+        *,
+        limit_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.task = job.task
+        self._limit_s = limit_s
+        self._used_s = 0.0
+        self._said_ms = self._seen_ms = 0.0
+        self._steps = 0
+        began = time.monotonic()
+        argument = msgspec.json.encode(job)
+        self._process: Process = processes.start(measure_cell, argument, environment=environment)
+        self._used_s += time.monotonic() - began
+
+    def open(self) -> None:
+        """Wait until it is checked, its memory measured, and warm."""
+        self._answer(orders.Ready)
+
+    def burst(self, seconds: float, most: int | None = None) -> list[float]:
+        """Samples in milliseconds, of inputs not seen before."""
+        self._ask(orders.Redraw(), orders.Ready)
+        before = self._used_s
+        samples = self._ask(orders.Burst(seconds, most), orders.Samples).samples_ms
+        self._seen_ms += 1e3 * (self._used_s - before)
+        self._said_ms += sum(samples)
+        self._steps += len(samples) + 1  # the first after others' turns is not told
+        return samples
+
+    def read(self) -> orders.Counters:
+        """The machine's counters, as the process sees them."""
+        return self._ask(orders.Read(), orders.Counters)
+
+    def finish(self, stop_rule: StopRule) -> Row:
+        """Have the last results checked; the row, which says nothing of the machine or of others."""
+        self._process.send(msgspec.json.encode(orders.Finish(stop_rule)))
+        row = self._end()
+        claimed = CLOCK_FACTOR * self._said_ms + CLOCK_MS * self._steps
+        if row.status == "ok" and self._seen_ms > claimed:
+            reason = (
+                f"its samples add up to {self._said_ms:.3g} ms and took {self._seen_ms:.3g} ms by "
+                "another process's clock: its own is not to be trusted"
+            )
+            return replace(row, status="impossible", reason=reason)
+        return row
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.finish()
+
+    def _ask(self, order: orders.Order, expected: type[A]) -> A:
+        self._process.send(msgspec.json.encode(order))
+        return self._answer(expected)
+
+    def _answer(self, expected: type[A]) -> A:
+        began = time.monotonic()
+        message = self._process.receive(self._limit_s - self._used_s)
+        self._used_s += time.monotonic() - began
+        if message is None:
+            raise Ended(self._end())
+        answer = msgspec.json.decode(message, type=orders.Answer)
+        assert isinstance(answer, expected), answer
+        return answer
+
+    def _end(self) -> Row:
+        """Its row, whatever became of it."""
+        ending = self._process.finish(max(0.0, self._limit_s - self._used_s))
+        if ending.reply is None:
+            status, reason = ending.problem(self._limit_s)
+            output = ending.output or None
+            return row_of(self.task, status, reason, output=output, wall_s=self._used_s)
+        row = msgspec.json.decode(ending.reply, type=Row)
+        own_s = row.wall_s or 0.0
+        output = None if row.status == "ok" else ending.output or None
+        return replace(
+            row,
+            wall_s=max(self._used_s, own_s),
+            overhead_s=max(0.0, self._used_s - own_s),
+            output=output,
+        )
