@@ -59,10 +59,10 @@ class Calibration(Record, frozen=True, kw_only=True):
     tolerance: Tolerance
     cells: Annotated[list[CellNoise], Meta(min_length=1)]
 
-    def spread_of(self, cell: Cell) -> float:
+    def noise_of(self, cell: Cell) -> CellNoise:
         """That of the cell, or the largest of any where it was not calibrated."""
-        own = [noise.spread for noise in self.cells if noise.cell == cell]
-        return own[0] if own else max(noise.spread for noise in self.cells)
+        own = [noise for noise in self.cells if noise.cell == cell]
+        return own[0] if own else max(self.cells, key=lambda noise: noise.spread)
 
 
 def noise_of(cell: Cell, rounds: Sequence[Round], disturbed: int) -> CellNoise:

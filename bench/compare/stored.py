@@ -1,13 +1,15 @@
-"""Verdicts on run folders, which were not measured in pairs but with one process a cell.
+"""Verdicts on run folders, which have one process a cell.
 
     plain       head / base, cell by cell, on one machine
     relative    (fused / reference of head) / (fused / reference of base), across machines
     within      fused / reference of one run
 
-Processes taken apart share no drift that could cancel, and one shows no spread: that which was
-calibrated on the machine stands in; see verdict.unpaired.
+The variants of a run's block took turns, so their ratio has an interval. Two runs share no drift
+that could cancel, and one process shows no spread of processes: those which were calibrated on the
+machine stand in.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +17,19 @@ from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
+from scipy.special import ndtri
 
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine.environment import difference
-from resblock_bench.bench.records import Cell, Contract, Environment, Record, Status, cell_name
+from resblock_bench.bench.records import (
+    Cell,
+    Contract,
+    Environment,
+    Record,
+    Row,
+    Status,
+    cell_name,
+)
 from resblock_bench.bench.runs.folder import read_run
 
 from .calibration import Calibration
@@ -32,6 +43,7 @@ class Stored(Record, frozen=True, kw_only=True):
     name       the path as it was given
     expected   every cell that was to be measured
     median_ms  of each cell that was
+    ratios     of each that took turns with its reference, what their rounds say
     missing    of each cell that was not, the status and reason
     disturbed  of each cell whose process does not count, what disturbed it
     contract   the fields of its timing contract by name
@@ -41,6 +53,7 @@ class Stored(Record, frozen=True, kw_only=True):
     environment: Environment
     expected: list[Cell]
     median_ms: dict[Cell, float]
+    ratios: dict[Cell, Estimate]
     missing: dict[Cell, tuple[Status, str]]
     disturbed: dict[Cell, str]
     contract: dict[str, object]
@@ -54,6 +67,7 @@ def load(folder: Path) -> Stored:
     median_ms: dict[Cell, float] = {}
     missing: dict[Cell, tuple[Status, str]] = {}
     disturbed: dict[Cell, str] = {}
+    ratios: dict[Cell, Estimate] = {}
     contracts = [_fields(row.contract) for row in run.rows]
     for row in run.rows:
         disturbances = row.conditions.disturbances if row.conditions is not None else []
@@ -63,6 +77,9 @@ def load(folder: Path) -> Stored:
             disturbed[row.axes] = disturbances[0]
         else:
             median_ms[row.axes] = row.median_ms
+            estimate = _of_rounds(row)
+            if estimate is not None:
+                ratios[row.axes] = estimate
     if not contracts:
         raise InvalidError(
             f"{folder} holds no whole row: go on with 'resblock-bench run --resume --output "
@@ -78,9 +95,22 @@ def load(folder: Path) -> Stored:
         environment=run.environment,
         expected=expected,
         median_ms=median_ms,
+        ratios=ratios,
         missing=missing,
         disturbed=disturbed,
         contract=contracts[0],
+    )
+
+
+def _of_rounds(row: Row) -> Estimate | None:
+    """log(own / reference) by the row's ratio; None where that has no interval."""
+    ratio, rounds = row.ratio, row.rounds
+    if ratio is None or ratio.low is None or ratio.high is None or not rounds or not row.median_ms:
+        return None
+    half, quantile = math.log(ratio.high / ratio.low) / 2, ndtri((1 + row.contract.confidence) / 2)
+    reference_ms = row.median_ms * ratio.value
+    return Estimate(
+        -math.log(ratio.value), half / quantile, len(rounds) - 1, reference_ms, row.median_ms
     )
 
 
@@ -214,8 +244,15 @@ def _pair(
     if problems:
         return max(problems, key=_weight)
     base_ms, head_ms = (stored.median_ms[wanted] for stored, wanted in sides)
-    spread = None if calibration is None else calibration.spread_of(cell)
-    return _Pair(cell, unpaired(base_ms, head_ms, spread), base_ms, head_ms, (1, 1))
+    if base is head:
+        estimate = base.ratios.get(head_cell)
+        if estimate is not None and calibration is not None:
+            spread = calibration.noise_of(cell).pair_spread
+            estimate = dataclasses.replace(estimate, error=math.hypot(estimate.error, spread))
+    else:
+        known = None if calibration is None else calibration.noise_of(cell).spread
+        estimate = unpaired(base_ms, head_ms, known)
+    return _Pair(cell, estimate, base_ms, head_ms, (1, 1))
 
 
 def _problem(cell: Cell, stored: Stored, wanted: Cell, *, at_base: bool) -> _Pair | None:

@@ -73,7 +73,7 @@ class Party:
         return self._ask(orders.Read(), orders.Counters)
 
     def finish(self, stop_rule: StopRule) -> Row:
-        """Have the last results checked; the row, which says nothing of the machine or of others."""
+        """Have the last results checked; the row, without what only others know."""
         self._process.send(msgspec.json.encode(orders.Finish(stop_rule)))
         row = self._end()
         claimed = CLOCK_FACTOR * self._said_ms + CLOCK_MS * self._steps

@@ -11,7 +11,8 @@ PHASE, MESSAGE, REPLY = b"P", b"M", b"R"
 class Channel:
     """The end that the process holds; `file` is the number of its socket.
 
-    What it waits for raises EOFError once nobody holds the other end. `waited_s` is how long it did.
+    What it waits for raises EOFError once nobody holds the other end. `waited_s` is how long it
+    has waited for messages.
     """
 
     def __init__(self, file: int) -> None:

@@ -9,6 +9,7 @@ it starts in milliseconds and yet clean. Functions are named, arguments are byte
 unpickled. The server ends when the other end of its socket is closed.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -119,10 +120,8 @@ def _reap(ends: dict[int, int]) -> None:
 
 
 def _tell(end: int, number: int) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
         os.write(end, number.to_bytes(COUNT, "little", signed=True))
-    except BrokenPipeError:  # nobody waits for it any more
-        pass
 
 
 def _live(request: Request, channel: int, output: int, server: int) -> NoReturn:

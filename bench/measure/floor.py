@@ -62,8 +62,8 @@ def _timed(
 
 
 def judged(row: Row, ceilings: Ceilings) -> Row:
-    """A row that is `ok`, held against ceilings: with its floor by these, and maybe `impossible`."""
-    if row.floor is None or row.median_ms is None or row.samples_ms is None:
+    """A row held against ceilings: with its floor by these, and maybe `impossible`."""
+    if row.status != "ok" or row.floor is None or row.median_ms is None or row.samples_ms is None:
         return row
     floor = _timed(row.floor.bytes, row.floor.flops, row.axes, ceilings, row.median_ms)
     reason = impossible(floor, ceilings, row.median_ms, min(row.samples_ms))
