@@ -111,7 +111,7 @@ def _rounds(
 ) -> StopRule:
     """Take rounds until the rule stops them; says what did."""
     until = clock() + rule.max_time_s * len(turns.bursts)
-    longest = max(rule.min_samples, math.ceil(rule.max_samples / BURSTS))
+    longest = math.ceil(rule.max_samples / BURSTS)
 
     def taken(party: Party) -> int:
         return sum(map(len, turns.bursts[party]))
