@@ -231,8 +231,8 @@ class Row(Record, frozen=True, kw_only=True):
     `ratio` compares with the reference in the same checkpoint mode, `ratio_to_none` with the
     reference without checkpointing, where the block has them. `ci_low_ms, ci_high_ms` is the
     distribution-free confidence interval of the median; `outliers` counts the samples outside
-    Tukey's fences, none of which is removed. The `graph_` figures are those of a CUDA graph's replay
-    of the same step.
+    Tukey's fences, none of which is removed. The `graph_` figures are those of the same step's
+    replay by a CUDA graph.
     `wall_s` is all that the cell took, `overhead_s` the part of it spent on starting and ending its
     process. `attempt` counts from 1; of the attempts at a cell the last one stands. `output` is the
     end of what the process of a cell that failed printed; `snapshot` a file in the run folder for

@@ -5,6 +5,7 @@ every checkpoint mode also has a marker of its own.
 """
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -12,8 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only; must precede pyplot
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from resblock_bench.bench.records import Cell
 
@@ -89,6 +92,16 @@ def marker_of(impl: str, impls: Sequence[str]) -> str:
 
 def handle(label: str, colour: str, marker: str) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
+
+
+def plain_log(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a log axis that reaches from `low` to `high`, and enough of them."""
+    span = math.log10(high / low)
+    ticks = (1, 1.5, 2, 3, 5, 7) if span < 0.9 else (1, 2, 5) if span < 1.8 else (1,)
+    axis.set_major_locator(LogLocator(subs=ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def finish(
