@@ -334,8 +334,11 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
                 case orders.Burst(seconds, most):
                     if bursts and len(bursts[-1]) > 1:
                         sampler.sample_ms()  # what the others' turns have left is no part of one
+                    before = probe.energy_j()
                     bursts.append(list(islice(sampler.burst(seconds), most)))
-                    answer = orders.Samples(bursts[-1])
+                    after = probe.energy_j()
+                    energy = None if before is None or after is None else max(0.0, after - before)
+                    answer = orders.Samples(bursts[-1], energy)
                 case orders.Read():
                     answer = orders.Counters(probe.source, probe.read())
                 case orders.Finish(stop_rule):
