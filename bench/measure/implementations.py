@@ -164,6 +164,11 @@ _OFFERS = {
 IMPLEMENTATIONS.update({name: _offered(point) for name, point in _OFFERS.items()})
 
 
+def module_offering(name: str) -> str | None:
+    """The module of another package in which an implementation is; None for this project's own."""
+    return _OFFERS[name].module if name in _OFFERS else None
+
+
 def packages_of(name: str) -> tuple[str, ...]:
     """The packages that hold an implementation's code."""
     if name in _OFFERS:

@@ -26,7 +26,7 @@ from resblock_bench.bench.checkout import checkout_around
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.environment import difference
-from resblock_bench.bench.records import SCHEMA_VERSION, Environment, Row, cell_id
+from resblock_bench.bench.records import SCHEMA_VERSION, Cell, Contract, Environment, Row, cell_id
 
 CELLS = "cells.jsonl"
 PLAN = "plan.json"
@@ -56,9 +56,16 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        """Of each cell the last attempt, in the order in which the cells were first measured."""
-        # Whatever code measured it: the last row counts.
-        return list({(row.axes, row.contract): row for row in self.attempts}.values())
+        """Of each cell the last attempt, in the order in which the cells were first measured.
+
+        Whatever code measured it; but a cell that was skipped hides no measurement.
+        """
+        found: dict[tuple[Cell, Contract], Row] = {}
+        for row in self.attempts:
+            before = found.setdefault((row.axes, row.contract), row)
+            if row.status != "skipped" or before.status != "ok":
+                found[row.axes, row.contract] = row
+        return list(found.values())
 
     def go_on(self, plan: Plan, found: Environment) -> str | None:
         """Continue on this machine with the cells of `plan`; returns what was mended of the rows.

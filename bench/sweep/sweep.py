@@ -15,7 +15,6 @@ from resblock_bench.bench.grid.grid import weight
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
-from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import (
     OOM_EXPECTED,
@@ -272,10 +271,7 @@ def _begin_line(tasks: Sequence[Task], todo: int, rows: Mapping[str, Row], run: 
         text += f", which has {len(rows)} of {len(tasks)}"
     others = len({row.id for row in run.attempts} - rows.keys())
     if others:
-        text += (
-            f"; {others} rows there were measured by other code (this is {code_fingerprint()}) "
-            "and do not count"
-        )
+        text += f"; {others} rows there were measured by other code and do not count"
     return text
 
 
