@@ -33,7 +33,7 @@ from resblock_bench.bench.units import format_duration
 
 from .channel import PHASE, REPLY, Function
 from .proc import oom_kills
-from .server import COUNT, Request, Settings
+from .server import COUNT, Request, Setup
 
 OUTPUT_BYTES = 16 * 1024
 """How much of what a process prints is kept."""
@@ -41,10 +41,10 @@ _PRELOAD = "resblock_bench.bench.measure.preload"
 # Before anything is imported, since the path decides what is.
 _CODE = """
 import json, sys
-settings = json.loads(sys.argv[1])
-sys.path[:] = [*settings["path"], *filter(None, sys.path)]
-from resblock_bench.bench.machine.server import Settings, main
-main(Settings(**settings))
+setup = json.loads(sys.argv[1])
+sys.path[:] = [*setup["path"], *filter(None, sys.path)]
+from resblock_bench.bench.machine.server import Setup, main
+main(Setup(**setup))
 """
 _START_S = 300.0
 _EXIT_S = 10.0  # A process that has replied may take this long to end.
@@ -166,11 +166,11 @@ class Server:
             before = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
             path = [str(entry) for entry in [*self._paths, *map(os.path.abspath, before)]]
             inherited = {"PYTHONPATH": os.pathsep.join(path)}
-        settings = Settings(other.fileno(), path, _PRELOAD)
+        setup = Setup(other.fileno(), path, _PRELOAD)
         with tempfile.TemporaryFile() as log:
             with other, _fixed_addresses():
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _CODE, json.dumps(msgspec.to_builtins(settings))],
+                    [sys.executable, "-c", _CODE, json.dumps(msgspec.to_builtins(setup))],
                     env={**os.environ, **_ALIKE, **inherited},
                     pass_fds=[other.fileno()],
                     stdin=subprocess.DEVNULL,

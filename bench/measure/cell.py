@@ -321,7 +321,7 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
     sampler = Sampler(workload.step, device.timer, prepare=workload.freshen)
     torch.manual_seed(task.seed)  # the masks of dropout
     bursts: list[list[float]] = []
-    answer: orders.Answer = orders.Ready()
+    answer: orders.Response = orders.Ready()
     stop_rule: StopRule | None = None
     try:
         warmup = sampler.warm_up(task.rule, lambda: probe.read().sm_clock_mhz)
