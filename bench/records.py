@@ -25,9 +25,14 @@ StopRule = Literal["precision", "time", "samples"]
 OOM_EXPECTED = "out of memory is expected"
 """How the reason of a row begins that was skipped because a smaller cell ran out of memory."""
 
-Positive = Annotated[int, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=0)]
+MACHINE = r"\w[\w.-]*"
+"""A machine's name, which is that of a folder, too."""
+
+Positive = Annotated[int, Meta(gt=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 NonNegative = Annotated[float, Meta(ge=0)]
+Milliseconds = Annotated[float, Meta(ge=1e-6, le=1e9)]
+"""A measured time: a nanosecond to eleven days. Ratios of two are finite and not zero."""
 
 
 class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,10 +129,14 @@ class Correctness(Record, frozen=True, kw_only=True):
     probability used in the check, always 0: implementations draw different masks.
     """
 
-    errors: dict[str, float | None]
-    limits: dict[str, float | None]
+    errors: dict[str, NonNegative | None]
+    limits: dict[str, NonNegative | None]
     worst: str
     dropout: float
+
+    def __post_init__(self) -> None:
+        if self.worst not in self.errors:
+            raise ValueError(f"worst is {self.worst!r}, which is none of the errors")
 
 
 class Ceilings(Record, frozen=True, kw_only=True):
@@ -186,7 +195,7 @@ class Conditions(Record, frozen=True, kw_only=True):
 class Environment(Record, frozen=True, kw_only=True):
     """The machine and the software of a run; null where unknown or absent."""
 
-    machine: str
+    machine: Annotated[str, Meta(pattern=rf"^{MACHINE}\Z", max_length=200)]
     cpu: str | None
     physical_cores: int | None
     logical_cores: int | None
