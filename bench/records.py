@@ -234,19 +234,19 @@ class Row(Record, frozen=True, kw_only=True):
     snapshot: str | None
     axes: Cell
     multiplicity: Positive
-    samples_ms: list[Annotated[float, Meta(gt=0)]] | None
+    samples_ms: list[Milliseconds] | None
     bursts: list[Positive] | None
-    median_ms: float | None
-    ci_low_ms: float | None
-    ci_high_ms: float | None
+    median_ms: Milliseconds | None
+    ci_low_ms: Milliseconds | None
+    ci_high_ms: Milliseconds | None
     stop_rule: StopRule | None
     outliers: Count | None
     warmup_steps: Count | None
     warmup_s: NonNegative | None
     warmup_steady: bool | None
-    throughput_images_per_s: float | None
-    graph_samples_ms: list[Annotated[float, Meta(gt=0)]] | None
-    graph_median_ms: float | None
+    throughput_images_per_s: Annotated[float, Meta(gt=0)] | None
+    graph_samples_ms: list[Milliseconds] | None
+    graph_median_ms: Milliseconds | None
     graph_note: str | None
     floor: Floor | None
     memory: Memory | None
