@@ -20,7 +20,7 @@ def draw_all(run: Run) -> list[Path]:
     folder = run.folder / FIGURES
     paths: list[Path] = []
     with plt.rc_context(STYLE), files.explained(folder, "make it writable"):  # type: ignore[arg-type]
-        folder.mkdir(exist_ok=True)
+        files.make_folder(folder)
         figures = {quantity.name: draw_dots(run, quantity) for quantity in QUANTITIES}
         figures["front"] = draw_front(run)
         for name, figure in figures.items():
