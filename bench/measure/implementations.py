@@ -156,6 +156,7 @@ def _offered(point: metadata.EntryPoint) -> Implementation:
     )
 
 
+OWN = tuple(IMPLEMENTATIONS)
 _OFFERS = {
     point.name: point
     for point in metadata.entry_points(group="resblock_bench.implementations")

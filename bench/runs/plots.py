@@ -33,7 +33,7 @@ def draw_all(run: Run) -> list[Path]:
     folder = run.folder / FIGURES
     paths: list[Path] = []
     with plt.rc_context(STYLE), files.explained(folder, "make it writable"):  # type: ignore[arg-type]
-        folder.mkdir(exist_ok=True)
+        files.make_folder(folder)
         for end, part in parts(run).items():
             for name, figure in _figures(part).items():
                 for suffix, metadata in _SUFFIXES.items():

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from msgspec.structs import replace
 from rich.console import Console
@@ -46,6 +47,7 @@ class SweepRequest:
     devices      of the visible GPUs these, by position or UUID; empty for all
     engine       "local" or "ray"
     accelerator  with "ray", the type of GPU; None where the cluster has one type only
+    again        the user's command without what the folder knows
     """
 
     plan: Plan | None
@@ -60,6 +62,7 @@ class SweepRequest:
     formats: Sequence[str]
     engine: str
     accelerator: str | None
+    again: str = "resblock-bench run"
 
 
 def carry_out(request: SweepRequest, console: Console) -> int:
@@ -89,13 +92,10 @@ def carry_out(request: SweepRequest, console: Console) -> int:
         if found:
             derive(console, run.folder, request.formats, plots=request.plots)
         if ending is not None:
-            engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
-            if request.accelerator is not None:
-                engine_options += f" --accelerator {request.accelerator}"
             say(
                 console,
                 f"{ending}: {len(found)} rows are in {run.folder}, {left} cells are left; "
-                f"go on with: resblock-bench run{engine_options} --resume --output {run.folder}",
+                f"go on with: {request.again} --resume --output {quote(str(run.folder))}",
             )
         return exit_code(found, len(tasks), ending)
 
