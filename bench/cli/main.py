@@ -154,7 +154,8 @@ def run(
             cells=plan(sweep.grids, by_value=budget_s is not None),
         )
     else:
-        refuse(context, _OF_THE_PLAN, "is set by the run that is resumed: leave it out")
+        fixed = [name for name in _OF_THE_PLAN if name != "memory_limit"]
+        refuse(context, fixed, "is set by the run that is resumed: leave it out")
     console = result_console()
     if dry_run:
         shown = asked or read_run(folder_to_resume(output)).plan
@@ -166,6 +167,7 @@ def run(
         resume=resume,
         retry=retry_failed,
         ignore_oom=ignore_oom_record,
+        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
         timeout_s=parse_duration_s(timeout),
         budget_s=budget_s,
         devices=devices.split(",") if devices else (),

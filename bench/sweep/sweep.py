@@ -39,15 +39,16 @@ from .schedule import OomRecord, blocks_of, run_blocks
 class SweepRequest:
     """A sweep as asked for.
 
-    plan         None resumes with the plan of the folder
-    output       None is the default folder
-    resume       measure what the folder lacks
-    retry        and again what failed there
-    ignore_oom   try cells that are larger than one which ran out of memory
-    devices      of the visible GPUs these, by position or UUID; empty for all
-    engine       "local" or "ray"
-    accelerator  with "ray", the type of GPU; None where the cluster has one type only
-    again        the user's command without what the folder knows
+    plan                None resumes with the plan of the folder
+    output              None is the default folder
+    resume              measure what the folder lacks
+    retry               and again what failed there
+    ignore_oom          try cells that are larger than one which ran out of memory
+    memory_limit_bytes  of a CPU cell; None is that of the plan
+    devices             of the visible GPUs these, by position or UUID; empty for all
+    engine              "local" or "ray"
+    accelerator         with "ray", the type of GPU; None where the cluster has one type only
+    again               the user's command without what the folder knows
     """
 
     plan: Plan | None
@@ -55,6 +56,7 @@ class SweepRequest:
     resume: bool
     retry: bool
     ignore_oom: bool
+    memory_limit_bytes: int | None
     timeout_s: float
     budget_s: float | None
     devices: Sequence[str]
@@ -80,8 +82,11 @@ def carry_out(request: SweepRequest, console: Console) -> int:
             todo.sort(key=lambda block: weight(block[0].cell, block[0].multiplicity), reverse=True)
         count = sum(map(len, todo))
         say(console, _begin_line(tasks, count, rows, run))
-        oom = None if request.ignore_oom else OomRecord(rows.values())
-        ending = _measure_all(request, todo, engine, oom, run, console)
+        tried = {id_of(task) for block in todo for task in block}
+        oom = OomRecord(row for row in rows.values() if row.id not in tried)
+        ending = _measure_all(
+            request, todo, engine, None if request.ignore_oom else oom, run, console
+        )
         left = count - (len(run.attempts) - earlier)
         if ending is None and left:
             ending = "stopped, since the time budget is spent"
@@ -107,6 +112,8 @@ def _opened(request: SweepRequest, console: Console) -> Iterator[tuple[Run, Engi
         if request.resume:
             run = stack.enter_context(resume_run(folder_to_resume(request.output)))
             plan = run.plan if request.plan is None else run.plan.joined(request.plan)
+            if request.memory_limit_bytes is not None:
+                plan = replace(plan, memory_limit_bytes=request.memory_limit_bytes)
             engine = stack.enter_context(closing(_open_engine(request, plan)))
             mended = run.go_on(plan, engine.survey())
             if mended is not None:
@@ -239,7 +246,8 @@ def missing(
     measured, since only rows of the same rounds compare. Whatever has a row is a further attempt.
 
     retry        whatever has no measurement is lacking, but for what ran out of memory
-    ignore_oom   and what ran out of memory, or was skipped since a smaller cell did
+    ignore_oom   and what ran out of memory, or was skipped since a smaller cell did; where the
+                 task may allocate more than that could, it is lacking in any case
     """
 
     def lacking(task: Task) -> bool:
@@ -247,7 +255,10 @@ def missing(
         if row is None:
             return True
         no_memory = row.status == "oom" or (row.reason or "").startswith(OOM_EXPECTED)
-        return ignore_oom if no_memory else retry and row.status != "ok"
+        if no_memory:
+            before, now = row.memory_limit_bytes, task.memory_limit_bytes
+            return ignore_oom or (before is not None and now is not None and now > before)
+        return retry and row.status != "ok"
 
     todo: list[list[Task]] = []
     for block in blocks_of(tasks):
