@@ -92,6 +92,13 @@ def carry_out(request: SweepRequest, console: Console) -> int:
             ending = "stopped, since the time budget is spent"
         found = list(_rows_of(tasks, run).values())
         _show(console, found, len(tasks))
+        ceilings = run.environment.ceilings
+        if ceilings is not None and ceilings.disturbances:
+            say(
+                console,
+                "shares of the floor may be too high: when the machine's ceilings were measured, "
+                f"{'; '.join(ceilings.disturbances)}",
+            )
         if run.plan.device == "cuda" and ending is None:
             _show_predicted(found, run.environment, console)
         if found:
