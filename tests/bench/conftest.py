@@ -132,9 +132,7 @@ def some_row(found: Environment, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.fixture
-def measure(
-    make_task: Callable[..., Task], measure_task: Callable[..., Row]
-) -> Callable[..., Row]:
+def measure(make_task: Callable[..., Task], measure_task: Callable[..., Row]) -> Callable[..., Row]:
     """The row of a tiny cell with some fields changed."""
     return lambda **changes: measure_task(make_task(**changes))
 
