@@ -1,6 +1,7 @@
 """What a user can mend: one sentence that says what was received, what is allowed, what to do."""
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -20,6 +21,11 @@ def first_line(error: BaseException) -> str:
     """The class of an error, and the first line of what it says."""
     line = (str(error).strip().splitlines() or ["no message"])[0]
     return f"{type(error).__name__}: {line}"
+
+
+def command(*words: str) -> str:
+    """A command of this program, to be copied into a shell."""
+    return shlex.join(["resblock-bench", *words])
 
 
 def unknown(kind: str, received: str, allowed: Iterable[str]) -> UsageError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import UsageError, command
+from resblock_bench.bench.terminal import SafeConsole
 
 app = typer.Typer(
     name="resblock-bench",
@@ -69,6 +72,60 @@ OutputOption = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        parts = ("resblock-bench", "torch", "triton")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for name in parts:
+                typer.echo(f"{name} {importlib.metadata.version(name)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_verb(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version, and those of torch and Triton.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def require_text(words: Iterable[str]) -> None:
+    """Raises UsageError for words, or a current folder, that cannot be written down as text."""
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is no more: go to another one") from None
+    for word in (folder, *words):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{word!r} is not text in UTF-8, which names in files are: rename it"
+            ) from None
+
+
+def proposed(context: typer.Context, *words: str, without: Collection[str] = ()) -> str:
+    """The user's own command with some options left out, and words added."""
+    found = context.command_path.split()[1:]
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if name in without or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        flag = option.opts[-1]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            found += [flag] if one is True else [flag, str(one)]
+    return command(*found, *words)
+
+
 def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
     """Raises UsageError for an option that was given and would be ignored."""
     for option in options:
@@ -77,23 +134,16 @@ def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
             raise UsageError(f"--{option.replace('_', '-')} {why}")
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads any more: what is measured is still written down."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
 def result_console() -> Console:
     """The standard output, as wide as a table where it is no terminal and COLUMNS is not set."""
-    console = _Console()
+    console = SafeConsole()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         from resblock_bench.bench.runs.table import WIDTH
 
-        console = _Console(width=WIDTH)
+        console = SafeConsole(width=WIDTH)
     return console
 
 
 def progress_console() -> Console:
     """For what is under way: what a report is read from stays clean."""
-    return _Console(stderr=True)
+    return SafeConsole(stderr=True)

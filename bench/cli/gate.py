@@ -257,7 +257,7 @@ def check(
         plan = _gate_plan(axis, preset, config, device, threads, seed)
         request = _base_request(base, plan, source, timeout)
         parts[checking.TIMING] = functools.partial(check_timing.check, request, progress)
-    raise typer.Exit(write(checking.report_of(checking.check(names, parts)), to, console))
+    raise typer.Exit(write(checking.report_of(checking.check(names, parts), pins), to, console))
 
 
 def _named(**parts: bool) -> list[str]:

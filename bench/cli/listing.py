@@ -55,7 +55,7 @@ def _implementations() -> Table:
     for name, implementation in IMPLEMENTATIONS.items():
         reason = implementation.unusable(device)
         usable = f"on {device}" if reason is None else f"no: {reason}"
-        table.add_row(name, usable, implementation.description)
+        table.add_row(*map(Text, (name, usable, implementation.description)))
     return table
 
 

@@ -19,7 +19,7 @@ import typer
 
 from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.terminal import terminable
+from resblock_bench.bench.terminal import say, terminable, visible
 
 from . import gate  # noqa: F401  adds its verbs
 from .app import (
@@ -31,11 +31,21 @@ from .app import (
     SeedOption,
     ThreadsOption,
     app,
+    progress_console,
+    proposed,
     refuse,
+    require_text,
     result_console,
 )
 
+_OF_THE_PLAN = ("device", "seed", "samples", "max_time", "threads", "memory_limit")
+"""Options that a run folder keeps."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_THE_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""Errors of the operating system that are no fault of this program."""
 
 
 @app.command()
@@ -144,8 +154,8 @@ def run(
             cells=plan(sweep.grids, by_value=budget_s is not None),
         )
     else:
-        settings = ("device", "seed", "samples", "max_time", "threads", "memory_limit")
-        refuse(context, settings, "is set by the run that is resumed: leave it out")
+        fixed = [name for name in _OF_THE_PLAN if name != "memory_limit"]
+        refuse(context, fixed, "is set by the run that is resumed: leave it out")
     console = result_console()
     if dry_run:
         shown = asked or read_run(folder_to_resume(output)).plan
@@ -157,6 +167,7 @@ def run(
         resume=resume,
         retry=retry_failed,
         ignore_oom=ignore_oom_record,
+        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
         timeout_s=parse_duration_s(timeout),
         budget_s=budget_s,
         devices=devices.split(",") if devices else (),
@@ -164,6 +175,9 @@ def run(
         formats=parse_formats(formats) if formats else (),
         engine=engine,
         accelerator=accelerator,
+        again=proposed(
+            context, without=("axis", "preset", "config", "output", "resume", *_OF_THE_PLAN)
+        ),
     )
     raise typer.Exit(carry_out(request, console))
 
@@ -197,12 +211,12 @@ def plot(
 
     for run_ in [read_run(folder) for folder in runs]:
         for note in run_.notes:
-            typer.echo(note, err=True)
+            say(progress_console(), note)
         paths = draw_all(run_)
         if not paths:
             raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")
         for path in paths:
-            typer.echo(path)
+            say(result_console(), str(path))
 
 
 @app.command()
@@ -308,12 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _prepare_streams()
     try:
         with terminable():
-            app(args=None if arguments is None else list(arguments))
+            words = sys.argv[1:] if arguments is None else list(arguments)
+            require_text(words)
+            app(args=words)
     except UsageError as error:
-        print(f"resblock-bench: {error}", file=sys.stderr)
+        print(visible(f"resblock-bench: {error}"), file=sys.stderr)
         sys.exit(exitcodes.USAGE)
     except InvalidError as error:
-        print(f"resblock-bench: {error}", file=sys.stderr)
+        print(visible(f"resblock-bench: {error}"), file=sys.stderr)
         sys.exit(exitcodes.INCOMPLETE)
     except SystemExit as ending:
         if ending.code == 130:
@@ -331,6 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 f"ended before it was done, since its output cannot be written ({error.strerror})"
             )
             print(f"resblock-bench: {text}: make room for it", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            text = f"ended before it was done: {error.filename or 'a file'}: {error.strerror}"
+            print(visible(f"resblock-bench: {text}"), file=sys.stderr)
         else:
             traceback.print_exc()
         sys.exit(exitcodes.INCOMPLETE)

@@ -4,6 +4,7 @@ VALUES is a comma list; an item may be a range with both ends included where the
 `[16:128:x2]` is 16,32,64,128 and `[16:64:+16]` is 16,32,48,64.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 from resblock_bench.bench import records
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.measure import implementations
+from resblock_bench.bench.offers import check_offers
 from resblock_bench.reference import PUBLISHED
 
 AxisValue = str | int | float
@@ -45,6 +47,7 @@ def _choice(name: str, kind: Any, help: str, default: tuple[AxisValue, ...]) -> 
 
 def axes() -> dict[str, Axis]:
     """Every axis by name, in the order in which the grid is walked (the last runs fastest)."""
+    _check_implementations()
     found = [
         Axis("model", "choice", (), "published model: its own blocks", models()),
         Axis("dims", "int", (2,), "spatial dimensions", (1, 2, 3)),
@@ -67,6 +70,12 @@ def axes() -> dict[str, Axis]:
         ),
     ]
     return {axis.name: axis for axis in found}
+
+
+@functools.cache
+def _check_implementations() -> None:
+    """Raises InvalidError where one of another package hides behind a name that is taken."""
+    check_offers("resblock_bench.implementations", implementations.OWN)
 
 
 def models() -> tuple[AxisValue, ...]:

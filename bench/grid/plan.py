@@ -24,11 +24,11 @@ class Plan(Record, frozen=True, kw_only=True):
     cells: list[PlannedCell]
 
     def joined(self, later: "Plan") -> "Plan":
-        """This plan with the cells of a later request added.
+        """This plan with the cells of a later request added, and its memory limit.
 
         Raises UsageError where the two would be measured differently.
         """
-        for field in ("device", "rule", "seed", "threads", "memory_limit_bytes"):
+        for field in ("device", "rule", "seed", "threads"):
             mine, asked = getattr(self, field), getattr(later, field)
             if mine != asked:
                 raise UsageError(
@@ -36,7 +36,8 @@ class Plan(Record, frozen=True, kw_only=True):
                     "with the options it was begun with, or with --output and --resume alone"
                 )
         cells = {item.cell: item for item in [*self.cells, *later.cells]}
-        return replace(self, cells=list(cells.values()))
+        limit = later.memory_limit_bytes or self.memory_limit_bytes
+        return replace(self, cells=list(cells.values()), memory_limit_bytes=limit)
 
     def tasks(self, environment: Environment, *, folder: Path | None = None) -> list[Task]:
         """The first attempt at every cell; `folder` as in Task."""

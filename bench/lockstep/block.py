@@ -102,8 +102,12 @@ def take_turns(
     right = [party for party in turns.bursts if turns.rows[party].status == "ok"]
     for party in turns.bursts:
         ratios = _ratios(party, turns, right, rule) if party in right else {}
-        row = turns.rows[party]
-        turns.rows[party] = replace(row, block=block, conditions=conditions, **ratios)
+        row, own = turns.rows[party], conditions
+        if own is not None:
+            images = party.task.cell.batch * sum(map(len, turns.bursts[party]))
+            per_image = None if party.energy_j is None else party.energy_j / images
+            own = replace(own, energy_j=party.energy_j, energy_j_per_image=per_image)
+        turns.rows[party] = replace(row, block=block, conditions=own, **ratios)
 
 
 def _rounds(

@@ -34,6 +34,7 @@ class Party:
     environment   variables of the process
 
     `open` comes first, `finish` last; each raises Ended where the process comes to its end before.
+    `energy_j` is what the device took in its bursts, None where it does not say.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Party:
         self._used_s = 0.0
         self._said_ms = self._seen_ms = 0.0
         self._steps = 0
+        self.energy_j: float | None = 0.0
         began = time.monotonic()
         argument = msgspec.json.encode(job)
         self._process: Process = processes.start(measure_cell, argument, environment=environment)
@@ -62,7 +64,10 @@ class Party:
         """Samples in milliseconds, of inputs not seen before."""
         self._ask(orders.Redraw(), orders.Ready)
         before = self._used_s
-        samples = self._ask(orders.Burst(seconds, most), orders.Samples).samples_ms
+        answer = self._ask(orders.Burst(seconds, most), orders.Samples)
+        samples = answer.samples_ms
+        if self.energy_j is not None:
+            self.energy_j = None if answer.energy_j is None else self.energy_j + answer.energy_j
         self._seen_ms += 1e3 * (self._used_s - before)
         self._said_ms += sum(samples)
         self._steps += len(samples) + 1  # the first after others' turns is not told

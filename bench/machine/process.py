@@ -58,12 +58,6 @@ _ALIKE = {
 ADDR_NO_RANDOMIZE = 0x0040000  # sys/personality.h
 
 
-def _fix_addresses() -> None:
-    """Where the system allows it: the same addresses in all processes, not a draw for each."""
-    libc = ctypes.CDLL(None)
-    libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE)
-
-
 @dataclass(frozen=True)
 class Ending:
     """How a process ended.
@@ -176,39 +170,35 @@ class Server:
             path = [str(entry) for entry in [*self._paths, *map(os.path.abspath, before)]]
             inherited = {"PYTHONPATH": os.pathsep.join(path)}
         setup = Setup(other.fileno(), path, _PRELOAD)
-        with other, tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, json.dumps(msgspec.to_builtins(setup))],
-                env={**os.environ, **_ALIKE, **inherited},
-                pass_fds=[other.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_fix_addresses if sys.platform == "linux" else None,
-            )
-            other.close()
+        with tempfile.TemporaryFile() as log:
+            with other, _fixed_addresses():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _CODE, json.dumps(msgspec.to_builtins(setup))],
+                    env={**os.environ, **_ALIKE, **inherited},
+                    pass_fds=[other.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self._socket = own
             own.settimeout(_START_S)
             try:
                 up = own.recv(1)
             except TimeoutError:
                 up = b""
             except BaseException:
-                process.kill()
-                own.close()
+                self._forget()
                 raise
+            own.settimeout(None)
             if not up:
-                process.kill()
-                process.wait()
-                own.close()
+                self._forget()
                 log.seek(0)
                 text = log.read().decode(errors="replace").strip()
                 raise InvalidError(
                     "no process can be started, since the suite cannot be imported: mend what is "
                     f"said here\n{text}"
                 )
-            own.settimeout(None)
-        self._process, self._socket = process, own
 
     def _forget(self) -> None:
         if self._socket is not None:
@@ -290,7 +280,7 @@ class Process:
 
     def kill(self) -> None:
         """It and what it started, such as compilers; from any thread."""
-        if self._pid is None:
+        if self._pid is None or self not in self._running:
             return
         kills = [os.killpg] if self._ended else [os.killpg, os.kill]  # it may not lead a group yet
         for kill in kills:
@@ -409,6 +399,22 @@ class Processes:
             self._closed = True
             for process in list(self._running):
                 process.kill()
+
+
+@contextlib.contextmanager
+def _fixed_addresses() -> Iterator[None]:
+    """Where the system allows it, what this thread starts has the same addresses as all others of
+    its kind, not a draw for each."""
+    if sys.platform != "linux":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    before = libc.personality(0xFFFFFFFF)
+    libc.personality(before | ADDR_NO_RANDOMIZE)
+    try:
+        yield
+    finally:
+        libc.personality(before)
 
 
 @contextlib.contextmanager

@@ -49,8 +49,11 @@ class Request(msgspec.Struct):
 
 
 def main(setup: Setup) -> None:
-    """Import, say so, and fork whenever asked to."""
-    die_with_parent(os.getppid())
+    """Import, say so, and fork whenever asked to.
+
+    The kernel's signal at a parent's death would come at the end of the thread that started this:
+    the end of the socket does as well.
+    """
     importlib.import_module(setup.preload)
     with socket.socket(fileno=setup.socket) as asked:
         wake, woken = os.pipe()

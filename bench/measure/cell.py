@@ -47,7 +47,7 @@ from . import orders, stats
 from .correctness import LAST_INPUTS, check, checked_cell
 from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
-from .fingerprint import code_fingerprint
+from .fingerprint import code_of
 from .floor import floor_of
 from .implementations import IMPLEMENTATIONS, could_not_compile, packages_of
 from .memory import MemoryMeter
@@ -118,18 +118,18 @@ def contract_of(task: Task) -> Contract:
 
 def id_of(task: Task) -> str:
     """The id that the task's row will have."""
-    return cell_id(task.cell, contract_of(task), code_fingerprint())
+    return cell_id(task.cell, contract_of(task), code_of(task.cell.impl))
 
 
 def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) -> Row:
     """The row of a task with what was found; all else is null."""
-    contract, environment = contract_of(task), task.environment
+    contract, environment, code = contract_of(task), task.environment, code_of(task.cell.impl)
     now = datetime.datetime.now(datetime.timezone.utc)
     return Row(
         **{
             **dict.fromkeys(Row.__struct_fields__),
             "schema_version": SCHEMA_VERSION,
-            "id": cell_id(task.cell, contract, code_fingerprint()),
+            "id": cell_id(task.cell, contract, code),
             "attempt": task.attempt,
             "status": status,
             "reason": reason,
@@ -137,7 +137,7 @@ def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) 
             "multiplicity": task.multiplicity,
             "memory_limit_bytes": task.memory_limit_bytes,
             "contract": contract,
-            "code": code_fingerprint(),
+            "code": code,
             "device_name": (environment.gpu if task.device == "cuda" else environment.cpu) or "CPU",
             "device_uuid": environment.gpu_uuid if task.device == "cuda" else None,
             "host": platform.node(),
@@ -334,8 +334,11 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
                 case orders.Burst(seconds, most):
                     if bursts and len(bursts[-1]) > 1:
                         sampler.sample_ms()  # what the others' turns have left is no part of one
+                    before = probe.energy_j()
                     bursts.append(list(islice(sampler.burst(seconds), most)))
-                    answer = orders.Samples(bursts[-1])
+                    after = probe.energy_j()
+                    energy = None if before is None or after is None else max(0.0, after - before)
+                    answer = orders.Samples(bursts[-1], energy)
                 case orders.Read():
                     answer = orders.Counters(probe.source, probe.read())
                 case orders.Finish(stop_rule):

@@ -36,7 +36,10 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Samples(msgspec.Struct, tag=True):
+    """`energy_j` is what the device took meanwhile, None where it does not say."""
+
     samples_ms: list[float]
+    energy_j: float | None = None
 
 
 class Counters(msgspec.Struct, tag=True):

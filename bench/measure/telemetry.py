@@ -41,12 +41,15 @@ class Reading(Record, frozen=True, kw_only=True):
 class Probe(Protocol):
     """Reads the machine in the process that computes. `source` says where from.
 
-    `read` never raises: what fails becomes None and a note.
+    `read` never raises: what fails becomes None and a note. `energy_j` is the device's counter
+    alone, which is read often.
     """
 
     source: str
 
     def read(self) -> Reading: ...
+
+    def energy_j(self) -> float | None: ...
 
     def close(self) -> None: ...
 
@@ -74,6 +77,9 @@ class CpuProbe:
             stolen_cpu_s=cpu.stolen_s,
             notes=cpu.notes,
         )
+
+    def energy_j(self) -> float | None:
+        return None
 
     def close(self) -> None:
         pass
@@ -123,6 +129,12 @@ class GpuProbe:
             failures.setdefault(str(error), []).append("foreign_processes")
         notes += [f"NVML failed: {error} ({', '.join(names)})" for error, names in failures.items()]
         return msgspec.structs.replace(found, **answers, notes=[*found.notes, *notes])
+
+    def energy_j(self) -> float | None:
+        try:
+            return None if self._gpu is None else self._gpu.energy_j()
+        except NvmlError:
+            return None
 
     def _foreign(self, gpu: NvmlGpu) -> tuple[int | None, list[str]]:
         listed = gpu.processes()

@@ -7,98 +7,28 @@ more than the limit less those.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from resblock_bench.bench.records import OOM_EXPECTED, Cell, Row
+from resblock_bench.bench.records import Cell, Row
 from resblock_bench.bench.units import MIB, format_bytes
 
 from .folder import Run
-from .style import GREY, MODE_TITLES, colour_of, finish, handle, marker_of, site_labels
+from .quantities import Quantity, is_expected, note_of, walls
+from .style import GREY, MODE_TITLES, colour_of, finish, handle, marker_of, plain_log, site_labels
 from .table import by_site
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """What a dot plot shows of a row; `value` is None where the row has no such number."""
-
-    name: str
-    title: str
-    label: str
-    value: Callable[[Row], float | None]
-    interval: Callable[[Row], tuple[float, float] | None]
-    has_wall: bool
-
-
-def _throughput_interval(row: Row) -> tuple[float, float] | None:
-    if row.ci_low_ms is None or row.ci_high_ms is None:
-        return None
-    return row.axes.batch / row.ci_high_ms * 1e3, row.axes.batch / row.ci_low_ms * 1e3
-
-
-def _peak_mib(row: Row) -> float | None:
-    return row.memory.peak_above_baseline_bytes / MIB if row.memory else None
-
-
-QUANTITIES = (
-    Quantity(
-        "throughput",
-        "Throughput of one residual block",
-        "images / s (log scale; more is better)",
-        lambda row: row.throughput_images_per_s,
-        _throughput_interval,
-        has_wall=False,
-    ),
-    Quantity(
-        "memory",
-        "Peak memory of one residual block, above parameters and inputs",
-        "MiB (log scale; less is better)",
-        _peak_mib,
-        lambda row: None,
-        has_wall=True,
-    ),
-)
-
-
-def ran_out(row: Row) -> bool:
-    """Whether memory ran out, or would have: a smaller cell of the series could not run either."""
-    return row.status == "oom" or _is_expected(row)
-
-
-def _is_expected(row: Row) -> bool:
-    return row.status == "skipped" and (row.reason or "").startswith(OOM_EXPECTED)
-
-
-def walls(run: Run) -> dict[Cell, float]:
-    """The MiB of the limit that each cell without enough memory ran into, where known.
-
-    A row names its own limit; failing that it is the whole of the GPU's memory, or for a cell that
-    was never started the lowest limit that others ran into.
-    """
-    whole = run.environment.gpu_memory_bytes
-    known: dict[Cell, float] = {}
-    beyond = [row for row in run.rows if ran_out(row)]
-    for row in beyond:
-        limit = row.memory_limit_bytes or (whole if row.contract.device == "cuda" else None)
-        if limit:
-            known[row.axes] = limit / MIB
-    if known:
-        lowest = min(known.values())
-        known |= {row.axes: lowest for row in beyond if _is_expected(row) and row.axes not in known}
-    return known
 
 
 def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
     """One panel a checkpoint mode, one line a site, one dot an implementation.
 
-    Beside a dot stands its ratio to the reference. None where no row has the quantity.
+    Beside a dot stands its ratio to the reference. What was measured on a disturbed machine is
+    hollow, and has none. None where no row has the quantity.
     """
-    if all(_value(row, quantity) is None for row in run.rows):
+    if all(quantity.of(row) is None for row in run.rows):
         return None
     wall = walls(run) if quantity.has_wall else {}
     members = by_site(run.rows)
@@ -131,20 +61,12 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
         ax.set_axisbelow(True)
     grid[0][0].set_ylim(len(sites) - 0.5, -0.5)
     handles = [handle(impl, colour_of(impl, impls), marker_of(impl, impls)) for impl in impls]
-    note = ""
     if wall:
         _draw_wall(grid[0], len(sites), wall.values())
-        note = "×: out of memory; the limit is on everything, parameters and inputs included"
-        if any(_is_expected(row) for row in run.rows):
-            note += "; pale ×: not started, as a smaller cell ran out"
+    note = note_of(run, quantity, wall)
     _widen(grid[0][0])
     finish(figure, run, quantity.title, handles, note)
     return figure
-
-
-def _value(row: Row, quantity: Quantity) -> float | None:
-    """Only a cell that is right, and ran to its end, has numbers to show."""
-    return quantity.value(row) if row.status == "ok" else None
 
 
 def _draw_wall(panels: Sequence[Axes], count: int, limits: Collection[float]) -> None:
@@ -174,13 +96,13 @@ def _draw_line(
     quantity: Quantity,
     wall: Mapping[Cell, float],
 ) -> None:
-    values = {row.axes.impl: _value(row, quantity) for row in rows}
+    reference = next((row for row in rows if row.axes.impl == "reference"), None)
     for row in rows:
         impl = row.axes.impl
         height = line + (impls.index(impl) - (len(impls) - 1) / 2) / (len(impls) + 1)
-        colour, value = colour_of(impl, impls), values[impl]
+        colour, value = colour_of(impl, impls), quantity.of(row)
         if row.axes in wall:
-            pale = 0.4 if _is_expected(row) else 1.0
+            pale = 0.4 if is_expected(row) else 1.0
             ax.plot(
                 wall[row.axes], height, "x", color=colour, alpha=pale, markersize=6,
                 markeredgewidth=2, zorder=3,
@@ -195,11 +117,15 @@ def _draw_line(
             continue
         interval = quantity.interval(row) or (value, value)
         ax.plot(interval, [height, height], color=colour, linewidth=2, alpha=0.4)
-        ax.plot(value, height, marker_of(impl, impls), color=colour, markersize=5, zorder=3)
-        reference = values.get("reference")
-        if impl != "reference" and reference:
+        face = "white" if quantity.doubtful(row) else colour
+        ax.plot(
+            value, height, marker_of(impl, impls), color=colour, markerfacecolor=face, markersize=5,
+            zorder=3,
+        )  # fmt: skip
+        ratio = None if impl == "reference" else quantity.ratio(row, reference)
+        if ratio is not None:
             ax.annotate(
-                f"{value / reference:.2f}×",
+                ratio,
                 (max(value, interval[1]), height),
                 xytext=(6, 0),
                 textcoords="offset points",
@@ -217,12 +143,7 @@ def _site_order(site: Cell) -> tuple[object, ...]:
 
 
 def _widen(ax: Axes) -> None:
-    """Room for the ratios on the right, and plain numbers on a log axis."""
+    """Room for the ratios on the right."""
     low, high = ax.get_xlim()
-    span = math.log10(high / low)
-    ax.set_xlim(low, high * 10 ** (0.22 * max(span, 0.5)))
-    ticks = (1, 1.5, 2, 3, 5, 7) if span < 0.9 else (1, 2, 5) if span < 1.8 else (1,)
-    ax.xaxis.set_major_locator(LogLocator(subs=ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlim(low, high * 10 ** (0.3 * max(math.log10(high / low), 0.5)))
+    plain_log(ax.xaxis, low, high)

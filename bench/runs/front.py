@@ -10,7 +10,7 @@ from resblock_bench.bench.records import variant_name
 
 from .folder import Run
 from .style import GREY, MODE_MARKERS, MODE_TITLES, colour_of, finish, handle
-from .table import by_site
+from .table import by_site, undisturbed
 
 
 def draw_front(run: Run) -> Figure | None:
@@ -18,25 +18,31 @@ def draw_front(run: Run) -> Figure | None:
 
     Left the step's peak, right what the block keeps for the backward pass, which is what adds up
     over the blocks of a network. Small points are sites, large ones the geometric mean over the
-    sites of a variant. None where no site has a reference without checkpointing to divide by.
+    sites of a variant. None where no site has a reference without checkpointing to divide by, and
+    for other steps than those of training.
     """
     points: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     missing: Counter[str] = Counter()
     sites = 0
-    for rows in by_site(run.rows).values():
+    for site, rows in by_site(run.rows).items():
+        if site.mode != "train":
+            continue
         base = next((row for row in rows if variant_name(row.axes) == "reference/none"), None)
-        if base is None or base.status != "ok" or base.memory is None or base.median_ms is None:
+        if base is None or base.status != "ok" or base.memory is None:
             missing["without a reference"] += len(rows)
             continue
         sites += 1
         for row in rows:
-            if row.status != "ok" or row.memory is None or row.median_ms is None:
+            if not undisturbed(row):
+                missing["disturbed"] += 1
+                continue
+            if row.status != "ok" or row.memory is None or row.ratio_to_none is None:
                 missing["not measurable" if row.status == "ok" else row.status] += 1
                 continue
             point = (
                 _over(row.memory.peak_above_baseline_bytes, base.memory.peak_above_baseline_bytes),
                 _over(row.memory.saved_for_backward_bytes, base.memory.saved_for_backward_bytes),
-                base.median_ms / row.median_ms,
+                row.ratio_to_none.value,
             )
             points.setdefault((row.axes.impl, row.axes.checkpoint), []).append(point)
     if len(points) < 2:

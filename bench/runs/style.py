@@ -5,6 +5,7 @@ every checkpoint mode also has a marker of its own.
 """
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -12,10 +13,13 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only; must precede pyplot
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from resblock_bench.bench.records import Cell
+from resblock_bench.bench.terminal import visible
 
 from .folder import Run
 from .table import source_of
@@ -39,6 +43,8 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "resblock-bench",  # the same data gives the same bytes
+    "text.parse_math": False,  # a `$` in a name is one
+    "text.usetex": False,
 }
 
 
@@ -73,7 +79,8 @@ def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:
         if site.out_channels != site.channels:
             channels += f"→{site.out_channels}"
         rest = ", ".join(text for name in varying if (text := extra[name](site)))
-        labels[site] = f"{channels}, {site.resolution}{'¹²³'[site.dims - 1]}\n{rest}".strip()
+        size = f"{site.resolution}{'¹²³'[site.dims - 1]}"
+        labels[site] = visible(f"{channels}, {size}\n{rest}".strip())
     return labels
 
 
@@ -88,7 +95,19 @@ def marker_of(impl: str, impls: Sequence[str]) -> str:
 
 
 def handle(label: str, colour: str, marker: str) -> Line2D:
-    return Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
+    return Line2D(
+        [], [], color=colour, marker=marker, linestyle="", markersize=6, label=visible(label)
+    )
+
+
+def plain_log(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a log axis that reaches from `low` to `high`, and enough of them."""
+    span = math.log10(high / low)
+    ticks = (1, 1.5, 2, 3, 5, 7) if span < 0.9 else (1, 2, 5) if span < 1.8 else (1,)
+    axis.set_major_locator(LogLocator(subs=ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def finish(
@@ -106,7 +125,8 @@ def finish(
     columns = 1 if beside else len(handles)
     figure.legend(handles=handles, loc=where, ncols=columns, frameon=False)  # type: ignore[call-overload]
     width = int(_CAPTION_CHARACTERS * figure.get_figwidth())
-    caption = "\n".join(textwrap.fill(line, width) for line in _caption(run, note) if line)
+    lines = map(visible, filter(None, _caption(run, note)))
+    caption = "\n".join(textwrap.fill(line, width) for line in lines)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color=GREY)
 
 

@@ -62,7 +62,7 @@ def results_table(rows: Sequence[Row]) -> Table:
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{count}", style="dim"))
         for row in members:
-            table.add_row(*variant_line(row), style=_STYLES[row.status])
+            table.add_row(*map(Text, variant_line(row)), style=_STYLES[row.status])
     return table
 
 
@@ -129,8 +129,8 @@ def source_of(run: Run) -> str:
     """Where the numbers are from: device, threads, versions and the run's name."""
     row, versions = run.rows[0], run.environment.versions
     return (
-        f"{row.device_name}, {row.contract.threads} threads; torch {versions['torch']}, "
-        f"triton {versions['triton']}; run {run.folder.resolve().name}"
+        f"{row.device_name}, {row.contract.threads} threads; torch {versions.get('torch')}, "
+        f"triton {versions.get('triton')}; run {run.folder.resolve().name}"
     )
 
 

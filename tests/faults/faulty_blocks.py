@@ -76,6 +76,18 @@ def _dawdle(out: Tensor) -> Tensor:
     return out
 
 
+def _lag(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(x: Tensor, emb: Tensor) -> Tensor:
+        began = time.perf_counter()
+        out: Tensor = module(x, emb)
+        until = time.perf_counter() + 0.05 * (time.perf_counter() - began)
+        while time.perf_counter() < until:
+            pass
+        return out
+
+    return call
+
+
 def _on(description: str, machine: Callable[[int], Reading]) -> Implementation:
     """The fused block, whose process reads another machine than this one."""
 
@@ -95,5 +107,7 @@ segfaulting = _around("reads address 0", _segfault)
 killed = _around("ends by SIGKILL", _kill)
 exiting = _around("ends its process with code 7", _exit)
 slow = _around("sleeps 20 ms in each call", _dawdle)
+twin = _around("the same", lambda out: out)
+slower = replace(twin, description="spins for 5 % of its forward pass", wrap=_lag)
 undisturbed = _on("on a machine that does nothing else", quiet)
 overheated = _on("on a machine that throttles", throttled)

@@ -92,7 +92,7 @@ def test_a_case_with_two_findings_is_one_case_with_the_worst() -> None:
 
 def test_junit_survives_what_xml_cannot_hold() -> None:
     (error,) = junit(report_of([finding("invalid", text="\x1b[31m <boom> \ud800")])).iter("error")
-    assert error.text == "invalid: ?[31m <boom> ?"
+    assert error.text == "invalid: [31m <boom> \ufffd"
 
 
 def test_markdown_is_a_table_and_a_list() -> None:
