@@ -20,6 +20,7 @@ class Scripted:
     ends      at which step it ends instead, with what status
     events    every step of all parties, in order
     reading   what it reads of the machine by number
+    changes   fields of its row
     """
 
     task: Task
@@ -28,6 +29,7 @@ class Scripted:
     events: Events = field(default_factory=list)
     reading: Callable[[int], Reading] = lambda number: Reading(t_s=float(number))
     changes: Mapping[str, object] = field(default_factory=dict)
+    energy_j: float | None = None
 
     def __post_init__(self) -> None:
         self.bursts: list[list[float]] = []
