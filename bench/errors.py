@@ -4,6 +4,8 @@ import difflib
 import shlex
 from collections.abc import Iterable
 
+_ROOM = 60  # characters
+
 
 class UsageError(Exception):
     """A request that cannot be carried out as given; the command line exits with 2."""
@@ -28,9 +30,15 @@ def command(*words: str) -> str:
     return shlex.join(["resblock-bench", *words])
 
 
+def shortened(received: str) -> str:
+    """What a user gave, as far as a sentence has room for it."""
+    return received if len(received) <= _ROOM else f"{received[:_ROOM]}…"
+
+
 def unknown(kind: str, received: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name outside a closed list, with the closest match if one is near."""
     names = list(allowed)
     close = difflib.get_close_matches(received, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    received = shortened(received)
     return UsageError(f"unknown {kind} {received!r}: it is one of {', '.join(names)}{hint}")

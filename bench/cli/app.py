@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import os
 from collections.abc import Collection, Iterable
@@ -14,6 +15,9 @@ from rich.console import Console
 
 from resblock_bench.bench.errors import UsageError, command
 from resblock_bench.bench.terminal import SafeConsole
+from resblock_bench.bench.units import counted
+
+_DIGITS = 9  # of a number of threads
 
 app = typer.Typer(
     name="resblock-bench",
@@ -26,6 +30,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def path(text: str) -> Path:
+    """A path that a file can have. Empty, it would be the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("an empty path names no file and no folder: leave the option out")
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise typer.BadParameter(f"no file can have this path ({error.strerror})") from None
+    return Path(text)
+
 
 AxisOption = Annotated[
     list[str] | None,
@@ -41,20 +58,26 @@ PresetOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="A preset; see 'resblock-bench list'.")
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A TOML file in the format of a preset.")
+    Path | None,
+    typer.Option(parser=path, metavar="FILE", help="A TOML file in the format of a preset."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is a GPU.")
 ]
 
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. Default: the usable CPUs.")
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="CPU threads. Default: OMP_NUM_THREADS, which PyTorch obeys, or the usable CPUs.",
+    ),
 ]
-GateThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. Default: 1 on a CPU, where it is steadiest.")
-]
+MOST_SEED = 2**63 - 1
+"""What PyTorch's generators take, and a row holds."""
 SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Of weights, inputs and dropout. Default: 0.")
+    int | None,
+    typer.Option(min=0, max=MOST_SEED, help="Of weights, inputs and dropout. Default: 0."),
 ]
 BudgetOption = Annotated[
     str | None,
@@ -68,7 +91,9 @@ TimeoutOption = Annotated[
 FormatOption = Annotated[str, typer.Option(metavar="table|md|json|junit", help="Of the report.")]
 OutputOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write the report there; the table is shown all the same."),
+    typer.Option(
+        parser=path, metavar="FILE", help="Write the report there; the table is shown all the same."
+    ),
 ]
 
 
@@ -124,6 +149,34 @@ def proposed(context: typer.Context, *words: str, without: Collection[str] = ())
         for one in value if isinstance(value, list | tuple) else [value]:
             found += [flag] if one is True else [flag, str(one)]
     return command(*found, *words)
+
+
+def default_threads() -> int | None:
+    """What OMP_NUM_THREADS sets, up to the usable CPUs; None without it, for all of them.
+
+    As PyTorch has it: of a list for nested parallel regions the first, and nothing that is no
+    positive number.
+    """
+    from resblock_bench.bench.machine.proc import usable_cpus
+
+    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) < 1:
+        return None
+    return min(int(text), usable_cpus())
+
+
+def checked_threads(threads: int | None, engine: str = "local") -> int | None:
+    """Raises UsageError for more than this machine computes with at once."""
+    from resblock_bench.bench.machine.proc import usable_cpus
+
+    if threads is None:
+        return default_threads()
+    if engine == "local" and threads > usable_cpus():
+        raise UsageError(
+            f"--threads {threads} is more than the {counted(usable_cpus(), 'CPU')} that this "
+            "machine lets it use: name as many or fewer"
+        )
+    return threads
 
 
 def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -23,6 +23,7 @@ from resblock_bench.bench.terminal import say, terminable, visible
 
 from . import gate  # noqa: F401  adds its verbs
 from .app import (
+    MOST_SEED,
     AxisOption,
     BudgetOption,
     ConfigOption,
@@ -31,6 +32,8 @@ from .app import (
     SeedOption,
     ThreadsOption,
     app,
+    checked_threads,
+    path,
     progress_console,
     proposed,
     refuse,
@@ -38,8 +41,14 @@ from .app import (
     result_console,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from resblock_bench.bench.grid.grid import PlannedCell
+
 _OF_THE_PLAN = ("device", "seed", "samples", "max_time", "threads", "memory_limit")
 """Options that a run folder keeps."""
+_DIGITS = 9  # of an architecture
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
@@ -57,7 +66,11 @@ def run(
     device: DeviceOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Default: results/runs/MACHINE/RUN under the checkout."),
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Default: results/runs/MACHINE/RUN under the checkout.",
+        ),
     ] = None,
     time_budget: BudgetOption = None,
     resume: Annotated[
@@ -92,7 +105,8 @@ def run(
         str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Take exactly this many samples of each cell.")
+        int | None,
+        typer.Option(min=1, max=10**6, help="Take exactly this many samples of each cell."),
     ] = None,
     threads: ThreadsOption = None,
     seed: SeedOption = None,
@@ -127,14 +141,16 @@ def run(
     from resblock_bench.bench.measure.devices import default_kind, device_kind
     from resblock_bench.bench.runs.export import parse_formats
     from resblock_bench.bench.runs.folder import read_run
+    from resblock_bench.bench.sweep.flags import require_fitting
     from resblock_bench.bench.sweep.sweep import SweepRequest, carry_out, folder_to_resume
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
-
-    from .listing import planned_cells
 
     if retry_failed and not resume:
         raise UsageError("--retry-failed goes with --resume: it looks at the rows of that run")
     budget_s = None if time_budget is None else parse_duration_s(time_budget)
+    timeout_s = parse_duration_s(timeout)
+    gpus = () if devices is None else devices.split(",")
+    exported = () if formats is None else parse_formats(formats)
     asked: Plan | None = None
     # An earlier run knows its own cells, unless some are named.
     if not resume or axis or preset or config:
@@ -149,7 +165,7 @@ def run(
             device=kind or sweep.device or default_kind(),
             rule=rule,
             seed=seed or 0,
-            threads=threads,
+            threads=checked_threads(threads, engine),
             memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
             cells=plan(sweep.grids, by_value=budget_s is not None),
         )
@@ -157,10 +173,14 @@ def run(
         fixed = [name for name in _OF_THE_PLAN if name != "memory_limit"]
         refuse(context, fixed, "is set by the run that is resumed: leave it out")
     console = result_console()
-    if dry_run:
-        shown = asked or read_run(folder_to_resume(output)).plan
-        console.print(planned_cells(shown.cells))
-        return
+    planned = asked
+    if dry_run and resume:
+        earlier = read_run(folder_to_resume(output)).plan
+        planned = earlier if asked is None else earlier.joined(asked)
+    if planned is not None:
+        require_fitting(planned, engine, gpus, accelerator)
+        if dry_run:
+            raise typer.Exit(_show_cells(planned.cells, console))
     request = SweepRequest(
         plan=asked,
         output=output,
@@ -168,11 +188,11 @@ def run(
         retry=retry_failed,
         ignore_oom=ignore_oom_record,
         memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
-        timeout_s=parse_duration_s(timeout),
+        timeout_s=timeout_s,
         budget_s=budget_s,
-        devices=devices.split(",") if devices else (),
+        devices=gpus,
         plots=not no_plots,
-        formats=parse_formats(formats) if formats else (),
+        formats=exported,
         engine=engine,
         accelerator=accelerator,
         again=proposed(
@@ -191,19 +211,26 @@ def list_(
     from resblock_bench.bench.grid.presets import choose
     from resblock_bench.bench.measure.devices import default_kind
 
-    from .listing import choices, planned_cells
+    from .listing import choices
 
     console = result_console()
     if axis or preset or config:
         sweep = choose(axis or [], preset, config, default_kind())
-        console.print(planned_cells(plan(sweep.grids)))
-    else:
-        console.print(choices())
+        raise typer.Exit(_show_cells(plan(sweep.grids), console))
+    console.print(choices())
+
+
+def _show_cells(planned: Sequence[PlannedCell], console: Console) -> int:
+    from .listing import planned_cells
+
+    shown, whole = planned_cells(planned, progress_console())
+    console.print(shown)
+    return exitcodes.OK if whole else exitcodes.INCOMPLETE
 
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders.")],
 ) -> None:
     """Draw the figures of run folders again, into their figures/."""
     from resblock_bench.bench.runs.folder import read_run
@@ -215,8 +242,8 @@ def plot(
         paths = draw_all(run_)
         if not paths:
             raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")
-        for path in paths:
-            say(result_console(), str(path))
+        for drawn in paths:
+            say(result_console(), str(drawn))
 
 
 @app.command()
@@ -242,7 +269,8 @@ def cost(
         ),
     ] = False,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every number here, too.")
+        Path | None,
+        typer.Option("--json", parser=path, metavar="FILE", help="Write every number here, too."),
     ] = None,
 ) -> None:
     """Show what the kernels cost, with no GPU: bytes, sectors, registers, spills, instructions.
@@ -253,9 +281,10 @@ def cost(
     from resblock_bench.bench.cost import cost as costs
     from resblock_bench.bench.grid.axes import parse_arguments
 
-    archs = (arch or ("90" if published else "80,90,100")).replace("sm_", "").split(",")
+    names = ("90" if published else "80,90,100") if arch is None else arch
+    archs = names.replace("sm_", "").split(",")
     for name in archs:
-        if not name.strip().isdigit():
+        if not name.strip().isdecimal() or len(name) > _DIGITS:
             raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
     selection = parse_arguments(axis or [])
     default = costs.MODELS_DEFAULT if published or "model" in selection else costs.DEFAULT
@@ -274,10 +303,10 @@ def tune(
     axis: AxisOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Default: the table that the kernels read."),
+        typer.Option(parser=path, metavar="FILE", help="Default: the table that the kernels read."),
     ] = None,
     time_budget: BudgetOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the inputs.")] = 0,
 ) -> None:
     """Measure launch choices on this GPU, and write the table that the kernels read.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from resblock_bench.bench import records
-from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.errors import UsageError, shortened, unknown
 from resblock_bench.bench.measure import implementations
 from resblock_bench.bench.offers import check_offers
 from resblock_bench.reference import PUBLISHED
@@ -20,13 +20,16 @@ AxisValue = str | int | float
 Selection = Mapping[str, tuple[AxisValue, ...]]
 """The values asked for on each axis; an axis that is absent takes its default."""
 
-_RANGE = re.compile(r"\[(\d+):(\d+):([x+])(\d+)\]")
+MOST_CELLS = 100_000
+"""Of one plan: more than a year of measuring."""
+_LARGEST = 2**24
+_RANGE = re.compile(r"\[(\d{1,18}):(\d{1,18}):([x+])(\d{1,18})\]")
 _ITEM = re.compile(r"\[[^\]]*\]?|[^,\[]+")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis. `choices` is empty for a number, whose smallest value is `least`."""
+    """One axis. `choices` is empty for a number, from `least` to `most` where it is an integer."""
 
     name: str
     kind: Literal["choice", "int", "float"]
@@ -34,11 +37,16 @@ class Axis:
     help: str
     choices: tuple[AxisValue, ...] = ()
     least: int = 1
+    most: int = _LARGEST
 
     def allowed(self) -> str:
         if self.choices:
             return ", ".join(str(choice) for choice in self.choices)
-        return "0 ≤ value < 1" if self.kind == "float" else f"integers from {self.least}"
+        return (
+            "0 ≤ value < 1"
+            if self.kind == "float"
+            else f"integers from {self.least} to {self.most}"
+        )
 
 
 def _choice(name: str, kind: Any, help: str, default: tuple[AxisValue, ...]) -> Axis:
@@ -145,6 +153,12 @@ def _parse_range(axis: Axis, text: str) -> list[int]:
             f"range {text!r} of axis {axis.name!r} does not ascend: it needs "
             "1 ≤ first ≤ last, and a factor of at least 2 or a step of at least 1"
         )
+    _parse_value(axis, last)  # refused before all that lies between is written down
+    if match[3] == "+" and (last - first) // step >= MOST_CELLS:
+        raise UsageError(
+            f"range {text!r} of axis {axis.name!r} has {(last - first) // step + 1:,} values, and "
+            f"a plan takes {MOST_CELLS:,} cells: widen the step"
+        )
     values = [first]
     while (following := values[-1] * step if match[3] == "x" else values[-1] + step) <= last:
         values.append(following)
@@ -165,7 +179,7 @@ def _parse_value(axis: Axis, item: object) -> AxisValue:
         value = int(str(item)) if axis.kind == "int" else float(item)
     except ValueError:
         raise _bad_value(axis, item) from None
-    inside = value in axis.choices if axis.choices else value >= axis.least
+    inside = value in axis.choices if axis.choices else axis.least <= value <= axis.most
     if axis.kind == "float":
         inside = 0 <= value < 1
     if not inside:
@@ -175,6 +189,6 @@ def _parse_value(axis: Axis, item: object) -> AxisValue:
 
 def _bad_value(axis: Axis, item: object) -> UsageError:
     return UsageError(
-        f"axis {axis.name!r} does not take {str(item)!r}: it takes {axis.allowed()}; "
+        f"axis {axis.name!r} does not take {shortened(str(item))!r}: it takes {axis.allowed()}; "
         f"write them as a comma list"
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.measure.cell import Task
@@ -30,6 +30,8 @@ class Plan(Record, frozen=True, kw_only=True):
         """
         for field in ("device", "rule", "seed", "threads"):
             mine, asked = getattr(self, field), getattr(later, field)
+            if mine != asked and isinstance(mine, Rule):
+                field, mine, asked = _first_difference(mine, asked)
             if mine != asked:
                 raise UsageError(
                     f"the run was begun with {field} {mine}, and {asked} was asked for: resume it "
@@ -55,3 +57,9 @@ class Plan(Record, frozen=True, kw_only=True):
             )
             for item in self.cells
         ]
+
+
+def _first_difference(mine: Rule, asked: Rule) -> tuple[str, object, object]:
+    """Of two rules that differ: the field, and its values."""
+    fields = zip(Rule.__struct_fields__, astuple(mine), astuple(asked), strict=True)
+    return next((field, one, other) for field, one, other in fields if one != other)

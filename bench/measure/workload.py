@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock
+from resblock_bench.reference.layers import GROUPS
 
 from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments
 
@@ -36,6 +37,8 @@ def unsupported(cell: Cell) -> str | None:
     """Why PyTorch has no such cell, or None."""
     if cell.layout == "nhwc" and cell.dims == 1:
         return "PyTorch has no channels-last layout for one spatial dimension"
+    if any(cell.batch * channels * size <= GROUPS for channels, size in norm_shapes(cell)):
+        return "PyTorch refuses a norm over a single value: a larger batch, resolution or channels"
     return None
 
 

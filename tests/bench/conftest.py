@@ -1,8 +1,7 @@
 """Tiny cells, a fast session, a command line in this process, and a block that is wrong."""
 
 import functools
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +9,16 @@ import msgspec
 import pytest
 import torch
 from support.cells import TINY
+from support.kept_workers import KeptWorkers
 from support.orders import Given
 from torch import nn
 
 from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine import environment, workers
 from resblock_bench.bench.machine.channel import Channel
 from resblock_bench.bench.machine.process import Processes
-from resblock_bench.bench.machine.workers import Worker
 from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure.cell import CellJob, Task
 from resblock_bench.bench.measure.correctness import LAST_INPUTS, checked_cell, compute_truth
@@ -39,12 +38,6 @@ FAST = msgspec.structs.replace(
     min_samples=6,
     max_samples=6,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> None:
-    """As a sweep does: what is imported need not be walked by every collection."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -155,20 +148,10 @@ def add_implementation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return add
 
 
-@pytest.fixture(scope="session")
-def compiler() -> Iterator[Worker]:
-    """A process in which Triton's kernels are compiled."""
-    worker = Worker(interpret=False)
-    yield worker
-    worker.kill()
-
-
-@pytest.fixture(scope="session")
-def interpreter() -> Iterator[Worker]:
-    """One in which they are interpreted."""
-    worker = Worker(interpret=True)
-    yield worker
-    worker.kill()
+@pytest.fixture
+def shared_workers(monkeypatch: pytest.MonkeyPatch, kept_workers: KeptWorkers) -> None:
+    """Whatever asks workers asks those of all tests."""
+    monkeypatch.setattr(workers, "run", kept_workers.run)
 
 
 class Outcome(NamedTuple):

@@ -16,6 +16,7 @@ TINY = ("-a", "channels=32", "-a", "resolution=8", "-a", "batch=1")
 TINY += ("--samples", "6", "--threads", "1")
 
 
+@pytest.mark.slow
 def test_the_smoke_preset_runs_from_end_to_end(run_cli: Callable, tmp_path: Path) -> None:
     done = run_cli("run", "--preset", "smoke", "--threads", 1, "--output", tmp_path / "run")
     assert done.code == 0, done.err
@@ -255,6 +256,7 @@ def _in_a_shell(redirection: str, *arguments: str, **variables: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_what_the_output_cannot_encode_is_replaced() -> None:
     done = _in_a_shell("", "list", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
@@ -262,6 +264,7 @@ def test_what_the_output_cannot_encode_is_replaced() -> None:
     assert "presets" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_output_is_one_sentence_and_3() -> None:
     done = _in_a_shell(">/dev/full", "list")

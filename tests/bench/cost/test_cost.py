@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.machine import workers
-from resblock_bench.bench.machine.workers import Answer, Job, Worker
-
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _started_workers(
-    monkeypatch: pytest.MonkeyPatch, compiler: Worker, interpreter: Worker
-) -> None:
-    """A fresh worker imports for seconds, and here each would get a kernel or two."""
-
-    def run(
-        jobs: Iterable[Job], workers: int, environ: Mapping[str, str] | None = None
-    ) -> Generator[tuple[Job, Answer], None, None]:
-        for job in dict.fromkeys(jobs):
-            worker = interpreter if job.interpret else compiler
-            worker.begin(job)
-            yield job, worker.answer()
-
-    monkeypatch.setattr(workers, "run", run)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_workers")]
 
 
 SMALL = ["-a", "channels=32", "-a", "resolution=4", "-a", "batch=2", "-a", "layout=nchw"]

@@ -25,7 +25,7 @@ def test_a_row_is_self_describing(
     assert row.started_at.endswith("+00:00")
 
 
-def test_its_numbers_follow_from_its_samples(measure: Callable[..., Row]) -> None:
+def test_the_numbers_of_a_row_follow_from_its_samples(measure: Callable[..., Row]) -> None:
     row = measure(batch=3)
     assert row.samples_ms is not None
     assert len(row.samples_ms) == 6

@@ -76,6 +76,7 @@ def test_a_refusal_of_torch_compile_is_not_a_failure(
     assert "cannot trace this" in (row.reason or "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     IMPLEMENTATIONS["compiled"].unusable("cpu") is not None, reason="needs a C++ compiler"
 )
