@@ -142,7 +142,10 @@ class Server:
     @property
     def up(self) -> bool:
         """Whether it runs: one that was killed is started anew, with the code of then."""
-        return self._process is not None and self._process.poll() is None
+        if self._process is None or self._socket is None:
+            return False
+        # It says nothing once it is up: its end is seen here before the system tells of it.
+        return not wait([self._socket], 0) and self._process.poll() is None
 
     def close(self) -> None:
         """End it, and with it all its processes."""

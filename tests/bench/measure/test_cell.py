@@ -87,7 +87,7 @@ def test_what_was_measured_before_an_exception_stays_in_the_row(
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("the timer broke")
 
-    monkeypatch.setattr(measuring, "time_fn", fail)
+    monkeypatch.setattr(measuring, "Sampler", fail)
     row = measure(mode="inference")
     assert row.status == "failed"
     assert (row.reason or "").startswith("RuntimeError: the timer broke (line")

@@ -151,6 +151,14 @@ def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None
     cells.write_text(f"{first}\n{second}\n")
 
 
+def before_lockstep(row: dict[str, object]) -> dict[str, object]:
+    """As it was written when cells were timed one after the other."""
+    later = {"block", "rounds", "ratio", "ratio_to_none"}
+    contract = {k: v for k, v in row["contract"].items() if k != "turns"}  # type: ignore[attr-defined]
+    old = {k: v for k, v in row.items() if k not in later}
+    return {**old, "contract": contract, "schema_version": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,13 +169,14 @@ def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None
         (lambda row: {k: v for k, v in row.items() if k != "status"}, "line 2 is damaged.*status"),
         (lambda row: {**row, "status": "great"}, "line 2 is damaged.*great"),
         (lambda row: {**row, "multiplicity": "1"}, "line 2 is damaged.*multiplicity"),
-        (lambda row: {**row, "schema_version": 9}, "line 2 has schema version 9.*reads 2"),
+        (lambda row: {**row, "schema_version": 9}, "line 2 has schema version 9.*reads 3"),
+        (lambda row: before_lockstep(row), "line 2 has schema version 2, .*reads 3; read it with"),
         (lambda row: {**row, "axes": {**row["axes"], "batch": 9}}, "line 2 was changed"),
         (lambda row: {**row, "id": "0" * 16}, "line 2 was changed"),
     ],
     ids=[
         "torn", "empty", "not a row", "unknown key", "missing key", "unknown status", "wrong type",
-        "other schema", "edited axis", "edited id",
+        "other schema", "before lockstep", "edited axis", "edited id",
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_named(

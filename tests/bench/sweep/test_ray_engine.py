@@ -7,9 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from multiprocessing import spawn
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -23,7 +21,7 @@ from resblock_bench.bench.records import Row
 from resblock_bench.bench.sweep import ray_node
 from resblock_bench.bench.sweep.engines import LocalEngine
 from resblock_bench.bench.sweep.ray_engine import RAY_SETTINGS, RayEngine, choose_accelerator, room
-from resblock_bench.bench.sweep.schedule import run_tasks
+from resblock_bench.bench.sweep.schedule import blocks_of, run_blocks
 
 os.environ.update(RAY_SETTINGS)
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
@@ -32,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 VARYING = {
     "samples_ms", "median_ms", "ci_low_ms", "ci_high_ms", "outliers", "throughput_images_per_s",
-    "warmup_s", "conditions", "floor", "started_at", "wall_s", "overhead_s",
+    "warmup_s", "block", "conditions", "floor", "started_at", "wall_s", "overhead_s",
     "memory_limit_bytes",
 }  # fmt: skip
 
@@ -126,7 +124,8 @@ def test_a_sweep_survives_the_loss_of_a_node(
     engine = connect()
     assert engine.lanes == 4, "three CPUs, and one to wait"
     calls = count_calls(engine, monkeypatch)
-    tasks = [make_task(batch=1), make_task(batch=2), make_task(impl="killed")]
+    tasks = [make_task(batch=1), make_task(batch=2), make_task(impl="killed", batch=3)]
+    tasks.append(make_task(batch=3))
 
     raylet = cluster.doomed.all_processes["raylet"][0].process.pid
 
@@ -136,20 +135,21 @@ def test_a_sweep_survives_the_loss_of_a_node(
 
     loss = threading.Thread(target=lose_a_node)
     loss.start()
-    rows = {row.id: row for row in run_tasks(tasks, engine, oom=None)}
+    rows = {row.id: row for row in run_blocks(blocks_of(tasks), engine, oom=None)}
     loss.join()
     assert "".join(capfd.readouterr()) == "", "Ray keeps its reports to itself"
-    assert len(calls) == len(tasks) + 1, "the lost cell once more, the killed one not"
+    assert len(calls) == 3 + 1, "the lost block once more, the one with a killed cell not"
     assert list(rows) and set(rows) == {id_of(task) for task in tasks}
     killed = rows[id_of(tasks[2])]
     assert killed.status == "crashed"
     assert killed.reason == "killed by SIGKILL, in its phase 'check'"
     assert engine.lanes == 3
     with closing(LocalEngine("cpu", threads=1, limit_s=600)) as local:
-        for task in tasks[:2]:
+        for task in (*tasks[:2], tasks[3]):
             row = rows[id_of(task)]
             assert row.status == "ok"
-            assert unchanging(row) == unchanging(local.submit(task).result())
+            (own,) = local.submit([task]).result()
+            assert unchanging(row) == unchanging(own)
 
 
 def test_closing_ends_the_cells_and_leaves_nothing(
@@ -161,7 +161,7 @@ def test_closing_ends_the_cells_and_leaves_nothing(
     engine = connect()
     # A node that another test has killed leaves its folder.
     before, left = cells(), folders()
-    running = engine.submit(make_task(impl="hanging"))
+    running = engine.submit([make_task(impl="hanging")])
     wait_for(lambda: cells() - before and any(any(new.iterdir()) for new in folders() - left))
     engine.close()
     assert running.done() and running.exception() is not None
@@ -172,7 +172,7 @@ def test_closing_ends_the_cells_and_leaves_nothing(
 
 def cells() -> set[int]:
     """Processes of cells, and the servers they are forked from."""
-    return processes(b"multiprocessing.forkserver")
+    return processes(b"resblock_bench.bench.machine.server")
 
 
 def processes(part: bytes) -> set[int]:
@@ -234,7 +234,7 @@ def answer(
 
         monkeypatch.setattr(offline, "_call", call)
         task = make_task()
-        row = offline.submit(task).result()
+        (row,) = offline.submit([task]).result()
         assert not left
         assert row.id == id_of(task)
         assert row.host == row.device_name == "unknown"
@@ -314,22 +314,12 @@ def test_a_node_reports_itself(make_task: Callable[..., Task]) -> None:
     """What the run's environment says of another machine, its ceilings too, is not this node's."""
     task = make_task()
     there = replace(task.environment, cpu="another", versions={"torch": "1.0"}, commit="0" * 40)
-    job = ray_node.NodeJob(
-        code_fingerprint(), 60.0, msgspec.Raw(msgspec.json.encode(replace(task, environment=there)))
-    )
-    row = msgspec.json.decode(ray_node.measure_on_node(msgspec.json.encode(job)), type=Row)
+    block = [replace(each, environment=there) for each in (make_task(impl="fused"), task)]
+    job = ray_node.NodeJob(code_fingerprint(), 60.0, msgspec.Raw(msgspec.json.encode(block)))
+    rows = msgspec.json.decode(ray_node.measure_on_node(msgspec.json.encode(job)), type=list[Row])
+    assert [row.axes for row in rows] == [task.cell for task in block]
+    assert len({row.block for row in rows}) == 1
+    row = rows[1]
     assert row.status == "ok"
     assert (row.versions, row.commit) == (task.environment.versions, task.environment.commit)
     assert row.device_name == task.environment.cpu
-
-
-def test_a_cell_does_not_import_the_main_module_of_the_worker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    worker = ModuleType("__main__")
-    worker.__file__ = __file__
-    monkeypatch.setitem(sys.modules, "__main__", worker)
-    assert [name for name in spawn.get_preparation_data("") if "init_main" in name]
-    with ray_node._without_main_module():
-        assert not [name for name in spawn.get_preparation_data("") if "init_main" in name]
-    assert sys.modules["__main__"] is worker
