@@ -117,6 +117,6 @@ def test_whoever_takes_too_long_is_ended_alone(
     waiting, good = Job(True, time.sleep, (3600,)), Job(True, abs, (-1,))
     found = dict(run([waiting, good], 1))
     assert found[good].get() == 1
-    with pytest.raises(WorkerDied, match="stopped after the time limit of 300"):
+    with pytest.raises(WorkerDied, match="stopped after the time limit of 5m00s"):
         found[waiting].get()
     assert not started()
