@@ -17,7 +17,7 @@ from resblock_bench.bench.machine.checkup import Fact
 from resblock_bench.bench.measure.devices import default_kind
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.predict_memory import unpredictable
-from resblock_bench.bench.measure.scaled_memory import Predictions
+from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.progress import counted as counted_tasks
 from resblock_bench.bench.records import Cell, Environment, Memory, cell_name
 from resblock_bench.bench.units import counted, format_bytes, format_mib
@@ -83,7 +83,7 @@ def planned_cells(planned: Sequence[PlannedCell], progress: Console) -> tuple[Re
         table.add_column(heading, justify="right")
     largest: int | None = None
     unpredicted: Counter[tuple[str, str]] = Counter()
-    predictions = Predictions(item.cell for item in planned)
+    predictions = ScaledMemory(item.cell for item in planned)
     with suppress(KeyboardInterrupt), _counted(progress, len(planned)) as advance:
         for item in planned:
             memory, reason = _predicted(predictions, item.cell)
@@ -118,7 +118,7 @@ def _counted(progress: Console, total: int) -> AbstractContextManager[Callable[[
     return counted_tasks(progress, "predicting memory", total)
 
 
-def _predicted(predictions: Predictions, cell: Cell) -> tuple[Memory | None, str | None]:
+def _predicted(predictions: ScaledMemory, cell: Cell) -> tuple[Memory | None, str | None]:
     """The memory of a cell, or why there is no prediction."""
     try:
         return predictions.memory(cell), unpredictable(cell)

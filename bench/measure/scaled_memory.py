@@ -91,7 +91,7 @@ class _Shape(NamedTuple):
         )
 
 
-class Predictions:
+class ScaledMemory:
     """`predict_memory` of cells that are all named before the first is asked for."""
 
     def __init__(self, cells: Iterable[Cell]) -> None:
