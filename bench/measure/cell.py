@@ -157,7 +157,7 @@ def measure(job: CellJob, channel: Channel) -> Row:
 
     What was measured before an exception stays in the row.
     """
-    started = time.monotonic()
+    started_s, waited_s = time.monotonic(), channel.waited_s
     task = job.task
     row = row_of(task, "failed")
     try:
@@ -168,7 +168,8 @@ def measure(job: CellJob, channel: Channel) -> Row:
     snapshot = _snapshot_file(task)
     if snapshot is not None and snapshot.exists():
         row = replace(row, snapshot=f"{SNAPSHOTS}/{snapshot.name}")
-    return replace(row, wall_s=time.monotonic() - started - channel.waited_s)
+    own_s = time.monotonic() - started_s - (channel.waited_s - waited_s)
+    return replace(row, wall_s=max(0.0, own_s))
 
 
 def _snapshot_file(task: Task) -> Path | None:

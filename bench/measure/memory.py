@@ -77,6 +77,7 @@ class TrackerMeter:
         return results, _peak_bytes(tracker)
 
     def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
+        workload.freshen()
         with tracking(workload) as tracker:
             baseline = _live_bytes(tracker)
             workload.step()
@@ -149,6 +150,7 @@ class CudaMeter:
 
     def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
         workload.results()  # warm: libraries have allocated their workspaces
+        workload.freshen()
         self._reset_peaks()
         baseline = self._live_bytes()
         workload.step()

@@ -146,16 +146,21 @@ class Workload:
             leaf.grad = None
 
     def freshen(self) -> None:
-        """`reset`, and change a number in x: no result of before is right for what comes now."""
+        """`reset`, and draw a number of each input anew: no result of before, nor a part of one,
+        is right for what comes now."""
         self.reset()
         with torch.no_grad():
-            self.x[(0,) * self.x.ndim].neg_()
+            for tensor in self._inputs():
+                tensor[(0,) * tensor.ndim].normal_(generator=self._generator)
 
     def redraw(self) -> None:
         """Other inputs in the same memory."""
         with torch.no_grad():
-            for tensor in (self.x, self.emb, self.cotangent):
+            for tensor in self._inputs():
                 tensor.normal_(generator=self._generator)
+
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x, self.emb, self.cotangent
 
     def refill(self, inputs: Inputs) -> None:
         """These inputs in the same memory."""
@@ -184,7 +189,11 @@ class Workload:
         copied   as they are when the step returns, whatever is still being written to them
         """
         self.reset()
-        results = {"out": self.step().detach()}
+        out = self.step()
+        if self.mode == "forward" and not out.requires_grad:
+            raise RuntimeError("the forward pass recorded no graph to go back through")
+        results = {"out": out.detach()}
+        del out
         if self.mode == "train":
             for name, leaf in self.leaves().items():
                 if leaf.grad is None:

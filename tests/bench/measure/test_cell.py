@@ -5,9 +5,11 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import torch
+from support.orders import SIX, Given
 from torch import Tensor, nn
 
 from resblock_bench.bench.measure import cell as measuring
+from resblock_bench.bench.measure import orders
 from resblock_bench.bench.measure.cell import Task, contract_of, id_of
 from resblock_bench.bench.measure.stats import median_interval
 from resblock_bench.bench.records import Cell, Row, cell_id
@@ -43,6 +45,58 @@ def test_the_contract_says_what_the_mode_s_step_contains(
     assert "no_grad" in steps["inference"]
     assert "backward" not in steps["forward"]
     assert "backward(cotangent)" in steps["train"]
+
+
+def test_a_cell_takes_its_turns_as_ordered(
+    make_task: Callable[..., Task],
+    measure_task: Callable[..., Row],
+    add_implementation: Callable[..., None],
+) -> None:
+    seen: list[float] = []
+
+    def around(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        seen.append(float(emb.double().sum()))
+        out: Tensor = module(x, emb)
+        return out
+
+    add_implementation("seen", around)
+    began: list[int] = []
+    given = [orders.Read(), orders.Burst(60.0, 3), orders.Redraw(), orders.Burst(0.0)]
+    given += [orders.Burst(60.0, 2), orders.Read(), orders.Finish("time")]
+    channel = Given(given, lambda order: began.append(len(seen)))
+    row = measure_task(make_task(impl="seen", mode="inference"), channel)
+    assert (row.status, row.rounds, row.stop_rule) == ("ok", [3, 1, 2], "time")
+    assert [type(answer).__name__ for answer in channel.answers] == [
+        "Ready", "Counters", "Samples", "Ready", "Samples", "Samples", "Counters",
+    ]  # fmt: skip
+    told = [a.samples_ms for a in channel.answers if isinstance(a, orders.Samples)]
+    assert [ms for burst in told for ms in burst] == row.samples_ms
+    assert channel.phases == ["check", "memory", "timing", "last check"]
+    # After others' turns a step of several in a burst comes before those that count.
+    steps = [after - before for before, after in zip(began, began[1:], strict=False)]
+    assert steps == [0, 3, 0, 2, 2, 0]
+    assert len(set(seen[began[1] :])) == len(seen[began[1] :])  # never the same inputs twice
+
+
+def test_who_waits_for_a_turn_takes_no_time(
+    make_task: Callable[..., Task],
+    measure_task: Callable[..., Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor does who waits to be told what to measure."""
+    now_s = [0.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now_s[0])
+
+    def wait(order: object) -> None:
+        now_s[0] += 100.0
+        channel.waited_s += 100.0
+        now_s[0] += 0.5  # its turn
+
+    channel = Given(SIX, wait)
+    channel.waited_s = 1e6
+    row = measure_task(make_task(mode="inference"), channel)
+    assert row.status == "ok", row.reason
+    assert row.wall_s == pytest.approx(0.5 * len(SIX))
 
 
 def test_multiplicity_is_recorded_and_no_part_of_the_identity(
@@ -165,5 +219,6 @@ def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[...
         step="step",
         precision="precision",
         inputs="inputs",
+        turns="turns",
     )
-    assert (SCHEMA_VERSION, cell_id(make_cell(), contract, "code")) == (2, "07d945c95032e4da")
+    assert (SCHEMA_VERSION, cell_id(make_cell(), contract, "code")) == (3, "2927d53f6dc7bbf3")
