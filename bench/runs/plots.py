@@ -9,7 +9,7 @@ from resblock_bench.bench import files
 from .dots import QUANTITIES, draw_dots
 from .folder import FIGURES, Run
 from .front import draw_front
-from .style import STYLE
+from .style import styled
 
 
 def draw_all(run: Run) -> list[Path]:
@@ -19,7 +19,7 @@ def draw_all(run: Run) -> list[Path]:
     """
     folder = run.folder / FIGURES
     paths: list[Path] = []
-    with plt.rc_context(STYLE), files.explained(folder, "make it writable"):  # type: ignore[arg-type]
+    with styled(), files.explained(folder, "make it writable"):
         files.make_folder(folder)
         figures = {quantity.name: draw_dots(run, quantity) for quantity in QUANTITIES}
         figures["front"] = draw_front(run)
