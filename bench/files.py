@@ -74,7 +74,7 @@ def write(path: Path, content: bytes, advice: str, *, named: bool = False) -> No
 def make_folder(path: Path) -> None:
     """A folder inside one that may be somebody else's. Raises OSError where it is a link."""
     if path.is_symlink():
-        raise OSError(errno.ELOOP, "it is a link", str(path))
+        raise OSError(errno.ELOOP, f"{path.name} is a link")
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -128,24 +128,33 @@ def read(path: Path, most: int = DOCUMENT_BYTES) -> bytes:
 
     Raises OSError, which says so, for a pipe or a device, that may never end, and a larger file.
     """
-    # A pipe that nobody writes to is opened at once, too.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
-        require_regular(file)
-        with open(file, "rb", closefd=False) as stream:
-            content = stream.read(most + 1)
-    finally:
-        os.close(file)
+    file = _opened(path, os.O_RDONLY)
+    with open(file, "rb") as stream:
+        content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most >> 20} MiB, the most that is read")
     return content
 
 
-def require_regular(file: int) -> None:
-    """Raises OSError where an open file is none that ends and keeps what is written."""
+def open_to_append(path: Path, *, create: bool = False) -> int:
+    """The descriptor of a file that is written to where it lies, and read.
+
+    Raises OSError where it is a link, or no regular file.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.name} is a link")
+    return _opened(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0))
+
+
+def _opened(path: Path, flags: int) -> int:
+    """The descriptor of a regular file. Raises OSError for anything else."""
+    # A pipe that nobody writes to is opened at once, too.
+    file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
     kind = _KINDS.get(stat.S_IFMT(os.fstat(file).st_mode))
     if kind is not None:
+        os.close(file)
         raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+    return file
 
 
 class OtherSchemaError(InvalidError):

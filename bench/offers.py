@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from importlib import metadata
+from importlib.metadata import EntryPoint, entry_points
 
 from .errors import InvalidError
 
@@ -17,8 +17,8 @@ def check_offers(group: str, own: Collection[str]) -> None:
     Raises InvalidError for a name that cannot be used, or that stands for two things: what is
     measured would not be what was named.
     """
-    of_name: dict[str, metadata.EntryPoint] = {}
-    for point in metadata.entry_points(group=group):
+    of_name: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
         wrong = None
         if not NAME.fullmatch(point.name):
             wrong = f"a name is {NAME_RULE}"
@@ -33,5 +33,5 @@ def check_offers(group: str, own: Collection[str]) -> None:
             )
 
 
-def _package(point: metadata.EntryPoint) -> str:
+def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist else point.value

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -138,7 +138,11 @@ def require_text(words: Iterable[str]) -> None:
 
 def proposed(context: typer.Context, *words: str, without: Collection[str] = ()) -> str:
     """The user's own command with some options left out, and words added."""
-    found = context.command_path.split()[1:]
+    found: list[str] = []
+    verb: Any = context
+    while verb is not None and verb.parent is not None:
+        found.insert(0, str(verb.info_name))
+        verb = verb.parent
     for option in context.command.params:
         name = option.name or ""
         source = context.get_parameter_source(name)
@@ -188,9 +192,10 @@ def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
 
 
 def result_console() -> Console:
-    """The standard output, as wide as a table where it is no terminal and COLUMNS is not set."""
+    """The standard output, as wide as a table where it is no terminal and COLUMNS is not set, or
+    has no room for a word."""
     console = SafeConsole()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if console.width < 20 or (not console.is_terminal and "COLUMNS" not in os.environ):
         from resblock_bench.bench.runs.table import WIDTH
 
         console = SafeConsole(width=WIDTH)

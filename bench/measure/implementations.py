@@ -144,7 +144,7 @@ def _offered(point: metadata.EntryPoint) -> Implementation:
     def unusable(device: str) -> str | None:
         try:
             return loaded().unusable(device)
-        except Exception as error:  # whatever a foreign import raises
+        except (Exception, SystemExit) as error:  # whatever a foreign import raises
             return f"its package cannot be used ({type(error).__name__}: {error}): mend it"
 
     package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value

@@ -138,11 +138,11 @@ def create_run(folder: Path, plan: Plan, environment: Environment) -> Iterator[R
 
     Raises UsageError where it cannot be written, is being written by another run, or holds a run.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give another --output")
     with files.explained(folder, _ADVICE):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder: give another --output")
         folder.mkdir(parents=True, exist_ok=True)
-        file = _open_cells(folder, os.O_CREAT)
+        file = files.open_to_append(folder / CELLS, create=True)
     with _locked(file, folder):
         # A run that was ended before it had a plan has left nothing but an empty file.
         if (folder / PLAN).exists() or os.fstat(file).st_size:
@@ -161,28 +161,16 @@ def resume_run(folder: Path) -> Iterator[Run]:
 
     Raises UsageError also where it cannot be written or is being written by another run.
     """
-    if not (folder / CELLS).exists():
-        raise UsageError(
-            f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
-        )
     with files.explained(folder, _ADVICE):
-        file = _open_cells(folder)
+        if not (folder / CELLS).exists():
+            raise UsageError(
+                f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
+            )
+        file = files.open_to_append(folder / CELLS)
     with _locked(file, folder):
         run = read_run(folder)
         run._file = file
         yield run
-
-
-def _open_cells(folder: Path, create: int = 0) -> int:
-    """The rows of a folder to append to: never those that a link leads to, nor a pipe."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | create
-    file = os.open(folder / CELLS, flags, 0o644)
-    try:
-        files.require_regular(file)
-    except OSError:
-        os.close(file)
-        raise
-    return file
 
 
 @contextmanager

@@ -4,15 +4,18 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; every im
 every checkpoint mode also has a marker of its own.
 """
 
+import contextlib
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only; must precede pyplot
 
+import matplotlib.pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -46,6 +49,15 @@ STYLE = {
     "text.parse_math": False,  # a `$` in a name is one
     "text.usetex": False,
 }
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Figures that are drawn in the block have the STYLE."""
+    with plt.rc_context(STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+        # A run or a processor may have a name in any script: a box stands where the font has none.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:

@@ -126,11 +126,11 @@ def test_a_folder_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:
     link = tmp_path / "figures"
     link.symlink_to(tmp_path / "mine")
     with (
-        pytest.raises(UsageError, match=r"figures cannot be written \(it is a link\): x"),
+        pytest.raises(UsageError, match=r"figures cannot be written \(figures is a link\): x"),
         files.explained(link, "x"),
     ):
         files.make_folder(link)
-    with pytest.raises(OSError, match="it is a link"):
+    with pytest.raises(OSError, match="figures is a link"):
         files.check_writable(link / "x.json", parents=True)
 
 

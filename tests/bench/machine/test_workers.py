@@ -14,10 +14,13 @@ from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from support.sweeps import children_of, wait_for_death
 
+from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine import workers
-from resblock_bench.bench.machine.workers import Job, JobFailed, WorkerDied, run
+from resblock_bench.bench.machine.answers import answers
+from resblock_bench.bench.machine.workers import Job, JobFailed, MachineFailed, WorkerDied, run
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +55,16 @@ def test_whoever_fails_fails_alone() -> None:
         found[failing].get()
     with pytest.raises(JobFailed):
         found[absent].get()
+
+
+def test_what_the_operating_system_refuses_is_the_machine_s_and_said_once() -> None:
+    refused = [Job(False, os.listdir, (f"/absent/{i}",)) for i in range(3)]
+    with pytest.raises(InvalidError, match=r"listing: this machine cannot do it \(FileNotFound"):
+        list(answers(refused, Console(quiet=True), "listing"))
+    # A job's own error is that of the job.
+    failing = Job(False, int, ("seven",))
+    ((_, answer),) = answers([failing], Console(quiet=True), "counting")
+    assert not isinstance(answer.error, MachineFailed)
 
 
 def test_whoever_stops_asking_ends_the_processes(

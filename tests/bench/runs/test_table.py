@@ -218,3 +218,8 @@ def test_a_disturbed_cell_is_marked_and_told(make_row: Callable[..., Row]) -> No
 def test_the_share_of_the_floor_is_shown(make_row: Callable[..., Row]) -> None:
     floor = Floor(bytes=1, flops=1, bytes_ms=0.1, flops_ms=0.2, share=0.37)
     assert "37%" in shown([replace(make_row(10.0), floor=floor)])
+
+
+def test_a_name_is_no_markup(make_row: Callable[..., Row]) -> None:
+    row = make_row(10.0, impl="[/] [bold]x")
+    assert "[/] [bold]x none" in shown([row])
