@@ -58,9 +58,9 @@ def as_json(content: msgspec.Struct, indent: int = 1) -> bytes:
 def check_writable(path: Path, *, parents: bool = False) -> None:
     """Raises OSError where `whole` would: what takes minutes to measure is not to be lost.
 
-    parents   make the folder of the file where there is none
+    parents   the folder of the file may be made when it is written
 
-    What the path holds stays, and it is not made.
+    What the path holds stays, and nothing is made.
     """
     if _is_stream(path):
         if not os.access(path, os.W_OK):
@@ -69,8 +69,8 @@ def check_writable(path: Path, *, parents: bool = False) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     folder = os.path.dirname(os.path.realpath(path))
-    if parents:
-        os.makedirs(folder, exist_ok=True)
+    while parents and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b" " * _ROOM)
 

@@ -270,7 +270,8 @@ def checked_workload(
     if not right:
         worst = correctness.worst
         error, limit = correctness.errors[worst], correctness.limits[worst]
-        reason = f"{worst}: relative error {error} is above its limit {limit}"
+        shown = "not finite" if error is None else error
+        reason = f"{worst}: relative error {shown} is above its limit {limit}"
         verdict = Verified("wrong", reason, correctness)
     return Checked(workload, verdict, cold_peak_bytes)
 

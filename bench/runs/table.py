@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resblock_bench.bench.records import Cell, Row, Status, cell_name, site_name, site_of
-from resblock_bench.bench.units import format_mib
+from resblock_bench.bench.units import counted, format_mib, format_ratio
 
 from .folder import Run
 
@@ -57,7 +57,7 @@ def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
 def results_table(rows: Sequence[Row]) -> Table:
     """One section a site, one line a variant."""
     table = Table(expand=False, pad_edge=False, width=None)
-    table.add_column(HEADINGS[0], max_width=36, overflow="fold")
+    table.add_column(HEADINGS[0], min_width=16, max_width=36, overflow="fold")
     for heading in HEADINGS[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     for site, members in by_site(rows).items():
@@ -89,7 +89,7 @@ def variant_line(row: Row, members: Sequence[Row]) -> list[str]:
         name,
         f"{row.throughput_images_per_s:,.1f}",
         _half_width(row),
-        "–" if ratio is None else f"{ratio:.2f}",
+        "–" if ratio is None else format_ratio(ratio),
         "–" if row.floor is None or row.floor.share is None else f"{row.floor.share:.0%}",
         "–" if memory is None else format_mib(memory.peak_above_baseline_bytes),
         "–" if memory is None else format_mib(memory.saved_for_backward_bytes),
@@ -141,7 +141,8 @@ def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     there should be: a mean alone would hide a loss, and a hole.
     """
     counts = Counter(row.status for row in rows)
-    text = f"{len(rows)}{'' if planned is None else f' of {planned}'} cells: " + (
+    of = f"{len(rows)} of " if planned is not None else ""
+    text = f"{of}{counted(len(rows) if planned is None else planned, 'cell')}: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
     ratios: dict[str, list[float | None]] = {}
@@ -152,8 +153,9 @@ def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     for impl, found in ratios.items():
         values = [ratio for ratio in found if ratio is not None]
         if values:
+            mean, low, high = map(format_ratio, (geometric_mean(values), min(values), max(values)))
             text += (
-                f"; {impl} runs at {geometric_mean(values):.2f}× the reference "
-                f"({min(values):.2f}–{max(values):.2f} over {len(values)} of {len(found)})"
+                f"; {impl} runs at {mean}× the reference "
+                f"({low}–{high} over {len(values)} of {len(found)})"
             )
     return text + "."

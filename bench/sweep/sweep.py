@@ -22,6 +22,7 @@ from resblock_bench.bench.runs import table
 from resblock_bench.bench.runs.derived import derive
 from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
+from resblock_bench.bench.units import counted
 
 from .engines import Engine, LocalEngine
 from .ray_engine import RayEngine
@@ -243,7 +244,7 @@ def _begin_line(
 ) -> str:
     found = run.environment
     name = (found.gpu if run.plan.device == "cuda" else found.cpu) or "CPU"
-    text = f"{len(todo)} cells on {name} into {run.folder}"
+    text = f"{counted(len(todo), 'cell')} on {name} into {run.folder}"
     if run.attempts:
         text += f", which has {len(rows)} of {len(tasks)}"
     others = len({row.id for row in run.attempts} - rows.keys())

@@ -138,3 +138,13 @@ def test_a_disturbed_cell_is_marked_and_told(make_row: Callable[..., Row]) -> No
 def test_the_share_of_the_floor_is_shown(make_row: Callable[..., Row]) -> None:
     floor = Floor(bytes=1, flops=1, bytes_ms=0.1, flops_ms=0.2, share=0.37)
     assert "37%" in shown([msgspec.structs.replace(make_row(10.0), floor=floor)])
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_names_stay_on_a_narrow_terminal(make_row: Callable[..., Row], width: int) -> None:
+    assert "reference none" in shown([make_row(10.0)], width)
+
+
+def test_one_cell_is_not_many(make_row: Callable[..., Row]) -> None:
+    assert summary([make_row(10.0)]).startswith("1 cell: 1 ok")
+    assert summary([make_row(10.0)], 1).startswith("1 of 1 cell: 1 ok")
