@@ -270,7 +270,7 @@ def checked_workload(
     if not right:
         worst = correctness.worst
         error, limit = correctness.errors[worst], correctness.limits[worst]
-        shown = "not finite" if error is None else error
+        shown = "NaN or infinite" if error is None else error
         reason = f"{worst}: relative error {shown} is above its limit {limit}"
         verdict = Verified("wrong", reason, correctness)
     return Checked(workload, verdict, cold_peak_bytes)

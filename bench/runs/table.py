@@ -57,9 +57,9 @@ def speed_ratio(row: Row, rows: Sequence[Row]) -> float | None:
 def results_table(rows: Sequence[Row]) -> Table:
     """One section a site, one line a variant."""
     table = Table(expand=False, pad_edge=False, width=None)
-    table.add_column(HEADINGS[0], min_width=16, max_width=36, overflow="fold")
+    table.add_column(HEADINGS[0], min_width=12, max_width=36, overflow="fold")
     for heading in HEADINGS[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
         detail = f"{site.dtype} {site.layout} {site.mode}"

@@ -31,6 +31,7 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 if "ending" in sys.argv:
+    sys.stdin.readline()
     end_descendants(os.getpid())
     print("ended", flush=True)
 time.sleep(1000)
@@ -40,13 +41,17 @@ time.sleep(1000)
 @pytest.fixture
 def daemon(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], int]]:
     command = [sys.executable, "-c", DAEMON, *request.param]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        pid = int(process.stdout.readline())
-        yield process, pid
-        process.kill()
-        if running(pid):
-            os.kill(pid, signal.SIGKILL)
+    pid = None
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            pid = int(process.stdout.readline())
+            yield process, pid
+        finally:
+            process.kill()
+            if pid is not None and running(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def running(pid: int) -> bool:
@@ -82,7 +87,8 @@ def test_a_process_can_end_what_it_has_adopted_itself(
     daemon: tuple["subprocess.Popen[str]", int],
 ) -> None:
     process, pid = daemon
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
+    print("go on", file=process.stdin, flush=True)
     assert process.stdout.readline() == "ended\n"
     wait_for_end(pid)
     assert process.poll() is None

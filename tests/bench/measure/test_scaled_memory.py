@@ -106,7 +106,7 @@ def test_where_the_operations_depend_on_the_sizes_every_cell_is_predicted_by_its
     predicted: list[Cell],
 ) -> None:
     def around(module: torch.nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        return torch.cat([module(x, emb), *([x] if x.shape[0] > 500 else [])])[: len(x)]
+        return torch.cat([module(x, emb), *([x] * 40 if len(x) > 500 else [])])[: len(x)]
 
     add_implementation("moody", around)
     monkeypatch.setattr(scaled_memory, "_SCALED", ("moody",))
