@@ -86,9 +86,9 @@ def as_json(content: msgspec.Struct, indent: int = 1) -> bytes:
 def check_writable(path: Path, *, named: bool = False, parents: bool = False) -> None:
     """Raises OSError where `whole` would: what takes minutes to measure is not to be lost.
 
-    parents   make the folder of the file where there is none
+    parents   the folder of the file may be made when it is written
 
-    What the path holds stays, and it is not made.
+    What the path holds stays, and nothing is made.
     """
     if named and _is_stream(path):
         if not os.access(path, os.W_OK):
@@ -97,9 +97,10 @@ def check_writable(path: Path, *, named: bool = False, parents: bool = False) ->
     target = Path(os.path.realpath(path)) if named else path
     if target.is_dir() and not target.is_symlink():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if parents:
-        make_folder(target.parent)
-    with tempfile.TemporaryFile(dir=target.parent) as file:
+    folder = target.parent
+    while parents and not os.path.lexists(folder):
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b" " * _ROOM)
 
 

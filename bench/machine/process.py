@@ -32,6 +32,7 @@ from resblock_bench.bench.records import Status
 from resblock_bench.bench.units import format_duration
 
 from .channel import PHASE, REPLY, Function
+from .parent import end_tree
 from .proc import oom_kills
 from .server import COUNT, Request, Setup
 
@@ -282,10 +283,10 @@ class Process:
         """It and what it started, such as compilers; from any thread."""
         if self._pid is None or self not in self._running:
             return
-        kills = [os.killpg] if self._ended else [os.killpg, os.kill]  # it may not lead a group yet
-        for kill in kills:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(self._pid, signal.SIGKILL)
+        if not self._ended:
+            end_tree(self._pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
 
     @property
     def _ended(self) -> bool:

@@ -23,7 +23,7 @@ from typing import NoReturn
 import msgspec
 
 from .channel import Channel
-from .parent import die_with_parent
+from .parent import adopt_orphans, die_with_parent, end_descendants
 
 COUNT = 8
 """Bytes of a number on the pipe that tells how a process fares."""
@@ -136,6 +136,7 @@ def _live(request: Request, channel: int, output: int, server: int) -> NoReturn:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         die_with_parent(server)
+        adopt_orphans()
         for stream in (1, 2):
             os.dup2(output, stream)
         os.close(output)
@@ -158,4 +159,5 @@ def _live(request: Request, channel: int, output: int, server: int) -> NoReturn:
                 printed.flush()
             except OSError:
                 code = code or 1
+        end_descendants(os.getpid())
         os._exit(code & 0xFF)

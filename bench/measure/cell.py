@@ -304,7 +304,8 @@ def checked_workload(
 def _worst(correctness: Correctness) -> str:
     worst = correctness.worst
     error, limit = correctness.errors[worst], correctness.limits[worst]
-    return f"{worst}: relative error {error} is above its limit {limit}"
+    shown = "NaN or infinite" if error is None else error
+    return f"{worst}: relative error {shown} is above its limit {limit}"
 
 
 def _needed(task: Task, checked: Checked, device: Device) -> Needed:

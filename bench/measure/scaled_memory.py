@@ -36,8 +36,9 @@ _FEW = 4
 Sizes = tuple[int, ...]
 """Batch, resolution (half of it in a block that halves it), input and output channels of a group,
 width of the embedding."""
-_POINTS: tuple[Sizes, ...] = ((11, 13, 17, 19, 23), (2 * 1009, 2 * 211, 2 * 307, 2 * 311, 2 * 313))
-_PRIMES: tuple[Sizes, ...] = ((11, 13, 17, 19, 23), (1009, 211, 307, 311, 313))
+_PRIMES: tuple[Sizes, ...] = ((101, 103, 107, 109, 113), (1009, 211, 307, 311, 313))
+_POINTS: tuple[Sizes, ...] = (_PRIMES[0], (2 * 1009, 2 * 211, 2 * 307, 2 * 311, 2 * 313))
+"""Odd sizes and even ones, each with a prime of its own."""
 
 Polynomial = Counter[Sizes]
 """Coefficients by the exponents of the sizes."""
@@ -49,11 +50,13 @@ class _Kind(NamedTuple):
     cell     with sizes of no meaning
     single   the sizes that are 1: they decide what is contiguous, and so what is copied
     same     whether as many channels come out as go in: then nothing is projected
+    batch    where there are operations for each image; else None
     """
 
     cell: Cell
     single: tuple[bool, ...]
     same: bool
+    batch: int | None
 
     def at(self, sizes: Sizes) -> Cell:
         batch, resolution, channels, out_channels, emb_channels = (
@@ -61,7 +64,7 @@ class _Kind(NamedTuple):
         )
         return replace(
             self.cell,
-            batch=batch,
+            batch=self.batch or batch,
             resolution=resolution * (2 if self.cell.updown == "down" else 1),
             channels=channels * GROUPS,
             out_channels=(channels if self.same else out_channels) * GROUPS,
@@ -147,7 +150,9 @@ def _kind(cell: Cell) -> _Kind | None:
     dtype: DType = "fp32" if cell.dtype == "fp32" else "bf16"
     plain = replace(cell, model=None, dropout=0.5 if cell.dropout else 0.0, dtype=dtype)
     ones = dict.fromkeys(("batch", "resolution", "channels", "out_channels", "emb_channels"), 1)
-    return _Kind(replace(plain, **ones), single, same)
+    # The fused block's path without Triton takes images one by one where channels are contiguous.
+    by_image = cell.impl == "fused" and cell.layout == "nhwc"
+    return _Kind(replace(plain, **ones), single, same, cell.batch if by_image else None)
 
 
 def _value(polynomial: Polynomial, sizes: Sizes) -> int:

@@ -29,6 +29,7 @@ from resblock_bench.bench.runs import table
 from resblock_bench.bench.runs.derived import derive
 from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
+from resblock_bench.bench.units import counted
 
 from .engines import Block, Engine, LocalEngine
 from .ray_engine import RayEngine
@@ -284,7 +285,7 @@ def missing(
 def _begin_line(tasks: Sequence[Task], todo: int, rows: Mapping[str, Row], run: Run) -> str:
     found = run.environment
     name = (found.gpu if run.plan.device == "cuda" else found.cpu) or "CPU"
-    text = f"{todo} cells on {name} into {run.folder}"
+    text = f"{counted(todo, 'cell')} on {name} into {run.folder}"
     if run.attempts:
         text += f", which has {len(rows)} of {len(tasks)}"
     others = len({row.id for row in run.attempts} - rows.keys())

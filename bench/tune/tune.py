@@ -68,6 +68,7 @@ def write_table(path: Path, found: tuned.Table) -> None:
     head = msgspec.json.format(head, indent=2).removesuffix("[]\n}")
     lines = ",\n".join(f"    {msgspec.json.encode(entry).decode()}" for entry in found.entries)
     text = f"{head}[\n{lines}\n  ]\n}}\n" if lines else f"{head}[]\n}}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path, named=True) as file:
         file.write(text.encode())
 

@@ -99,7 +99,7 @@ def test_a_dry_run_predicts_and_writes_nothing(
     done = run_cli("run", *TINY, "-a", "checkpoint=none,full", "--dry-run")
     assert done.code == 0
     assert list(tmp_path.iterdir()) == []
-    assert "4 cell(s)" in done.out
+    assert "4 cells;" in done.out
     assert "predicted to need" in done.out
 
 
@@ -121,7 +121,7 @@ def test_a_cell_that_cannot_be_predicted_is_named_and_does_not_end_the_list(
     done = run_cli("list", "-a", "channels=32", "-a", "impl=reference,unpredictable")
     assert done.code == 0
     assert "no prediction for unpredictable (1 cell): RuntimeError: no fake kernel" in done.out
-    assert "2 cell(s)" in done.out
+    assert "2 cells;" in done.out
 
 
 def test_list_shows_every_choice(run_cli: Callable) -> None:
@@ -142,7 +142,7 @@ def test_list_with_a_selection_shows_its_cells(run_cli: Callable) -> None:
     out = run_cli("list", "-a", "model=iddpm-cifar10-uncond", "-a", "resolution=4").out
     assert "256 4² b8 p=0.3" in out
     assert "512→256 4² b8 p=0.3" in out
-    assert "4 cell(s)" in out
+    assert "4 cells;" in out
 
 
 def test_env_shows_the_machine(run_cli: Callable) -> None:

@@ -74,7 +74,13 @@ def test_a_tier_is_costed_where_it_holds(run_cli: Callable) -> None:
         (["--json", "absent/cost.json"], "absent/cost.json cannot be written (No such file"),
         (["--json", "."], ". cannot be written (Is a directory): name another file"),
         (["-a", "resolution=512", "--tier", "A"], "holds none of the 4 norms: tier A holds 16384"),
-        (["-a", "dims=1"], "no channels-last layout for one spatial dimension"),
+        (["-a", "impl=compiled"], "impl changes nothing of what the fused kernels"),
+        (["--arch", ""], "is no list of architectures"),
+        (["--arch", "²"], "is no list of architectures"),
+        (
+            ["-a", "dims=1", "-a", "layout=nhwc"],
+            "no channels-last layout for one spatial dimension",
+        ),
     ],
 )
 def test_bad_requests_are_one_sentence_and_2(

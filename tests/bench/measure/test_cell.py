@@ -1,3 +1,4 @@
+import itertools
 import re
 import statistics
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure import orders
 from resblock_bench.bench.measure.cell import Task, contract_of, id_of
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.stats import median_interval
+from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Row, cell_id
 
 
@@ -73,7 +76,7 @@ def test_a_cell_takes_its_turns_as_ordered(
     assert [ms for burst in told for ms in burst] == row.samples_ms
     assert channel.phases == ["check", "memory", "timing", "last check"]
     # After others' turns a step of several in a burst comes before those that count.
-    steps = [after - before for before, after in zip(began, began[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(began)]
     assert steps == [0, 3, 0, 2, 2, 0]
     assert len(set(seen[began[1] :])) == len(seen[began[1] :])  # never the same inputs twice
 
@@ -222,3 +225,32 @@ def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[...
         turns="turns",
     )
     assert (SCHEMA_VERSION, cell_id(make_cell(), contract, "code")) == (3, "2927d53f6dc7bbf3")
+
+
+def test_results_that_are_not_finite_are_said_to_be_so(
+    measure: Callable[..., Row], add_implementation: Callable[..., None]
+) -> None:
+    add_implementation("infinite", lambda module, x, emb: module(x, emb) / 0)
+    row = measure(impl="infinite", mode="inference")
+    assert row.status == "wrong"
+    assert "relative error NaN or infinite is above its limit" in str(row.reason)
+
+
+def test_a_norm_over_a_single_value_is_refused_as_pytorch_does(
+    make_cell: Callable[..., Cell],
+) -> None:
+    single = make_cell(resolution=1, batch=1)
+    assert "norm over a single value" in str(unsupported(single))
+    down = msgspec.structs.replace(single, resolution=2, updown="down")
+    assert "norm over a single value" in str(unsupported(down))
+    for fine in ({"batch": 2}, {"resolution": 2}, {"channels": 64, "out_channels": 64}):
+        cell = msgspec.structs.replace(single, **fine)
+        assert unsupported(cell) is None
+        block = IMPLEMENTATIONS["reference"].build(cell)
+        block(
+            torch.ones(cell.batch, cell.channels, *[cell.resolution] * 2),
+            torch.ones(cell.batch, 16),
+        )
+    block = IMPLEMENTATIONS["reference"].build(single)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.ones(1, 32, 1, 1), torch.ones(1, 16))

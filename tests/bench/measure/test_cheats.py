@@ -79,7 +79,7 @@ def test_what_was_kept_is_wrong_for_other_inputs(
 class Remembered(torch.autograd.Function):
     """Output and gradients of the first call, whatever comes later."""
 
-    kept: list[tuple[Tensor, ...]] = []
+    kept: ClassVar[list[tuple[Tensor, ...]]] = []
 
     @staticmethod
     def forward(ctx, module, x, emb, *weights):  # type: ignore[no-untyped-def]

@@ -223,3 +223,13 @@ def test_the_share_of_the_floor_is_shown(make_row: Callable[..., Row]) -> None:
 def test_a_name_is_no_markup(make_row: Callable[..., Row]) -> None:
     row = make_row(10.0, impl="[/] [bold]x")
     assert "[/] [bold]x none" in shown([row])
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_names_stay_on_a_narrow_terminal(make_row: Callable[..., Row], width: int) -> None:
+    assert "reference" in shown([make_row(10.0)], width)
+
+
+def test_one_cell_is_not_many(make_row: Callable[..., Row]) -> None:
+    assert summary([make_row(10.0)]).startswith("1 cell: 1 ok")
+    assert summary([make_row(10.0)], 1).startswith("1 of 1 cell: 1 ok")

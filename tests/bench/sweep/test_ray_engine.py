@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -273,6 +274,14 @@ def test_no_ray_and_no_cluster_are_said(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(ray, "init", nowhere)
         with pytest.raises(UsageError, match=r"could not find any.*ray start --head"):
             RayEngine("cpu", threads=1, limit_s=60)
+    with monkeypatch.context() as patch, socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # listens to nobody
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        patch.setattr(ray, "init", lambda **options: pytest.fail("Ray waits for minutes"))
+        for named in (address, f"ray://{address}", "127.0.0.1:99999"):
+            patch.setenv("RAY_ADDRESS", named)
+            with pytest.raises(UsageError, match=rf"{named}.*ray start --head"):
+                RayEngine("cpu", threads=1, limit_s=60)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"install resblock-bench\[ray\]"):
         RayEngine("cpu", threads=1, limit_s=60)

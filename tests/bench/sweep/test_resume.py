@@ -198,6 +198,9 @@ def test_resuming_with_other_options_is_refused(run_cli: Callable, finished: Pat
     done = run_cli("run", *TINY, *QUICK, "--seed", 7, "--resume", "--output", finished)
     assert done.code == 2
     assert "begun with seed 0, and 7 was asked for" in done.err
+    done = run_cli("run", *TINY, *QUICK, "--max-time", "2s", "--resume", "--output", finished)
+    assert done.code == 2
+    assert "begun with max_time_s 3.0, and 2.0 was asked for" in done.err
 
 
 def test_the_same_command_with_resume_adds_cells(run_cli: Callable, finished: Path) -> None:
@@ -308,7 +311,7 @@ def test_a_refused_folder_is_not_even_repaired(run_cli: Callable, finished: Path
 def test_a_dry_run_of_a_resumption_shows_the_cells_of_the_run(
     run_cli: Callable, finished: Path
 ) -> None:
-    assert "2 cell(s)" in run_cli("run", "--resume", "--dry-run", "--output", finished).out
+    assert "2 cells;" in run_cli("run", "--resume", "--dry-run", "--output", finished).out
 
 
 def test_a_table_that_cannot_be_written_is_no_loss(run_cli: Callable, finished: Path) -> None:
