@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resblock_bench.bench.measure import scaled_memory
 from resblock_bench.bench.measure.predict_memory import predict_memory
-from resblock_bench.bench.measure.scaled_memory import Predictions
+from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.records import Cell
 
 MakeCell = Callable[..., Cell]
@@ -54,7 +54,7 @@ def test_the_bytes_are_those_of_each_cells_own_prediction(
     cells = grid(make_cell, impl=impl, **fixed)
     if impl == "fused" and "layout" in fixed:  # goes image by image
         cells = [make_cell(channels=c, batch=3, impl=impl, **fixed) for c in range(64, 256, 32)]
-    predictions = Predictions(cells)
+    predictions = ScaledMemory(cells)
     found = {cell: predictions.memory(cell) for cell in cells}
     assert len(predicted) == 1
     for cell in cells[1::3]:
@@ -65,14 +65,14 @@ def test_down_sampling_scales_by_half_of_even_resolutions(
     make_cell: MakeCell, predicted: list[Cell]
 ) -> None:
     cells = [make_cell(resolution=r, updown="down", channels=64) for r in (4, 6, 8, 10, 12, 7)]
-    predictions = Predictions(cells)
+    predictions = ScaledMemory(cells)
     assert [predictions.memory(cell) for cell in cells] == list(map(predict_memory, cells))
     assert len(predicted) == 2
 
 
 def test_a_size_of_one_is_of_another_kind(make_cell: MakeCell) -> None:
     cells = [make_cell(resolution=r, batch=b, channels=64) for r in (1, 2, 4) for b in (1, 2, 3)]
-    predictions = Predictions(cells)
+    predictions = ScaledMemory(cells)
     assert [predictions.memory(cell) for cell in cells] == list(map(predict_memory, cells))
 
 
@@ -80,7 +80,7 @@ def test_equal_blocks_of_two_models_are_predicted_once(
     make_cell: MakeCell, predicted: list[Cell]
 ) -> None:
     cells = [make_cell(model=model) for model in ("one", "another")]
-    predictions = Predictions(cells)
+    predictions = ScaledMemory(cells)
     assert predictions.memory(cells[0]) == predictions.memory(cells[1])
     assert len(predicted) == 1
 
@@ -95,7 +95,7 @@ def test_what_another_package_builds_is_predicted_cell_by_cell(
 
     add_implementation("moody", around)
     cells = [make_cell(impl="moody", batch=batch, mode="inference") for batch in range(2, 8)]
-    predictions = Predictions(cells)
+    predictions = ScaledMemory(cells)
     assert [predictions.memory(cell) for cell in cells] == list(map(predict_memory, cells))
 
 
@@ -111,6 +111,6 @@ def test_where_the_operations_depend_on_the_sizes_every_cell_is_predicted_by_its
     add_implementation("moody", around)
     monkeypatch.setattr(scaled_memory, "_SCALED", ("moody",))
     cells = [make_cell(impl="moody", batch=batch, mode="inference") for batch in range(2, 8)]
-    predictions = Predictions(cells)
+    predictions = ScaledMemory(cells)
     assert [predictions.memory(cell) for cell in cells] == list(map(predict_memory, cells))
     assert set(predicted) >= set(cells)
