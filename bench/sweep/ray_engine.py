@@ -222,8 +222,6 @@ def _import_ray() -> Any:
 
 def _require_answer(address: str) -> None:
     """Raises UsageError where nobody answers at HOST:PORT: Ray itself would wait for minutes."""
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", address)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return  # "auto" and the like are looked up on this machine
@@ -241,6 +239,8 @@ def _no_cluster(address: str, error: Exception) -> UsageError:
 
 
 def _connect(ray: Any, address: str) -> None:
+    if address == "auto":  # as Ray has it
+        address = os.environ.get("RAY_ADDRESS", address)
     _require_answer(address)
     # Ray takes SIGTERM for itself, by which a sweep is told to end in good order.
     ours = signal.getsignal(signal.SIGTERM)
