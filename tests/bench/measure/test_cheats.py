@@ -40,6 +40,7 @@ def cheat(
 
 def returning(what: Callable[[Tensor], Tensor], key: Callable[..., object]) -> Around:
     """What a call with the same key returned before, as it is or changed by `what`."""
+    kept: dict[object, Tensor] = {}
 
     def around(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         found = key(x, emb)
@@ -120,6 +121,7 @@ def test_a_cache_that_sees_what_has_changed_saves_nothing(
 ) -> None:
     """No step has the inputs of the one before, also while memory is measured."""
     hits: list[object] = []
+    kept: dict[str, object] = {}
 
     def around(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         key = (x.data_ptr(), x._version, emb.data_ptr(), emb._version)
