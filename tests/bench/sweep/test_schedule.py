@@ -3,11 +3,13 @@ from concurrent.futures import Future
 from itertools import chain, repeat
 
 import pytest
+from msgspec.structs import replace
 
 from resblock_bench.bench.measure.cell import Task, row_of
 from resblock_bench.bench.records import Row, Status
 from resblock_bench.bench.sweep.engines import Block
 from resblock_bench.bench.sweep.schedule import OomRecord, blocks_of, run_blocks
+from resblock_bench.bench.sweep.sweep import missing
 
 
 class Instant:
@@ -205,3 +207,55 @@ def test_of_a_block_that_cannot_be_measured_whole_the_rest_is(variants: list[Tas
     assert sorted((row.axes.batch, row.status) for row in rows) == [
         (1, "ok"), (1, "ok"), (1, "oom"), (2, "ok"), (2, "ok"), (2, "skipped"),
     ]  # fmt: skip
+
+
+# What a resumption measures
+
+
+@pytest.fixture
+def block(make_task: Callable[..., Task]) -> list[Task]:
+    variants = [("reference", "none"), ("reference", "full"), ("fused", "none"), ("fused", "full")]
+    return [make_task(impl=impl, checkpoint=mode) for impl, mode in variants]
+
+
+def asked_for(
+    block: list[Task], found: dict[int, Row], **options: bool
+) -> list[list[tuple[int, int]]]:
+    """Of each block the tasks by number, with their attempts; `found` are the rows by number."""
+    rows = {row.id: row for row in found.values()}
+    todo = missing(block, rows, **{"retry": False, "ignore_oom": False, **options})
+    cells = [task.cell for task in block]
+    return [[(cells.index(task.cell), task.attempt) for task in one] for one in todo]
+
+
+def test_a_whole_block_is_not_measured_again(block: list[Task]) -> None:
+    for status in ("ok", "failed", "oom", "skipped", "wrong"):
+        assert asked_for(block, {n: row_of(t, status) for n, t in enumerate(block)}) == []
+
+
+def test_a_block_that_lacks_a_cell_is_measured_whole(block: list[Task]) -> None:
+    rows = {n: row_of(task, "ok") for n, task in enumerate(block)}
+    del rows[2]
+    rows[1] = row_of(replace(block[1], attempt=3), "ok")
+    assert asked_for(block, rows) == [[(0, 2), (1, 4), (2, 1), (3, 2)]]
+
+
+@pytest.mark.parametrize("status", ["failed", "crashed", "timeout", "wrong", "impossible", "oom"])
+def test_but_not_what_went_wrong_there(block: list[Task], status: Status) -> None:
+    rows = {0: row_of(block[0], "ok"), 1: row_of(block[1], status), 3: row_of(block[3], "ok")}
+    assert asked_for(block, rows) == [[(0, 2), (2, 1), (3, 2)]]
+    again = [(0, 2), (1, 2), (2, 1), (3, 2)]
+    assert asked_for(block, rows, ignore_oom=True, retry=status != "oom") == [again]
+
+
+def test_what_failed_is_asked_for_on_request_with_all_that_was_measured(block: list[Task]) -> None:
+    rows = {n: row_of(task, "ok") for n, task in enumerate(block)}
+    rows[3], rows[1] = row_of(block[3], "failed"), row_of(block[1], "oom")
+    assert asked_for(block, rows, retry=True) == [[(0, 2), (2, 2), (3, 2)]]
+    assert asked_for(block, rows, ignore_oom=True) == [[(0, 2), (1, 2), (2, 2)]]
+
+
+def test_blocks_are_asked_for_one_by_one(block: list[Task]) -> None:
+    other = [replace(task, cell=replace(task.cell, batch=7)) for task in block]
+    rows = {n: row_of(task, "ok") for n, task in enumerate([*block, *other]) if n != 5}
+    assert asked_for([*block, *other], rows) == [[(4, 2), (5, 1), (6, 2), (7, 2)]]
