@@ -95,6 +95,14 @@ def test_junit_survives_what_xml_cannot_hold() -> None:
     assert error.text == "invalid: [31m <boom> \ufffd"
 
 
+def test_a_title_is_no_markup_and_fits_every_format() -> None:
+    report = msgspec.structs.replace(report_of([]), title="[/] \x1b[31m \ud800")
+    assert "[/] \x1b[31m" in shown(report)  # this console is a plain one
+    assert junit(report).get("name") == "[/] [31m \ufffd"
+    assert FORMATS["md"](report).startswith("### \\[/\\] \\[31m \ufffd")
+    assert "[/] [31m \ufffd" in FORMATS["table"](report)
+
+
 def test_markdown_is_a_table_and_a_list() -> None:
     text = FORMATS["md"](report_of([finding("note"), finding("wrong", text="a*b")]))
     lines = text.splitlines()

@@ -1,10 +1,12 @@
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from resblock_bench.bench.checkout import source_state
+from resblock_bench.bench.checkout import is_checkout, source_state
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.proc import cgroup_quota, usable_cpus
@@ -154,6 +156,14 @@ def test_what_is_gathered_survives_json(monkeypatch: pytest.MonkeyPatch) -> None
     assert msgspec.json.decode(msgspec.json.encode(found), type=Environment) == found
     assert found.threads == 2
     assert found.versions["resblock-bench"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_a_folder_with_a_strange_pyproject_is_no_checkout(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "pyproject.toml")
+    assert not is_checkout(tmp_path)
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
