@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from resblock_bench.bench import exitcodes
-from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import weight
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.proc import usable_cpus
@@ -32,6 +32,7 @@ from resblock_bench.bench.terminal import say
 from resblock_bench.bench.units import counted
 
 from .engines import Block, Engine, LocalEngine
+from .flags import require_fitting
 from .ray_engine import RayEngine
 from .schedule import OomRecord, blocks_of, run_blocks
 
@@ -143,23 +144,11 @@ def folder_to_resume(output: Path | None) -> Path:
 
 
 def _open_engine(request: SweepRequest, plan: Plan) -> Engine:
-    if plan.device == "cpu" and request.devices:
-        raise UsageError("--devices names GPUs, and this run measures on the CPU: leave it out")
-    if plan.device == "cuda" and plan.memory_limit_bytes is not None:
-        raise UsageError("--memory-limit is for cells on a CPU: leave it out")
+    require_fitting(plan, request.engine, request.devices, request.accelerator)
     threads = plan.threads or usable_cpus()
     if request.engine == "local":
-        if request.accelerator is not None:
-            raise UsageError("--accelerator goes with --engine ray: name local GPUs with --devices")
         return LocalEngine(
             plan.device, threads=threads, limit_s=request.timeout_s, devices=request.devices
-        )
-    if request.engine != "ray":
-        raise unknown("engine", request.engine, ("local", "ray"))
-    if request.devices:
-        raise UsageError(
-            "--devices names GPUs of this machine, and --engine ray finds its own: leave it out, "
-            "or choose a type of GPU with --accelerator"
         )
     return RayEngine(
         plan.device, threads=threads, limit_s=request.timeout_s, accelerator=request.accelerator

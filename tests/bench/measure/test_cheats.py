@@ -8,7 +8,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 import pytest
 import torch
