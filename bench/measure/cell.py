@@ -49,7 +49,7 @@ from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
 from .fingerprint import code_of
 from .floor import floor_of
-from .implementations import IMPLEMENTATIONS, could_not_compile, packages_of
+from .implementations import could_not_compile, packages_of, unusable_here
 from .memory import MemoryMeter
 from .memory_limit import limit_memory
 from .origin import Origin
@@ -185,7 +185,7 @@ def _steps(job: CellJob, channel: Channel) -> Iterator[Struct]:
     if job.cpus:
         os.sched_setaffinity(0, job.cpus)
     before = set(sys.modules)
-    unusable = IMPLEMENTATIONS[task.cell.impl].unusable(task.device)
+    unusable = unusable_here(task.cell.impl, task.device)
     if unusable is not None:
         yield CellStatus("skipped", unusable)
         return

@@ -165,6 +165,18 @@ _OFFERS = {
 IMPLEMENTATIONS.update({name: _offered(point) for name, point in _OFFERS.items()})
 
 
+def unusable_here(name: str, device: str) -> str | None:
+    """Why an implementation cannot run on "cpu" or "cuda" here, or None."""
+    return not_offered(name) or IMPLEMENTATIONS[name].unusable(device)
+
+
+def not_offered(name: str) -> str | None:
+    """Why there is no such implementation, or None."""
+    if name in IMPLEMENTATIONS:
+        return None
+    return f"no installed package offers the implementation {name!r}: install the one that does"
+
+
 def module_offering(name: str) -> str | None:
     """The module of another package in which an implementation is; None for this project's own."""
     return _OFFERS[name].module if name in _OFFERS else None

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resblock_bench.bench.records import Cell, Memory
 
+from .implementations import not_offered
 from .memory import TrackerMeter
 from .workload import Workload, draw_inputs, draw_weights, unsupported
 
@@ -26,7 +27,7 @@ def predict_memory(cell: Cell) -> Memory | None:
 
 def unpredictable(cell: Cell) -> str | None:
     """Why no prediction can be made of a cell, or None."""
-    return unsupported(cell) or _METER.unusable(cell.impl)
+    return unsupported(cell) or not_offered(cell.impl) or _METER.unusable(cell.impl)
 
 
 def fake_workload(cell: Cell) -> Workload:

@@ -11,6 +11,7 @@ from resblock_bench.bench.measure.implementations import (
     _offered,
     could_not_compile,
 )
+from resblock_bench.bench.measure.predict_memory import unpredictable
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Row
 
@@ -107,3 +108,12 @@ def test_compiled_cells_are_right_and_say_why_their_memory_is_unknown(
         row = measure(impl="compiled", mode="inference")
     assert (row.status, row.memory) == ("ok", None)
     assert "torch.compile" in (row.memory_note or "")
+
+
+def test_one_that_no_package_offers_any_more_is_skipped(
+    measure: Callable[..., Row], make_cell: Callable[..., Cell]
+) -> None:
+    row = measure(impl="gone", mode="inference")
+    assert row.status == "skipped"
+    assert "no installed package offers the implementation 'gone'" in (row.reason or "")
+    assert unpredictable(make_cell(impl="gone")) == row.reason
