@@ -103,7 +103,6 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
         x, None, None, S, T
     ),
     "gradients of weight alone": lambda f: vmap(grad(loss(f), 1), (0, None))(x, w),
-    "gradients of bias alone": lambda f: vmap(grad(loss(f), 2), (0, None, None))(x, None, b),
     "gradients of an ensemble": lambda f: vmap(grad(loss(f), (0, 1, 2)), (None, 0, 0))(
         x[0], W, BIAS
     ),
