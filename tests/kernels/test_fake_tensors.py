@@ -89,12 +89,28 @@ def test_operator_in_aten(shape: tuple[int, ...], layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [SHAPES["map"], SHAPES["one position"], SHAPES["volume"]])
-def test_operator_in_triton(shape: tuple[int, ...], layout: str) -> None:
-    """The parameters are fp32 beside a 16-bit x, and so are their gradients."""
+def test_registered_operators(shape: tuple[int, ...], layout: str) -> None:
+    """Called themselves: autograd would cast their gradients, and their callers copy x."""
     pytest.importorskip("triton")
     p = problem(*shape, groups=1, dtype=torch.bfloat16, pre_shift=True)
-    with prefer("triton"):
-        agree(*operator(replace(p, x=laid_out(p.x, layout)), dropout_p=0.5))
+    rows = (p.weight, p.bias.double(), p.scale, p.shift, p.pre_shift.float())
+    constants = (1, 1e-5, True, 0.5, torch.float32)
+    ops = torch.ops.resblock_bench
+
+    def kinds(x: Tensor, dy: Tensor, *rows: Tensor | None) -> list[Any]:
+        seed = torch.zeros((), dtype=torch.int64)
+        y, mean, rstd = ops.group_norm_silu(x, *rows, seed, *constants)
+        again = ops.group_norm_silu_rewrite(x, mean, rstd, *rows, seed, *constants)
+        found = ops.group_norm_silu_backward(dy, x, mean, rstd, *rows, seed, *constants)
+        return [kind(t) for t in (y, mean, rstd, again, *found)]
+
+    tensors = (laid_out(p.x, layout), p.dy.float(), *rows)
+    mode = FakeTensorMode()
+    with mode:
+        fake = kinds(*map(mode.from_tensor, tensors))
+    real = kinds(*tensors)
+    assert fake == real
+    assert [of[2] for of in real[5:]] == [t.dtype for t in rows]
 
 
 class Normed(nn.Module):

@@ -13,9 +13,11 @@ from support.running import Runner, run_operator
 from torch import Tensor
 
 from resblock_bench import kernels
-from resblock_bench.kernels import norm_act_conv, prefer
+from resblock_bench.kernels import norm_act_conv, op, prefer
 from resblock_bench.kernels.aten import keep_mask
+from resblock_bench.kernels.dispatch import Backend
 from resblock_bench.kernels.resample import Resample
+from resblock_bench.kernels.spec import Modulation, Spec
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,14 +43,22 @@ def test_gradient_of_the_shift_before_the_norm_is_summed_in_32_bits(
     assert error(found["x"].double().sum((2, 3)), truth) > 1e-4
 
 
+@pytest.mark.parametrize("backend", ["aten", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_gradients_have_the_dtype_of_their_parameter(run: Runner, dtype: torch.dtype) -> None:
+def test_gradients_have_the_dtype_of_their_parameter(dtype: torch.dtype, backend: Backend) -> None:
+    """As the implementation returns them: autograd would cast them, at a pass for each."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     p = problem(2, 6, 4, 4, groups=2, pre_shift=True)
     dtypes: dict[str, Any] = dict.fromkeys(NAMES, dtype)
+    spec = Spec(2, 1e-5, True, 0.0, torch.float32)
     for mixed in (dtypes, dtypes | {"weight": torch.float32, "shift": torch.float32}):
-        found = gradients(run, replace(p, **{n: getattr(p, n).to(of) for n, of in mixed.items()}))
-        assert {name: found[name].dtype for name in NAMES} == mixed
-        assert found["x"].dtype == found["y"].dtype == torch.float32
+        rows = Modulation(*(getattr(p, name).to(of) for name, of in mixed.items()))
+        with prefer(backend), torch.no_grad():
+            y, statistics = op.forward(p.x, rows, None, spec)
+            dx, found = op.backward(p.dy, p.x, statistics, rows, None, spec)
+        assert [g.dtype for g in found] == list(mixed.values())
+        assert dx.dtype == y.dtype == torch.float32
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
