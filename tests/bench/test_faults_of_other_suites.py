@@ -16,9 +16,10 @@ from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine import nvml
 from resblock_bench.bench.machine.visible_gpus import visible_gpus
 from resblock_bench.bench.measure.cell import Task, contract_of, id_of
+from resblock_bench.bench.measure.floor import judged
 from resblock_bench.bench.measure.stats import median_interval
 from resblock_bench.bench.measure.telemetry import open_probe
-from resblock_bench.bench.records import Ceilings, Environment, Row
+from resblock_bench.bench.records import Ceilings, Environment, Ratio, Row
 from resblock_bench.bench.runs.export import export
 from resblock_bench.bench.runs.folder import Run, read_run
 from resblock_bench.bench.runs.table import summary
@@ -175,6 +176,7 @@ def test_9_faster_than_memory_can_be_is_impossible(
         matrix_flops_per_s=dict.fromkeys(("fp32", "bf16", "fp16"), 1e12),
     )
     row = measure(environment=msgspec.structs.replace(found, ceilings=ceilings))
+    row = judged(row, ceilings)
     assert row.status == status
     assert row.floor is not None
     assert row.floor.share == pytest.approx(
@@ -187,17 +189,19 @@ def test_9_faster_than_memory_can_be_is_impossible(
 def test_10_an_average_shows_its_range_and_its_holes(some_row: Callable[[str], Row]) -> None:
     base = some_row("inference")
 
-    def row(median_ms: float | None, **axes: object) -> Row:
+    def row(ratio: float | None, **axes: object) -> Row:
         cell = msgspec.structs.replace(base.axes, **axes)
-        status = "ok" if median_ms else "crashed"
-        return msgspec.structs.replace(base, axes=cell, median_ms=median_ms, status=status)
+        if ratio is None:
+            return msgspec.structs.replace(base, axes=cell, status="crashed")
+        known = Ratio(value=ratio, low=None, high=None)
+        return msgspec.structs.replace(base, axes=cell, ratio=known)
 
     rows = [
-        row(10.0), row(5.0, impl="fused"),
-        row(10.0, batch=3), row(20.0, impl="fused", batch=3),
-        row(10.0, batch=4), row(None, impl="fused", batch=4),
+        row(1.0), row(2.0, impl="fused"),
+        row(1.0, batch=3), row(0.5, impl="fused", batch=3),
+        row(1.0, batch=4), row(None, impl="fused", batch=4),
     ]  # fmt: skip
-    assert "(0.50–2.00 over 2 of 3)" in summary(rows)
+    assert "(0.50–2.00 over 2 of 3 cells)" in summary(rows)
     assert "1 crashed" in summary(rows)
 
 

@@ -15,15 +15,23 @@ from matplotlib.lines import Line2D
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Row, Status
-from resblock_bench.bench.runs.dots import QUANTITIES, draw_dots
+from resblock_bench.bench.measure.conditions import conditions
+from resblock_bench.bench.measure.telemetry import Reading
+from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Ratio, Row, Status
+from resblock_bench.bench.runs.dots import draw_dots
 from resblock_bench.bench.runs.folder import Run
 from resblock_bench.bench.runs.front import draw_front
 from resblock_bench.bench.runs.plots import draw_all
+from resblock_bench.bench.runs.quantities import QUANTITIES
 from resblock_bench.bench.runs.style import site_labels
 
 BROKEN = [status for status in typing.get_args(Status) if status != "ok"]
 MODES = ("none", "selective", "full")
+
+
+def known(value: float) -> Ratio:
+    """To a thousandth."""
+    return Ratio(value=value, low=value * 0.999, high=value * 1.001)
 
 
 @pytest.fixture
@@ -37,11 +45,14 @@ def run(some_row: Callable[[str], Row], plan: Plan, found: Environment, tmp_path
         ):
             cell = msgspec.structs.replace(base.axes, batch=batch, impl=impl, checkpoint=mode)
             median = 10.0 + position
+            same = 10.0 + position - (impl == "fused")
             rows.append(
                 msgspec.structs.replace(
                     base,
                     axes=cell,
                     median_ms=median,
+                    ratio=known(same / median),
+                    ratio_to_none=known(10.0 / median),
                     ci_low_ms=median * 0.9,
                     ci_high_ms=median * 1.1,
                     throughput_images_per_s=batch / median * 1e3,
@@ -95,7 +106,7 @@ def test_a_dot_stands_at_its_value(run: Run) -> None:
         for row in run.rows
     }
     assert found == expected
-    assert f"{10 / 11:.2f}×" in texts(figure)
+    assert f"{10 / 11:.2f}× ±0.00" in texts(figure)
     plt.close(figure)
 
 
@@ -343,3 +354,19 @@ def test_labels_name_only_what_differs(make_cell: Callable[..., Cell]) -> None:
 def test_what_only_the_model_changes_is_left_to_its_name(make_cell: Callable[..., Cell]) -> None:
     sites = [make_cell(model="a", dropout=0.3), make_cell(model="b", dropout=0.1)]
     assert list(site_labels(sites).values()) == ["32, 8²\na", "32, 8²\nb"]
+
+
+def test_a_disturbed_cell_is_hollow_and_says_no_ratio(run: Run) -> None:
+    hot = conditions(
+        Reading(t_s=0.0, throttled_us={"heat": 0}), Reading(t_s=1.0, throttled_us={"heat": 9}),
+        source="test", images=1, threads=1,
+    )  # fmt: skip
+    rows = [msgspec.structs.replace(row, conditions=hot) for row in run.rows]
+    shaken = dataclasses.replace(run, attempts=[*rows[:6], *run.rows[6:]])
+    figure = draw_dots(shaken, QUANTITIES[0])
+    assert figure is not None
+    assert sum("×" in text for text in texts(figure)) == 3
+    calm = draw_dots(run, QUANTITIES[0])
+    assert calm is not None
+    assert sum("×" in text for text in texts(calm)) == 6
+    plt.close("all")
