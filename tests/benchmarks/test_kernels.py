@@ -74,7 +74,7 @@ class Operator(Workload):
     """The norm of a block, as a workload: x, `emb` = (scale, shift), and an affine in float32."""
 
     def __init__(self, cell: Cell, impl: str, mode: Literal["forward", "train"]) -> None:
-        generator = torch.Generator(DEVICE).manual_seed(0)
+        self._generator = generator = torch.Generator(DEVICE).manual_seed(0)
         dtype, C = DTYPES[cell.dtype], cell.channels
 
         def normal(*shape: int) -> Tensor:
