@@ -147,7 +147,10 @@ def test_a_wrong_base_leaves_nothing_to_compare(outcome, items):
 
 def test_a_working_tree_that_crashes_is_invalid(outcome, items):
     status, reason = items[HEAD_CRASHING].failed
-    assert (status, reason) == ("crashed", "the working tree: its process ended with code 1")
+    assert (status, reason) == (
+        "crashed",
+        "the working tree: its process ended with code 1, in its phase 'check'",
+    )
     assert level_of(outcome, HEAD_CRASHING)[:2] == ("invalid", 3)
 
 
@@ -175,7 +178,7 @@ def test_the_sides_are_named_and_differ(outcome, project):
 def test_a_base_that_does_not_build(project, revision, text):
     found = checked(against(project, revision, [SAME]))
     assert {finding.level for finding in found.findings} >= {"invalid"}
-    assert re.search(text, found.findings[0].text)
+    assert re.search(text, found.findings[0].text, re.DOTALL)
     assert exit_code(found.findings) == 3
 
 

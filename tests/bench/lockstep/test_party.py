@@ -132,7 +132,18 @@ def test_a_clock_is_held_against_another_process_s(
     row = ended(party, 8)
     assert row.status == status
     if status == "impossible":
-        assert "by another process's clock: its own is not to be trusted" in (row.reason or "")
+        assert "by another process's clock" in (row.reason or "")
+        assert "its own is not to be trusted" in (row.reason or "")
+
+
+def test_one_burst_that_nobody_held_up_clears_a_clock(begin: Callable) -> None:
+    """On a busy machine what surrounds a step may take any time."""
+    party, cell = begin(step_s=0.05, said_ms=0.1, steps=4)
+    party.open()
+    for held_up in (True, False, True, True):
+        cell.said_ms = 0.1 if held_up else 50.0
+        party.burst(0.0)
+    assert party.finish("samples").status == "ok"
 
 
 def test_what_surrounds_a_tiny_step_is_no_lie(begin: Callable) -> None:

@@ -181,9 +181,9 @@ def test_a_killed_suite_leaves_no_cell_that_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupt_in_a_block_keeps_those_before(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
-    process = started(folder)
+    process = started(folder, impl="reference,fused")
     try:
         wait_for_rows(process, folder, 2)
         family = children_of(process.pid)
@@ -194,8 +194,10 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, number: signal.Sig
     assert process.returncode == 3, err
     assert "Traceback" not in err
     rows = read_run(folder).rows
-    assert f"interrupted: {len(rows)} rows are in {folder}, {300 - len(rows)} cells" in out
+    assert f"interrupted: {len(rows)} rows are in {folder}, {600 - len(rows)} cells" in out
     assert "--resume" in out
+    # Of the block that was under way there is nothing.
+    assert len({row.block for row in rows}) == len(rows) / 2
     wait_for_death(family)
 
 
