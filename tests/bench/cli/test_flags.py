@@ -53,7 +53,7 @@ def run(
         (["--output", ""], "an empty path"),
         (["--output", "x" * 5000], "no file can have this path"),
         (["--config", ""], "an empty path"),
-        (["--output", "x\udcff"], "it is not UTF-8"),
+        (["--output", "x\udcff"], "is not text in UTF-8"),
         (["--retry-failed"], "--retry-failed goes with --resume"),
         (["--resume"], "--resume needs the folder of the run"),
     ],

@@ -21,7 +21,7 @@ from resblock_bench.bench.runs.table import (
 def shown(rows: list[Row], width: int = WIDTH) -> str:
     console = Console(width=width, record=True, force_terminal=False, file=None, quiet=False)
     with console.capture() as capture:
-        console.print(results_table(rows))
+        console.print(results_table(rows, width))
     return capture.get()
 
 
@@ -164,7 +164,7 @@ def test_the_interval_of_a_mean_narrows_with_its_number() -> None:
 
 def test_a_mean_without_interval_says_so_by_having_none(make_row: Callable[..., Row]) -> None:
     text = summary([make_row(5.0, impl="fused", ratio=of(2.0))])
-    assert "fused runs at 2.00× the reference (2.00–2.00 over 1 of 1 cells)" in text
+    assert "fused runs at 2.00× the reference (2.00–2.00 over 1 of 1 cell)" in text
 
 
 def test_disturbed_cells_are_left_out_of_the_mean_and_counted(make_row: Callable[..., Row]) -> None:
