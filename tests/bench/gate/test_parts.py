@@ -94,7 +94,7 @@ def test_a_lower_peak_asks_to_be_saved(
         code, out = saved_then_checked(memory_part, hungry.undo)
     assert code == 4
     assert "better memory tiny" in out
-    assert "baseline save --memory --reason" in out
+    assert "baseline save --memory --pins" in out
 
 
 @pytest.mark.usefixtures("shared_workers")
