@@ -327,13 +327,11 @@ def plan(
 
     console, progress = result_console(), progress_console()
     if published:
-        from resblock_bench.bench.fit import published as table
-
         own = ("model", "axis", "batch", "microbatch", "dtype", "optimizer", "ema")
         why = "is fixed by --published, which plans every model as it was trained: leave it out"
         others = ("recompute_attention", "impl", "checkpoint", "device_memory")
         refuse(context, (*own, *others), why)
-        raise typer.Exit(table.carry_out(json, plot, console, progress))
+        raise typer.Exit(planning.carry_out_published(json, plot, console, progress))
     request = planning.request_of(
         read_subject(model, axis or []),
         batch=batch,

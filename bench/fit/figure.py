@@ -1,10 +1,8 @@
 """The figures of `plan`: the peak over the batch, and the largest batch of published models."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,12 +20,10 @@ from resblock_bench.bench.runs.style import (
     plain_log,
 )
 
+from .equal_memory import EqualMemoryTable
 from .peaks import peak_at
-from .plan import GIB, MemoryPlan
+from .plans import GIB, MemoryPlan
 from .report import NOTE, capacity_name
-
-if TYPE_CHECKING:
-    from .published import EqualMemoryTable
 
 _LINES: dict[str, Literal["-", "--", ":"]] = {"none": "-", "selective": "--", "full": ":"}
 

@@ -28,7 +28,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Kind = Literal[
+Purpose = Literal[
     "parameters", "masters", "optimizer", "ema", "inputs", "gradients", "activations", "temporaries"
 ]
 """What a storage is for.
@@ -56,7 +56,7 @@ class Peak(Struct, frozen=True):
     """
 
     bytes: int
-    kinds: dict[Kind, int]
+    kinds: dict[Purpose, int]
     phase: Phase
     place: str
     places: dict[str, int]
@@ -76,7 +76,7 @@ class Lifetimes(TorchDispatchMode):
         }
         self._sizes: list[int] = []
         self._deaths: dict[int, int] = {}  # storage -> how many had been made when it died
-        self._kinds: dict[int, Kind] = {}  # of those that were labelled
+        self._kinds: dict[int, Purpose] = {}  # of those that were labelled
         self._places: list[str] = []
         self._phases: list[tuple[int, Phase]] = []  # each with the number of storages before it
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
@@ -84,7 +84,7 @@ class Lifetimes(TorchDispatchMode):
         self._ends: tuple[list[int], list[str]] = ([], [])  # of modules: last node, name
         self._hooks = ExitStack()
 
-    def label(self, kind: Kind, *tensors: Tensor) -> None:
+    def label(self, kind: Purpose, *tensors: Tensor) -> None:
         """Say what tensors are for, and count those that were made before the step."""
         for tensor in tensors:
             self._kinds[self._see(tensor)] = kind
@@ -134,7 +134,7 @@ class Lifetimes(TorchDispatchMode):
         """The moment at which most is alive, the first if there are several."""
         live = self.live_bytes()
         moment = int(live.argmax())
-        kinds: Counter[Kind] = Counter()
+        kinds: Counter[Purpose] = Counter()
         places: Counter[str] = Counter()
         for born in range(moment + 1):
             if self._died(born) > moment:
@@ -199,7 +199,7 @@ class Lifetimes(TorchDispatchMode):
         """The position of a moment's phase; −1 before the first."""
         return bisect.bisect_right(self._phases, moment, key=lambda phase: phase[0]) - 1
 
-    def _kind(self, born: int) -> Kind:
+    def _kind(self, born: int) -> Purpose:
         if born in self._kinds:
             return self._kinds[born]
         phase = self._phase_at(born)

@@ -1,162 +1,28 @@
-"""`plan`: does a training step fit, which batch would, and what is the cheapest change?
+"""The verb `plan`: from the command line's words to what is shown, written and drawn."""
 
-The variants asked for are planned one after the other, each in a process of its own. The cheapest
-change is the first that fits of these, which are in order of the speed that they cost:
-
-    fused         as many convolutions, fewer passes over memory
-    selective     norms and activations are computed again, no convolution is
-    attention     is computed again as well
-    full          whole blocks are computed again, about a third of a step more
-    microbatches  the same sums in several passes; what that costs depends on how few images still
-                  keep the GPU busy, and nothing bounds it. Selective before full
-    average       its moving average moves to main memory, and is copied to for every step
-    bf16          autocast; it alone changes what is computed, so it is last
-"""
-
-from __future__ import annotations
-
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
-from msgspec import Struct, structs
 from rich.console import Console
 
 from resblock_bench.bench import exitcodes, files
-from resblock_bench.bench.checkout import package_folder, source_state
 from resblock_bench.bench.errors import UsageError, unknown
-from resblock_bench.bench.machine.environment import versions
-from resblock_bench.bench.machine.process import Processes
-from resblock_bench.bench.progress import TaskProgress
-from resblock_bench.bench.records import Checkpoint, Record
+from resblock_bench.bench.records import Checkpoint
 from resblock_bench.bench.terminal import say
 from resblock_bench.bench.units import parse_bytes
 
+from .equal_memory import begun, completed, wanted
+from .figure import draw_equal_memory, draw_peaks, save
 from .peaks import MOST_IMAGES
+from .plans import CHECKPOINTS, IMPLS, MemoryPlan, PlanRequest, memory_plan
+from .report import shown, shown_equal_memory
 from .subject import Subject
-from .training import Impl, Optimizer, Precision, Setup, published_precision
-from .variant import VariantJob, VariantPlan, VariantReply, plan_variant
+from .training import Impl, Optimizer, Precision, published_precision
 
-GIB = 2**30
-DEVICES = tuple(gib * GIB for gib in (16, 24, 40, 80, 141))
-IMPLS: tuple[Impl, ...] = get_args(Impl)
-CHECKPOINTS: tuple[Checkpoint, ...] = get_args(Checkpoint)
-SCHEMA_VERSION = 1
 _LEAST_DEVICE, _MOST_DEVICE = 2**20, 2**50
-_LIMIT_S = 1800.0
 _ADVICE = "name another file"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What to plan; `microbatch` None is the whole batch at once."""
-
-    subject: Subject
-    precision: Precision
-    batch: int = 8
-    microbatch: int | None = None
-    optimizer: Optimizer = "adamw"
-    ema: bool = False
-    recompute_attention: bool = False
-    impls: Sequence[Impl] = IMPLS
-    checkpoints: Sequence[Checkpoint] = CHECKPOINTS
-    device_bytes: int | None = None
-    json: Path | None = None
-    plot: Path | None = None
-
-    @property
-    def at_once(self) -> int:
-        """Images a pass."""
-        return self.microbatch or self.batch
-
-    @property
-    def devices(self) -> list[int]:
-        return list(DEVICES) if self.device_bytes is None else [self.device_bytes]
-
-    def setup(self, impl: Impl, checkpoint: Checkpoint) -> Setup:
-        return Setup(
-            impl=impl,
-            checkpoint=checkpoint,
-            precision=self.precision,
-            optimizer=self.optimizer,
-            ema=self.ema,
-            recompute_attention=self.recompute_attention,
-            accumulate=self.at_once < self.batch,
-        )
-
-    def setups(self) -> list[Setup]:
-        return [self.setup(*pair) for pair in itertools.product(self.impls, self.checkpoints)]
-
-
-class Change(Struct, frozen=True, kw_only=True):
-    """What makes the batch fit into a device, and the peak then.
-
-    what     in words; "" where it fits without fusing or checkpointing, None where nothing helps
-    images   a pass
-    """
-
-    device_bytes: int
-    what: str | None
-    setup: Setup | None = None
-    images: int | None = None
-    peak_bytes: int | None = None
-
-
-class Failure(Struct, frozen=True):
-    """A variant without a plan, and why."""
-
-    setup: Setup
-    problem: str
-
-
-class MemoryPlan(Record, frozen=True, kw_only=True):
-    """What `plan` found; what --json writes.
-
-    interrupted   before all of it was found
-    """
-
-    schema_version: int = SCHEMA_VERSION
-    subject: Subject
-    batch: int
-    images_a_pass: int
-    devices: list[int]
-    variants: list[VariantPlan]
-    failures: list[Failure]
-    changes: list[Change]
-    interrupted: bool
-    versions: dict[str, str | None]
-    commit: str | None
-    dirty: bool | None
-
-
-class Planner:
-    """Plans variants of a subject, each once."""
-
-    def __init__(
-        self, subject: Subject, batch: int, devices: Sequence[int], processes: Processes
-    ) -> None:
-        self._subject, self._batch, self._devices = subject, batch, list(devices)
-        self._processes = processes
-        self.replies: dict[Setup, VariantReply] = {}
-
-    def plan(self, setup: Setup) -> VariantPlan | None:
-        """A variant's plan, or None where its step fails."""
-        if setup not in self.replies:
-            job = VariantJob(
-                subject=self._subject, setup=setup, batch=self._batch, capacities=self._devices
-            )
-            self.replies[setup] = self._reply(job)
-        return self.replies[setup].plan
-
-    def _reply(self, job: VariantJob) -> VariantReply:
-        ending = self._processes.run(plan_variant, msgspec.json.encode(job), limit_s=_LIMIT_S)
-        if ending.reply is None:
-            return VariantReply(problem=ending.problem(_LIMIT_S)[1])
-        return msgspec.json.decode(ending.reply, type=VariantReply)
 
 
 def request_of(
@@ -216,10 +82,8 @@ def request_of(
 
 def carry_out(request: PlanRequest, console: Console, progress: Console) -> int:
     """Plan everything asked for, show it, write it. Returns the exit code."""
-    from . import report
-
     found = memory_plan(request, progress)
-    for part in report.shown(found, request):
+    for part in shown(found, request):
         if isinstance(part, str):
             say(console, part)
         else:
@@ -228,8 +92,6 @@ def carry_out(request: PlanRequest, console: Console, progress: Console) -> int:
         files.write(request.json, files.as_json(found), _ADVICE)
         say(console, f"json: {request.json}")
     if request.plot is not None and found.variants:
-        from .figure import draw_peaks, save
-
         save(draw_peaks(found), request.plot, _ADVICE)
         say(console, f"figure: {request.plot}")
     return exit_code(found)
@@ -243,96 +105,28 @@ def exit_code(found: MemoryPlan) -> int:
     return exitcodes.OK if least <= max(found.devices) else exitcodes.TOO_LARGE
 
 
-def memory_plan(request: PlanRequest, progress: Console) -> MemoryPlan:
-    """All variants, then the cheapest change for each device; what there is after an interrupt."""
-    setups, changes, interrupted = request.setups(), [], False
-    with closing(Processes()) as processes:
-        planner = Planner(request.subject, request.at_once, request.devices, processes)
-        try:
-            with TaskProgress(progress, len(setups)) as bar:
-                for setup in setups:
-                    name = variant_title(setup)
-                    bar.begin(name)
-                    planner.plan(setup)
-                    bar.finish(name)
-            for device_bytes in request.devices:
-                changes.append(cheapest_change(request, device_bytes, planner.plan))
-        except KeyboardInterrupt:
-            interrupted = True
-    commit, dirty = source_state(package_folder("bench"))
-    replies = [(setup, planner.replies[setup]) for setup in setups if setup in planner.replies]
-    return MemoryPlan(
-        subject=request.subject,
-        batch=request.batch,
-        images_a_pass=request.at_once,
-        devices=request.devices,
-        variants=[reply.plan for _, reply in replies if reply.plan is not None],
-        failures=[Failure(s, reply.problem) for s, reply in replies if reply.problem is not None],
-        changes=changes,
-        interrupted=interrupted,
-        versions=versions(),
-        commit=commit,
-        dirty=dirty,
-    )
-
-
-def cheapest_change(
-    request: PlanRequest, device_bytes: int, plan: Callable[[Setup], VariantPlan | None]
-) -> Change:
-    """The first of the changes that makes the batch fit; `plan` gives a variant's plan."""
-    at_once = request.at_once
-    for what, setup, split in changes_in_order(request):
-        if split and at_once == 1:
-            continue
-        found = plan(setup)
-        if found is None:
-            continue
-        images = at_once
-        if split:
-            images = min(found.largest_batch(device_bytes), at_once - 1)
-        if images and found.peak_at(images) <= device_bytes:
-            what = f"{what}, {images} at a time" if split else what
-            return Change(
-                device_bytes=device_bytes,
-                what=what,
-                setup=setup,
-                images=images,
-                peak_bytes=found.peak_at(images),
-            )
-    return Change(device_bytes=device_bytes, what=None)
-
-
-def changes_in_order(request: PlanRequest) -> Iterator[tuple[str, Setup, bool]]:
-    """What, how it is trained then, and whether in microbatches; the least speed lost first."""
-    yield "", request.setup("reference", "none"), False
-    fused = [request.setup("fused", checkpoint) for checkpoint in CHECKPOINTS]
-    if request.subject.config is not None and not request.recompute_attention:
-        fused.insert(2, structs.replace(fused[1], recompute_attention=True))
-    for setup in fused:
-        yield _words(setup, request), setup, False
-    changes: list[tuple[str, dict[str, Any]]] = [("", {})]
-    if request.ema:
-        changes.append((", the moving average in main memory", {"ema": False}))
-    if request.precision == "fp32":
-        text, fields = changes[-1]
-        changes.append((f"{text}, autocast to bf16", {**fields, "precision": "bf16"}))
-    for text, fields in changes:
-        for setup in fused[1:]:
-            changed = structs.replace(setup, **fields, accumulate=True)
-            yield f"{_words(setup, request)}{text}, microbatches", changed, True
-
-
-def variant_title(setup: Setup) -> str:
-    return f"{setup.impl} {setup.checkpoint}"
-
-
-def _words(setup: Setup, request: PlanRequest) -> str:
-    words = "fused"
-    if setup.checkpoint != "none":
-        words += f", {setup.checkpoint} checkpointing"
-    if setup.recompute_attention and not request.recompute_attention:
-        words += ", attention computed again"
-    return words
+def carry_out_published(
+    json: Path | None, plot: Path | None, console: Console, progress: Console
+) -> int:
+    """Plan what is missing, show the table, draw it. Returns the exit code."""
+    for path in (json, plot):
+        if path is not None:
+            with files.explained(path, _ADVICE):
+                files.check_writable(path, parents=True)
+    table, ended = completed(begun(json), json, progress)
+    for line in shown_equal_memory(table):
+        if isinstance(line, str):
+            say(console, line)
+        else:
+            console.print(line)
+    if plot is not None and table.rows:
+        save(draw_equal_memory(table), plot, _ADVICE)
+        say(console, f"figure: {plot}")
+    missing = sum(1 for _ in wanted()) - len(table.rows)
+    if missing:
+        how = "interrupted" if ended else "done"
+        say(console, f"{how}: {missing} variants are missing; the same command goes on")
+    return exitcodes.INCOMPLETE if missing else exitcodes.OK
 
 
 def _chosen(kind: str, given: str | None, allowed: Sequence[str]) -> list[str]:

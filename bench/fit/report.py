@@ -7,13 +7,14 @@ from rich.text import Text
 
 from resblock_bench.bench.units import format_bytes, format_mib
 
-from .lifetimes import Kind
+from .equal_memory import EqualMemoryTable
+from .lifetimes import Purpose
 from .peaks import MOST_IMAGES
-from .plan import GIB, Change, MemoryPlan, PlanRequest, variant_title
+from .plans import GIB, Change, MemoryPlan, PlanRequest, variant_title
 from .training import Setup, autocast_dtype
 from .variant import VariantPlan
 
-_RESIDENT: dict[Kind, str] = {
+_RESIDENT: dict[Purpose, str] = {
     "parameters": "parameters",
     "masters": "float32 masters",
     "optimizer": "AdamW",
@@ -127,3 +128,21 @@ def sentence(found: MemoryPlan, change: Change) -> str:
     if not change.what:
         return f"{device}: fits as it is, with {needs}"
     return f"{device}: the cheapest change is {change.what}, with {needs}"
+
+
+def shown_equal_memory(found: EqualMemoryTable) -> Iterator[Table | str]:
+    """One line a variant: its largest batches."""
+    title = "largest batch of a training step, as published"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("model, variant", no_wrap=True)
+    for capacity in found.devices:
+        table.add_column(capacity_name(capacity), justify="right", no_wrap=True)
+    before = ""
+    for row in found.rows:
+        if row.model != before:
+            table.add_row(f"{row.model} {row.plan.setup.precision}", style="bold")
+            before = row.model
+        table.add_row(f"  {variant_title(row.plan.setup)}", *map(batch_words, row.largest))
+    yield table
+    yield from (f"{name}: {problem}" for name, problem in found.problems.items())
+    yield NOTE

@@ -31,7 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Inputs = dict[str, Tensor]
+StepInputs = dict[str, Tensor]
 """A model's arguments by name, and "target" for its loss."""
 
 _FILE_BYTES = 2**20
@@ -164,7 +164,7 @@ def _block(axes: Sequence[str]) -> Subject:
     return Subject(name=name, cell=cell)
 
 
-def draw_inputs(config: UNetConfig, batch: int) -> Inputs:
+def draw_inputs(config: UNetConfig, batch: int) -> StepInputs:
     """A batch as the model was trained with; made on the default device."""
     size = (config.image_size, config.image_size)
     found = {

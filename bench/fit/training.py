@@ -34,7 +34,7 @@ from resblock_bench.reference import AttentionBlock, EDMBlock, ResBlock, UNetCon
 from resblock_bench.reference.torso import cast_convolutions
 
 from .lifetimes import Lifetimes
-from .subject import Inputs, Subject, draw_inputs
+from .subject import StepInputs, Subject, draw_inputs
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Impl = Literal["reference", "fused"]
@@ -135,12 +135,12 @@ class Training:
         dtype = autocast_dtype(self.subject, self.setup.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
-    def _inputs(self, batch: int) -> Inputs:
+    def _inputs(self, batch: int) -> StepInputs:
         if self.subject.config is not None:
             return draw_inputs(self.subject.config, batch)
         return _block_inputs(self.subject, batch, self.setup.precision)
 
-    def _loss(self, inputs: Inputs) -> Tensor:
+    def _loss(self, inputs: StepInputs) -> Tensor:
         arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
         out: Tensor = self.model(**arguments)
         config = self.subject.config
@@ -181,7 +181,7 @@ def _model(subject: Subject, setup: Setup) -> nn.Module:
     return model
 
 
-def _block_inputs(subject: Subject, batch: int, precision: Precision) -> Inputs:
+def _block_inputs(subject: Subject, batch: int, precision: Precision) -> StepInputs:
     drawn = workload.draw_inputs(
         _cell_of(subject, batch=batch, dtype=precision), torch.device("cpu"), seed=0
     )

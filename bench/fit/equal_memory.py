@@ -13,9 +13,8 @@ from pathlib import Path
 
 from msgspec import structs
 from rich.console import Console
-from rich.table import Table
 
-from resblock_bench.bench import exitcodes, files
+from resblock_bench.bench import files
 from resblock_bench.bench.checkout import package_folder, source_state
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.machine.environment import versions
@@ -23,11 +22,9 @@ from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import Record
-from resblock_bench.bench.terminal import say
 from resblock_bench.reference import PUBLISHED
 
-from .plan import DEVICES, Planner, PlanRequest, variant_title
-from .report import NOTE, batch_words, capacity_name
+from .plans import DEVICES, Planner, PlanRequest, variant_title
 from .subject import Subject
 from .training import Setup, published_precision
 from .variant import VariantPlan
@@ -87,31 +84,7 @@ def wanted() -> Iterator[tuple[str, Setup]]:
             yield model, setup
 
 
-def carry_out(json: Path | None, plot: Path | None, console: Console, progress: Console) -> int:
-    """Plan what is missing, show the table, draw it. Returns the exit code."""
-    for path in (json, plot):
-        if path is not None:
-            with files.explained(path, _ADVICE):
-                files.check_writable(path, parents=True)
-    table, ended = _completed(_begun(json), json, progress)
-    for line in shown(table):
-        if isinstance(line, str):
-            say(console, line)
-        else:
-            console.print(line)
-    if plot is not None and table.rows:
-        from .figure import draw_equal_memory, save
-
-        save(draw_equal_memory(table), plot, _ADVICE)
-        say(console, f"figure: {plot}")
-    missing = sum(1 for _ in wanted()) - len(table.rows)
-    if missing:
-        how = "interrupted" if ended else "done"
-        say(console, f"{how}: {missing} variants are missing; the same command goes on")
-    return exitcodes.INCOMPLETE if missing else exitcodes.OK
-
-
-def _begun(json: Path | None) -> EqualMemoryTable:
+def begun(json: Path | None) -> EqualMemoryTable:
     """The table so far, its rows those that this code would make."""
     commit, dirty = source_state(package_folder("bench"))
     empty = EqualMemoryTable(
@@ -142,7 +115,7 @@ def read_table(path: Path) -> EqualMemoryTable:
     )
 
 
-def _completed(
+def completed(
     table: EqualMemoryTable, json: Path | None, progress: Console
 ) -> tuple[EqualMemoryTable, bool]:
     """The table with what was missing, and whether an interrupt came before its end."""
@@ -173,21 +146,3 @@ def _completed(
 def _ordered(rows: list[EqualMemoryRow]) -> list[EqualMemoryRow]:
     order = {item: number for number, item in enumerate(wanted())}
     return sorted(rows, key=lambda row: order.get((row.model, row.plan.setup), len(order)))
-
-
-def shown(found: EqualMemoryTable) -> Iterator[Table | str]:
-    """One line a variant: its largest batches."""
-    title = "largest batch of a training step, as published"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("model, variant", no_wrap=True)
-    for capacity in found.devices:
-        table.add_column(capacity_name(capacity), justify="right", no_wrap=True)
-    before = ""
-    for row in found.rows:
-        if row.model != before:
-            table.add_row(f"{row.model} {row.plan.setup.precision}", style="bold")
-            before = row.model
-        table.add_row(f"  {variant_title(row.plan.setup)}", *map(batch_words, row.largest))
-    yield table
-    yield from (f"{name}: {problem}" for name, problem in found.problems.items())
-    yield NOTE
