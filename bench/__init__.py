@@ -18,6 +18,7 @@ Rooms, each of which imports only from those listed before it:
     cli        the command line
 
 Every room may import the modules that lie beside the rooms: `records` (the schema of what is
-written), `errors`, `exitcodes`, `units`, `terminal`, `progress`, `markdown`, `files`, `checkout`.
+written), `errors`, `exitcodes`, `units`, `terminal`, `progress`, `markdown`, `files`, `checkout`,
+`offers`.
 No room imports `plugins`, which has the few names that other packages may.
 """

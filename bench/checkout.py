@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from . import files
 from .errors import InvalidError
 
 _OF_A_REPOSITORY = {
@@ -28,8 +29,8 @@ def repository_root(start: Path) -> Path:
 def is_checkout(folder: Path) -> bool:
     """Whether the folder is the root of a checkout of this project."""
     try:
-        return 'name = "resblock-bench"' in (folder / "pyproject.toml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return b'name = "resblock-bench"' in files.read(folder / "pyproject.toml")
+    except OSError:
         return False
 
 

@@ -1,7 +1,10 @@
 """What a user can mend: one sentence that says what was received, what is allowed, what to do."""
 
 import difflib
+import shlex
 from collections.abc import Iterable
+
+_ROOM = 60  # characters
 
 
 class UsageError(Exception):
@@ -22,9 +25,20 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}"
 
 
+def command(*words: str) -> str:
+    """A command of this program, to be copied into a shell."""
+    return shlex.join(["resblock-bench", *words])
+
+
+def shortened(received: str) -> str:
+    """What a user gave, as far as a sentence has room for it."""
+    return received if len(received) <= _ROOM else f"{received[:_ROOM]}…"
+
+
 def unknown(kind: str, received: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name outside a closed list, with the closest match if one is near."""
     names = list(allowed)
     close = difflib.get_close_matches(received, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    received = shortened(received)
     return UsageError(f"unknown {kind} {received!r}: it is one of {', '.join(names)}{hint}")

@@ -4,10 +4,12 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+from .terminal import visible
+
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    flat = " ".join(text.split())
+    flat = " ".join(visible(text).split())
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(flat, quote=False))
 
 

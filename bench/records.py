@@ -25,10 +25,15 @@ StopRule = Literal["precision", "time", "samples"]
 OOM_EXPECTED = "out of memory is expected"
 """How the reason of a row begins that was skipped because a smaller cell ran out of memory."""
 
-Positive = Annotated[int, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=0)]
+MACHINE = r"\w[\w.-]*"
+"""A machine's name, which is that of a folder, too."""
+
+Positive = Annotated[int, Meta(gt=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Above = Annotated[float, Meta(gt=0)]
+Milliseconds = Annotated[float, Meta(ge=1e-6, le=1e9)]
+"""A measured time: a nanosecond to eleven days. Ratios of two are finite and not zero."""
 
 
 class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,10 +135,14 @@ class Correctness(Record, frozen=True, kw_only=True):
     probability used in the check, always 0: implementations draw different masks.
     """
 
-    errors: dict[str, float | None]
-    limits: dict[str, float | None]
+    errors: dict[str, NonNegative | None]
+    limits: dict[str, NonNegative | None]
     worst: str
     dropout: float
+
+    def __post_init__(self) -> None:
+        if self.worst not in self.errors:
+            raise ValueError(f"worst is {self.worst!r}, which is none of the errors")
 
 
 class Ceilings(Record, frozen=True, kw_only=True):
@@ -206,7 +215,7 @@ class Conditions(Record, frozen=True, kw_only=True):
 class Environment(Record, frozen=True, kw_only=True):
     """The machine and the software of a run; null where unknown or absent."""
 
-    machine: str
+    machine: Annotated[str, Meta(pattern=rf"^{MACHINE}\Z", max_length=200)]
     cpu: str | None
     physical_cores: int | None
     logical_cores: int | None
@@ -249,21 +258,21 @@ class Row(Record, frozen=True, kw_only=True):
     axes: Cell
     multiplicity: Positive
     block: str | None
-    samples_ms: list[Annotated[float, Meta(gt=0)]] | None
+    samples_ms: list[Milliseconds] | None
     rounds: list[Positive] | None
     ratio: Ratio | None
     ratio_to_none: Ratio | None
-    median_ms: float | None
-    ci_low_ms: float | None
-    ci_high_ms: float | None
+    median_ms: Milliseconds | None
+    ci_low_ms: Milliseconds | None
+    ci_high_ms: Milliseconds | None
     stop_rule: StopRule | None
     outliers: Count | None
     warmup_steps: Count | None
     warmup_s: NonNegative | None
     warmup_steady: bool | None
-    throughput_images_per_s: float | None
-    graph_samples_ms: list[Annotated[float, Meta(gt=0)]] | None
-    graph_median_ms: float | None
+    throughput_images_per_s: Annotated[float, Meta(gt=0)] | None
+    graph_samples_ms: list[Milliseconds] | None
+    graph_median_ms: Milliseconds | None
     graph_note: str | None
     floor: Floor | None
     memory: Memory | None

@@ -7,6 +7,7 @@ from .errors import UsageError
 MIB = 2**20
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_S = 366 * 24 * 3600.0
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)")
 
 
@@ -14,10 +15,10 @@ def parse_duration_s(text: str) -> float:
     """Seconds in a duration such as '500ms', '90s', '8m' or '1.5h'."""
     match = _DURATION.fullmatch(text.strip())
     seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    if seconds <= 0:
+    if not 0 < seconds <= _LONGEST_S:
         raise UsageError(
             f"{text!r} is not a duration: write a positive number and its unit, "
-            "ms, s, m or h, such as 90s or 8m"
+            "ms, s, m or h, such as 90s or 8m, at most a year"
         )
     return seconds
 
@@ -29,13 +30,13 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)")
 def parse_bytes(text: str) -> int:
     """Bytes in a size such as '24GiB', '512 MiB' or '80GB'."""
     match = _SIZE.fullmatch(text.strip())
-    count = int(float(match[1]) * _BYTES.get(match[2], 0)) if match else 0
-    if count <= 0:
+    count = float(match[1]) * _BYTES.get(match[2], 0) if match else 0
+    if not 1 <= count < 2**62:
         raise UsageError(
             f"{text!r} is not a size: write a positive number and its unit, {', '.join(_BYTES)}, "
-            "such as 24GiB"
+            "such as 24GiB, less than 4 EiB"
         )
-    return count
+    return int(count)
 
 
 def format_duration(seconds: float) -> str:
@@ -59,8 +60,18 @@ def format_mib(count_bytes: int) -> str:
 def format_bytes(count_bytes: int) -> str:
     """A byte count in the largest binary unit that leaves at least one."""
     value = float(count_bytes)
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
-    return f"{value:.1f} GiB"
+    return f"{value:,.1f} EiB"
+
+
+def format_ratio(ratio: float) -> str:
+    """Two decimals; of a ratio near zero its first two digits, since 0.00 would say nothing."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 cell' or '2 cells'."""
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"

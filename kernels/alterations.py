@@ -16,7 +16,7 @@ from resblock_bench import reference
 ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # Apart, since torch.compile traces get_args in newer versions only.
 CONVOLUTIONS = get_args(ConvNd)
-NORMS = (nn.GroupNorm, reference.GroupNorm32)
+NORMS = (nn.GroupNorm, reference.GroupNorm, reference.GroupNorm32)
 # Tuples, since torch.compile traces a union of types in newer versions only.
 _RESAMPLED = (reference.Upsample, reference.Downsample)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)

@@ -86,11 +86,12 @@ def _affine(modulation: Modulation, dtype: torch.dtype) -> tuple[Tensor | None, 
 def _group_norm(
     h: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, in the layout of h on every device and for fake tensors, mean and rstd."""
     N, C = h.shape[:2]
-    out: tuple[Tensor, Tensor, Tensor] = aten.native_group_norm(
+    y, mean, rstd = aten.native_group_norm(
         h, weight, bias, N, C, h[0, 0].numel(), spec.num_groups, spec.eps
     )
-    return out
+    return dense(y, memory_format(h)), mean, rstd
 
 
 def _group_norm_backward(
@@ -101,11 +102,12 @@ def _group_norm_backward(
     weight: Tensor | None,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, in the layout of h as in `_group_norm`, dweight and dbias. mask: which are wanted."""
     N, C = h.shape[:2]
-    out: tuple[Tensor, Tensor, Tensor] = aten.native_group_norm_backward(
+    dh, dweight, dbias = aten.native_group_norm_backward(
         dz, h, mean, rstd, weight, N, C, h[0, 0].numel(), rstd.shape[1], mask
     )
-    return out
+    return dense(dh, memory_format(h)), dweight, dbias
 
 
 def _modulated(
@@ -175,7 +177,8 @@ def _backward_about_x_hat(
     cancel where |mean| ≫ std and that gradient be less accurate than eager's. dx is linear in the
     gain, so the true rstd goes there. N samples of C channels in G groups are one sample of N·C
     channels in N·G groups, so that the gain may differ from sample to sample; channels-last tensors
-    cannot be viewed so and go sample by sample.
+    cannot be viewed so and go sample by sample. A compiler takes the number of groups for a
+    constant, which N·G must not be, and fuses what would be passes of their own.
     """
     N, C = h.shape[:2]
     gain, offset = modulation.folded(h, dtype)
@@ -187,6 +190,12 @@ def _backward_about_x_hat(
         dz = _silu_backward(dz, z)
         del z
     gain = (gain.view(*rstd.shape, -1) * rstd[..., None]).view(N, C)
+    if torch.compiler.is_compiling():
+        x_hat, dz = x_hat.to(dtype), dz.to(dtype)
+        zeros, ones, weighted = torch.zeros_like(rstd), torch.ones_like(rstd), dz * spread(gain, dz)
+        dh, _, _ = _group_norm_backward(weighted, x_hat, zeros, ones, None, [True, False, False])
+        positions = tuple(range(2, dz.dim()))
+        return dh, dz.sum(positions), (dz * x_hat).sum(positions)
     parts = []
     for part, part_dz, part_gain in _calls(x_hat, dz, gain, layout):
         groups = part.shape[1] * spec.num_groups // C

@@ -102,13 +102,14 @@ class _DirectFunction(Function):
     ) -> Tensor:
         rows = (weight, bias, scale, shift, pre_shift)
         y, mean, rstd = call.forward(x, rows, seed)  # type: ignore[misc]
-        ctx.save_for_backward(x, mean, rstd, seed, *rows)
+        # As the usual function does, since a checkpoint may run the one and then the other.
+        ctx.save_for_backward(x, seed, *rows, mean, rstd)
         ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, mean, rstd, seed, *rows = ctx.saved_tensors
+        x, seed, *rows, mean, rstd = ctx.saved_tensors
         call: Call = ctx.call
         if (
             torch.is_grad_enabled()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from resblock_bench import reference
 from resblock_bench.reference import arguments
 
-from .alterations import NORMS, alteration, called, is_exactly
+from .alterations import CONVOLUTIONS, NORMS, alteration, called, is_exactly
 from .blocks import CheckpointMode, EDMBlock, ResBlock, check_mode
 from .modules import GroupNormSiLU
 
@@ -17,6 +20,9 @@ _FUSED: dict[type[nn.Module], type[ResBlock] | type[EDMBlock]] = {
     reference.ResBlock: ResBlock,
     reference.EDMBlock: EDMBlock,
 }
+# Models that run their head, a Sequential named `out`, as a whole.
+_WITH_HEAD = (reference.UNetModel, reference.SuperResModel, reference.EncoderUNetModel)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
@@ -45,7 +51,8 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
 
     What would compute something else is left alone: subclasses, and blocks whose norm, activation,
     dropout or resampling was replaced or has hooks. With "selective" a convolution that is more
-    than its parameters is called and keeps its input; the report names it.
+    than its parameters is called and keeps its input; the report names it. Of blocks and heads of
+    other classes the group norms alone are fused, and the report lists them as left, too.
 
     checkpoint: the mode of every block, or None to leave each as it is (`use_checkpoint` means
     "full"). Returns the report.
@@ -56,7 +63,8 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
         check_mode(checkpoint)
     report = FuseReport()
     inside: set[nn.Module] = set()  # norms whose block reads their parameters itself
-    heads: set[str] = set()  # norms of output heads, which take their SiLU in
+    heads: set[nn.Module] = set()  # norms of output heads, which take their SiLU in
+    shared = _shared(model)
     for name, module in model.named_modules():
         fused = _FUSED.get(type(module))
         if (fused is not None or type(module) in _FUSED.values()) and (
@@ -87,28 +95,78 @@ def fuse_(model: nn.Module, checkpoint: CheckpointMode | None = None) -> FuseRep
             elif "forward" in module.__dict__:
                 report.left[name] = f"{type(module).__name__} has a forward of its own"
             else:
-                activation = "silu" if name in heads else None
+                activation = "silu" if module in heads else None
                 module.__class__ = GroupNormSiLU
                 module.activation = activation  # type: ignore[assignment]
                 report.fused[name] = "GroupNormSiLU" + ("" if activation else " without activation")
-        elif isinstance(module, reference.UNetModel | reference.EncoderUNetModel):
-            heads.update(_take_in_activation(module.out, f"{name}.out" if name else "out"))
+        elif type(module) in _WITH_HEAD and (norms := _take_in_activation(module, shared)):
+            heads.update(norms)
+        elif _could_fuse_more(module, root=module is model):
+            own_head = type(module) in _WITH_HEAD
+            why = "has another head than is built" if own_head else "is of no class that is known"
+            report.left[name] = (
+                f"{type(module).__name__} {why}: of its own layers the group norms alone are fused"
+            )
+        elif isinstance(module, torch.jit.ScriptModule) and "Norm" in module.original_name:
+            report.left[name] = f"{module.original_name} is compiled by TorchScript"
     return report
 
 
-def _take_in_activation(out: nn.Module, prefix: str) -> list[str]:
-    """Remove the SiLU behind a norm of an output head; returns the names of such norms.
+def _take_in_activation(model: nn.Module, shared: set[nn.Module]) -> list[nn.Module]:
+    """Remove the SiLU behind a norm of the output head; returns such norms.
 
-    In this project's models alone, which run their heads as they stand: elsewhere a model may
-    index into its Sequential and use the norm without its activation.
+    In this project's own models alone, which run their heads as they stand: others, subclasses too,
+    may index into their Sequential and use the norm without its activation.
     """
-    names = []
-    if isinstance(out, nn.Sequential):
+    norms = []
+    out: Any = model.out
+    if "forward" not in model.__dict__ and is_exactly(out, (nn.Sequential,)):
         for i in range(len(out) - 1):
-            if is_exactly(out[i], NORMS) and is_exactly(out[i + 1], (nn.SiLU,)):
-                out[i + 1] = nn.Identity()
-                names.append(f"{prefix}.{i}")
-    return names
+            norm, activation = out[i], out[i + 1]
+            head = is_exactly(norm, NORMS) and is_exactly(activation, (nn.SiLU,))
+            if head and norm not in shared:
+                out[i + 1] = nn.Identity().train(activation.training)
+                norms.append(norm)
+    return norms
+
+
+def _shared(model: nn.Module) -> set[nn.Module]:
+    """Modules that stand in more than one place."""
+    found: set[nn.Module] = set()
+    shared: set[nn.Module] = set()
+    for _, module in model.named_modules(remove_duplicate=False):
+        (shared if module in found else found).add(module)
+    return shared
+
+
+def _could_fuse_more(module: nn.Module, *, root: bool) -> bool:
+    """Whether a reader would expect more of a module of an unknown class than its norms.
+
+    That is of layers like a residual block's or an output head's: a group norm beside a SiLU, or,
+    since activations may be functions, beside a convolution that is larger than 1 and no activation
+    of another kind. Layers in a container are those of the module around it.
+    """
+    if type(module) is reference.EDMUNet or (isinstance(module, _CONTAINERS) and not root):
+        return False
+    layers = list(_layers(module))
+    if not any(
+        isinstance(layer, nn.GroupNorm) and not getattr(layer, "activation", None)
+        for layer in layers
+    ):
+        return False
+    if any(isinstance(layer, nn.SiLU) for layer in layers):
+        return True
+    return not any(type(layer).__module__ == nn.SiLU.__module__ for layer in layers) and any(
+        isinstance(layer, CONVOLUTIONS) and max(layer.kernel_size) > 1 for layer in layers
+    )
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, _CONTAINERS):
+            yield from _layers(child)
+        else:
+            yield child
 
 
 def _own_norms(block: nn.Module) -> list[nn.Module]:

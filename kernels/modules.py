@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ class GroupNormSiLU(nn.GroupNorm):
     state-dict keys. The norm is computed in fp32 whatever the dtype of x, and returned in x's.
 
     num_groups, num_channels, eps, affine: as in `nn.GroupNorm`. activation: "silu", or None for the
-    norm alone. forward: x (N, C, *spatial) or (N, C), scale, shift and pre_shift (N, C) or absent.
+    norm alone. forward: x (N, C, *spatial) with any number of spatial dimensions, none too; scale,
+    shift and pre_shift (N, C) or absent.
     """
 
     def __init__(
@@ -43,9 +46,12 @@ class GroupNormSiLU(nn.GroupNorm):
         shift: Tensor | None = None,
         pre_shift: Tensor | None = None,
     ) -> Tensor:
-        vectors = isinstance(x, Tensor) and x.dim() == 2
+        shape = None
+        if isinstance(x, Tensor) and (x.dim() == 2 or x.dim() > 5):
+            # The operator knows no others: all positions become one dimension.
+            shape, x = x.shape, x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
         y = group_norm_silu(
-            x[..., None] if vectors else x,
+            x,
             self.num_groups,
             self.weight,
             self.bias,
@@ -55,7 +61,8 @@ class GroupNormSiLU(nn.GroupNorm):
             eps=self.eps,
             activation=self.activation,
         )
-        return y[..., 0] if vectors else y
+        # No view, as no other output is one.
+        return y if shape is None else torch.ops.aten._unsafe_view(y, shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -40,7 +40,9 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what the implementation wants back beside x: Triton mean and rstd (N, G)."""
     if choose_backend(x)[0] == "aten":
-        return aten.forward(x, modulation, seed, spec), ()
+        # Detached, here and in `backward`: autograd lets nobody change in place what a function
+        # returns as a view, and these may be views of what only the function knows.
+        return aten.forward(x, modulation, seed, spec).detach(), ()
     y, mean, rstd = registry.forward(x, *modulation, seed, *spec)
     return y, (mean, rstd)
 
@@ -71,9 +73,10 @@ def backward(
     dy = dense(dy, memory_format(x))
     if not statistics:
         dx, sums = aten.backward(dy, x, modulation, seed, spec)
-        return dx, modulation.gradients(sums)
-    dx, *gradients = registry.backward(dy, x, *statistics, *modulation, seed, *spec)
-    return dx, tuple(None if t is None else g for t, g in zip(modulation, gradients, strict=True))
+        gradients = modulation.gradients(sums)
+        return dx.detach(), tuple(None if g is None else g.detach() for g in gradients)
+    dx, *found = registry.backward(dy, x, *statistics, *modulation, seed, *spec)
+    return dx, tuple(None if t is None else g for t, g in zip(modulation, found, strict=True))
 
 
 class GroupNormSiLUFunction(Function):
@@ -190,11 +193,11 @@ is_grad_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _Underivable(Function):
-    """Passes gradients on, and raises where a second derivative is taken through them."""
+    """Computes gradients, and raises where a second derivative is taken through them."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Gradients:
-        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+    def forward(ctx: Any, compute: Callable[[], Gradients], *inputs: Tensor | None) -> Gradients:
+        return compute()
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Gradients:
@@ -211,11 +214,9 @@ def differentiated_once(
     """
     if not torch.compiler.is_compiling() and is_grad_batch(dy):
         raise NotImplementedError(GRADS_BATCHED)
-    with torch.no_grad():
-        gradients = compute()
     if not torch.is_grad_enabled():
-        return gradients
-    tied: Gradients = _Underivable.apply(len(gradients), *gradients, dy, *inputs)
+        return compute()
+    tied: Gradients = _Underivable.apply(compute, dy, *inputs)
     return tied
 
 

@@ -32,7 +32,10 @@ class Resample(NamedTuple):
         dh = _repeat(dh) / float(_window(dh)[1])
         # Pooling leaves out the last row and column of an odd size.
         missing = [wanted - found for wanted, found in zip(size[2:], dh.shape[2:], strict=True)]
-        return F.pad(dh, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else dh
+        # A compiler must not ask, since the answer would be one of even or of odd sizes alone.
+        if torch.compiler.is_compiling() or any(missing):
+            dh = F.pad(dh, [n for m in reversed(missing) for n in (0, m)])
+        return dh
 
 
 def _window(h: Tensor) -> tuple[tuple[int, ...], int]:

@@ -275,7 +275,11 @@ def wait_until(p_word, count):
     """Return once `count` programs came here; what they stored before is then visible."""
     now = tl.atomic_add(p_word, 0, sem="acquire")
     while now < count:
+        before = now
         now = tl.atomic_add(p_word, 0, sem="acquire")
+        if INTERPRETED:
+            # Programs run one after the other, so whoever is to come never does.
+            tl.static_assert(now > before, "waits for ever for programs that come later")
     tl.debug_barrier()
 
 

@@ -118,9 +118,14 @@ def path_of(arch: str) -> Path:
 
 def read(path: Path) -> Table:
     """Raises ValueError, naming the file and what is wrong with it."""
+    return decoded(path.read_bytes(), path)
+
+
+def decoded(content: bytes, path: Path) -> Table:
+    """The table that a file holds; raises what `read` does."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Table)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(content, type=Table)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a table of launches ({error}); remove it: the rules then hold until "
             "'resblock-bench tune' writes it again."

@@ -18,6 +18,7 @@ from .edm import EDMUNet
 from .edm_block import EDMBlock
 from .encoder import EncoderUNetModel
 from .layers import (
+    GroupNorm,
     GroupNorm32,
     SiLU,
     avg_pool_nd,
@@ -37,6 +38,7 @@ __all__ = [
     "EDMBlock",
     "EDMUNet",
     "EncoderUNetModel",
+    "GroupNorm",
     "GroupNorm32",
     "ResBlock",
     "SiLU",

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from . import arguments
 from .blocks import TimestepBlock, check_channels, check_embedding
 from .checkpoint import checkpoint
-from .layers import zero_module
+from .layers import GroupNorm, zero_module
 
 
-def edm_group_norm(channels: int, eps: float) -> nn.GroupNorm:
+def edm_group_norm(channels: int, eps: float) -> GroupNorm:
     """Group norm of min(32, C // 4) groups: at least four channels in each.
 
     Raises ValueError where that many groups do not divide the channels.
@@ -38,7 +38,7 @@ def edm_group_norm(channels: int, eps: float) -> nn.GroupNorm:
             f"edm_group_norm: {channels} channels cannot be split into min(32, C // 4) equal groups"
             "; use a multiple of 4 channels, above 128 of 32"
         )
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 class EDMBlock(TimestepBlock):

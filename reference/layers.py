@@ -32,6 +32,13 @@ GROUPS = 32  # of every normalization() in the published models, whatever their 
 SiLU = nn.SiLU
 
 
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` without its crash, see ``group_norm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group norm computed in float32 and returned in the dtype of its input.
 
@@ -61,7 +68,30 @@ class GroupNorm32(nn.GroupNorm):
         compute = torch.promote_types(x.dtype, torch.float32)
         weight = None if self.weight is None else self.weight.to(compute)
         bias = None if self.bias is None else self.bias.to(compute)
-        return F.group_norm(x.to(compute), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        return group_norm(x.to(compute), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``F.group_norm``, without PyTorch's crash.
+
+    On the CPU its backward of channels-last x writes to the gradient of x, which is not there where
+    only weight or bias wants one (a frozen encoder, a block alone): the process ends by a
+    segmentation fault (PyTorch 2.6 to 2.13). Such x goes through the other layout and back. (Where
+    x wants a gradient and torch.autograd.grad is asked for those of parameters alone, PyTorch still
+    crashes: nothing in the forward tells. Ask for that of x, too.)
+    """
+    parameters = [p for p in (weight, bias) if p is not None]
+    if (
+        x.device.type != "cpu"
+        or x.requires_grad
+        or x.is_contiguous()
+        or not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+    ):
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+    return torch.empty_like(x).copy_(y)
 
 
 def normalization(channels: int) -> GroupNorm32:

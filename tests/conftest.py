@@ -7,12 +7,21 @@ Also which machines pytest-benchmark may compare: its hooks are called before th
 tests/benchmarks is known.
 """
 
+from __future__ import annotations
+
+import gc
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from support.kept_workers import KeptWorkers
 
 # Faulty implementations, for this process and for those that it starts.
 FAULTS = str(Path(__file__).parent / "faults")
@@ -25,6 +34,49 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONP
 os.environ.setdefault("TRITON_INTERPRET", "0" if "benchmark" in sys.argv else "1")
 # Tables are as wide as it says.
 os.environ.pop("COLUMNS", None)
+
+
+LONGEST_S = 600
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that waits for what never comes fails, with its fixtures' making and ending."""
+
+    def fail(*_: object) -> None:
+        pytest.fail(f"not done after {LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(LONGEST_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    """Only where the tests that were collected have imported it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if "triton.runtime.interpreter" in sys.modules:
+            from support.interpreting import patch_language_once
+
+            patch_language_once(monkeypatch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def kept_workers() -> Iterator[KeptWorkers]:
+    from support.kept_workers import KeptWorkers
+
+    kept = KeptWorkers()
+    yield kept
+    kept.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """As a sweep does: what is imported need not be walked by every collection."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

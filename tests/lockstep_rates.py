@@ -137,9 +137,9 @@ def summary(lines: list[Line], slowdown: float) -> str:
     widths = [(r.high - r.low) / 2 / r.value for r in ratios]
     quiet = [line for line in lines if not line.disturbances]
     return (
-        f"{len(ratios)} of {len(lines)} blocks have an interval; it misses {truth:.3f} in {missed}, "
-        f"holds 1 in {holds_one}; half width {statistics.median(widths):.2%} in the median, at most "
-        f"{max(widths):.2%}; ratios {min(r.value for r in ratios):.3f} to "
+        f"{len(ratios)} of {len(lines)} blocks have an interval; it misses {truth:.3f} in "
+        f"{missed}, holds 1 in {holds_one}; half width {statistics.median(widths):.2%} in the "
+        f"median, at most {max(widths):.2%}; ratios {min(r.value for r in ratios):.3f} to "
         f"{max(r.value for r in ratios):.3f}; {len(quiet)} undisturbed; rounds "
         f"{statistics.median(line.rounds for line in lines):g} in the median"
     )

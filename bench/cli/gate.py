@@ -15,12 +15,14 @@ from .app import (
     ConfigOption,
     DeviceOption,
     FormatOption,
-    GateThreadsOption,
     OutputOption,
     PresetOption,
     SeedOption,
+    ThreadsOption,
     TimeoutOption,
     app,
+    checked_threads,
+    path,
     progress_console,
     refuse,
     result_console,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 SourceOption = Annotated[
     list[Path] | None,
     typer.Option(
+        parser=path,
         metavar="DIR",
         help="With --base in another repository: the folder its packages are imported from.",
     ),
@@ -52,7 +55,9 @@ TimingOption = Annotated[
 ]
 PinsOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Default: results/pins of the repository around here."),
+    typer.Option(
+        parser=path, metavar="DIR", help="Default: results/pins of the repository around here."
+    ),
 ]
 
 _OF_TIMING = ("axis", "preset", "config", "device", "source", "timeout", "threads", "seed")
@@ -65,6 +70,7 @@ def compare(
     measured: Annotated[
         list[Path] | None,
         typer.Argument(
+            parser=path,
             metavar="[A B | RUN]",
             help="Two run folders; or one, of which fused is compared to reference.",
         ),
@@ -90,7 +96,7 @@ def compare(
         bool, typer.Option("--explain", help="Say of every cell which rules decided.")
     ] = False,
     timeout: TimeoutOption = "5m",
-    threads: GateThreadsOption = None,
+    threads: ThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
     output: OutputOption = None,
@@ -155,7 +161,7 @@ def _gate_plan(
         device=measured,
         rule=sweep.settings.rule(),
         seed=seed or 0,
-        threads=threads or (1 if measured == "cpu" else None),
+        threads=checked_threads(threads),
         memory_limit_bytes=None,
         cells=cells,
     )
@@ -186,10 +192,11 @@ def calibrate(
     config: ConfigOption = None,
     device: DeviceOption = None,
     rounds: Annotated[
-        int, typer.Option(min=5, metavar="15", help="Rounds of every cell against itself.")
+        int,
+        typer.Option(min=5, max=1000, metavar="15", help="Rounds of every cell against itself."),
     ] = 15,
     timeout: TimeoutOption = "5m",
-    threads: GateThreadsOption = None,
+    threads: ThreadsOption = None,
     seed: SeedOption = None,
 ) -> None:
     """Measure how far two runs of the same code lie apart here, and store the tolerance.
@@ -224,7 +231,7 @@ def check(
     device: DeviceOption = None,
     source: SourceOption = None,
     timeout: TimeoutOption = "5m",
-    threads: GateThreadsOption = None,
+    threads: ThreadsOption = None,
     seed: SeedOption = None,
     format: FormatOption = "table",
     output: OutputOption = None,
@@ -257,7 +264,7 @@ def check(
         plan = _gate_plan(axis, preset, config, device, threads, seed)
         request = _base_request(base, plan, source, timeout)
         parts[checking.TIMING] = functools.partial(check_timing.check, request, progress)
-    raise typer.Exit(write(checking.report_of(checking.check(names, parts)), to, console))
+    raise typer.Exit(write(checking.report_of(checking.check(names, parts), pins), to, console))
 
 
 def _named(**parts: bool) -> list[str]:

@@ -1,10 +1,11 @@
 """What `list`, `run --dry-run` and `env` show: choices, the cells of a selection, the machine."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import msgspec
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,10 +16,16 @@ from resblock_bench.bench.grid.presets import presets
 from resblock_bench.bench.machine.checkup import Fact
 from resblock_bench.bench.measure.devices import default_kind
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
-from resblock_bench.bench.measure.predict_memory import predict_memory
-from resblock_bench.bench.records import Environment, cell_name
-from resblock_bench.bench.units import format_bytes, format_mib
+from resblock_bench.bench.measure.predict_memory import unpredictable
+from resblock_bench.bench.measure.scaled_memory import ScaledMemory
+from resblock_bench.bench.progress import counted as counted_tasks
+from resblock_bench.bench.records import Cell, Environment, Memory, cell_name
+from resblock_bench.bench.units import counted, format_bytes, format_mib
 from resblock_bench.reference import PUBLISHED, resblock_sites
+
+NAME_WIDTH = 16
+"""Columns that are left to names on a terminal however narrow."""
+_MANY = 50
 
 
 def choices() -> RenderableType:
@@ -55,7 +62,7 @@ def _implementations() -> Table:
     for name, implementation in IMPLEMENTATIONS.items():
         reason = implementation.unusable(device)
         usable = f"on {device}" if reason is None else f"no: {reason}"
-        table.add_row(name, usable, implementation.description)
+        table.add_row(*map(Text, (name, usable, implementation.description)))
     return table
 
 
@@ -67,37 +74,56 @@ def _models() -> Table:
     return table
 
 
-def planned_cells(planned: Sequence[PlannedCell]) -> RenderableType:
-    """The cells with the bytes that one step of each is predicted to need."""
+def planned_cells(planned: Sequence[PlannedCell], progress: Console) -> tuple[RenderableType, bool]:
+    """The cells with the bytes that one step of each is predicted to need, and whether these are
+    all: Ctrl-C ends the predictions, and shows what there is."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("cell", overflow="fold")
+    table.add_column("cell", overflow="fold", min_width=NAME_WIDTH)
     for heading in ("×model", "peak MiB", "above base", "saved"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    largest = 0
+        table.add_column(heading, justify="right")
+    largest: int | None = None
     unpredicted: Counter[tuple[str, str]] = Counter()
-    for item in planned:
-        try:
-            memory = predict_memory(item.cell)
-        except Exception as error:  # an implementation's; the list is of use without it
-            memory = None
-            unpredicted[item.cell.impl, first_line(error)] += 1
-        numbers = ["–", "–", "–"]
-        if memory is not None:
-            largest = max(largest, memory.peak_bytes)
-            numbers = [
-                format_mib(memory.peak_bytes),
-                format_mib(memory.peak_above_baseline_bytes),
-                format_mib(memory.saved_for_backward_bytes),
-            ]
-        count = str(item.multiplicity) if item.cell.model else ""
-        table.add_row(Text(cell_name(item.cell)), count, *numbers)
+    predictions = ScaledMemory(item.cell for item in planned)
+    with suppress(KeyboardInterrupt), _counted(progress, len(planned)) as advance:
+        for item in planned:
+            memory, reason = _predicted(predictions, item.cell)
+            numbers = ["–", "–", "–"]
+            if reason is not None:
+                unpredicted[item.cell.impl, reason] += 1
+            if memory is not None:
+                largest = max(largest or 0, memory.peak_bytes)
+                numbers = [
+                    format_mib(memory.peak_bytes),
+                    format_mib(memory.peak_above_baseline_bytes),
+                    format_mib(memory.saved_for_backward_bytes),
+                ]
+            count = str(item.multiplicity) if item.cell.model else ""
+            table.add_row(Text(cell_name(item.cell)), count, *numbers)
+            advance()
     notes = [
-        f"no prediction for {impl} ({count} cell{'s' if count > 1 else ''}): {reason}"
+        f"no prediction for {impl} ({counted(count, 'cell')}): {reason}"
         for (impl, reason), count in unpredicted.items()
     ]
-    count = f"{len(planned)} cell(s)"
-    notes.append(f"{count}; the largest is predicted to need {format_bytes(largest)}.")
-    return Group(table, *map(Text, notes))
+    done, total = table.row_count, len(planned)
+    text = counted(total, "cell") if done == total else f"interrupted after {done} of {total} cells"
+    if largest is not None:
+        text += f"; the largest is predicted to need {format_bytes(largest)}"
+    return Group(table, *map(Text, [*notes, f"{text}."])), done == total
+
+
+def _counted(progress: Console, total: int) -> AbstractContextManager[Callable[[], None]]:
+    """Of a list that is there at once no progress is shown."""
+    if total < _MANY:
+        return nullcontext(lambda: None)
+    return counted_tasks(progress, "predicting memory", total)
+
+
+def _predicted(predictions: ScaledMemory, cell: Cell) -> tuple[Memory | None, str | None]:
+    """The memory of a cell, or why there is no prediction."""
+    try:
+        return predictions.memory(cell), unpredictable(cell)
+    except Exception as error:  # an implementation's; the list is of use without it
+        return None, first_line(error)
 
 
 def machine(found: Environment, facts: Sequence[Fact]) -> RenderableType:

@@ -13,16 +13,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import InvalidError, UsageError
-from resblock_bench.bench.terminal import terminable
+from resblock_bench.bench.terminal import say, terminable, visible
 
 from . import gate  # noqa: F401  adds its verbs
 from .app import (
+    MOST_SEED,
     AxisOption,
     BudgetOption,
     ConfigOption,
@@ -31,12 +32,29 @@ from .app import (
     SeedOption,
     ThreadsOption,
     app,
+    checked_threads,
+    path,
     progress_console,
+    proposed,
     refuse,
+    require_text,
     result_console,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from resblock_bench.bench.grid.grid import PlannedCell
+
+_OF_THE_PLAN = ("device", "seed", "samples", "max_time", "threads", "memory_limit")
+"""Options that a run folder keeps."""
+_DIGITS = 9  # of an architecture
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_THE_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""Errors of the operating system that are no fault of this program."""
 
 
 @app.command()
@@ -48,7 +66,11 @@ def run(
     device: DeviceOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Default: results/runs/MACHINE/RUN under the checkout."),
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Default: results/runs/MACHINE/RUN under the checkout.",
+        ),
     ] = None,
     time_budget: BudgetOption = None,
     resume: Annotated[
@@ -83,7 +105,8 @@ def run(
         str | None, typer.Option(metavar="1s", help="Limit on sampling one cell.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Take exactly this many samples of each cell.")
+        int | None,
+        typer.Option(min=1, max=10**6, help="Take exactly this many samples of each cell."),
     ] = None,
     threads: ThreadsOption = None,
     seed: SeedOption = None,
@@ -118,14 +141,16 @@ def run(
     from resblock_bench.bench.measure.devices import default_kind, device_kind
     from resblock_bench.bench.runs.export import parse_formats
     from resblock_bench.bench.runs.folder import read_run
+    from resblock_bench.bench.sweep.flags import require_fitting
     from resblock_bench.bench.sweep.sweep import SweepRequest, carry_out, folder_to_resume
     from resblock_bench.bench.units import parse_bytes, parse_duration_s
-
-    from .listing import planned_cells
 
     if retry_failed and not resume:
         raise UsageError("--retry-failed goes with --resume: it looks at the rows of that run")
     budget_s = None if time_budget is None else parse_duration_s(time_budget)
+    timeout_s = parse_duration_s(timeout)
+    gpus = () if devices is None else devices.split(",")
+    exported = () if formats is None else parse_formats(formats)
     asked: Plan | None = None
     # An earlier run knows its own cells, unless some are named.
     if not resume or axis or preset or config:
@@ -140,31 +165,39 @@ def run(
             device=kind or sweep.device or default_kind(),
             rule=rule,
             seed=seed or 0,
-            threads=threads,
+            threads=checked_threads(threads, engine),
             memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
             cells=plan(sweep.grids, by_value=budget_s is not None),
         )
     else:
-        settings = ("device", "seed", "samples", "max_time", "threads", "memory_limit")
-        refuse(context, settings, "is set by the run that is resumed: leave it out")
+        fixed = [name for name in _OF_THE_PLAN if name != "memory_limit"]
+        refuse(context, fixed, "is set by the run that is resumed: leave it out")
     console = result_console()
-    if dry_run:
-        shown = asked or read_run(folder_to_resume(output)).plan
-        console.print(planned_cells(shown.cells))
-        return
+    planned = asked
+    if dry_run and resume:
+        earlier = read_run(folder_to_resume(output)).plan
+        planned = earlier if asked is None else earlier.joined(asked)
+    if planned is not None:
+        require_fitting(planned, engine, gpus, accelerator)
+        if dry_run:
+            raise typer.Exit(_show_cells(planned.cells, console))
     request = SweepRequest(
         plan=asked,
         output=output,
         resume=resume,
         retry=retry_failed,
         ignore_oom=ignore_oom_record,
-        timeout_s=parse_duration_s(timeout),
+        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
+        timeout_s=timeout_s,
         budget_s=budget_s,
-        devices=devices.split(",") if devices else (),
+        devices=gpus,
         plots=not no_plots,
-        formats=parse_formats(formats) if formats else (),
+        formats=exported,
         engine=engine,
         accelerator=accelerator,
+        again=proposed(
+            context, without=("axis", "preset", "config", "output", "resume", *_OF_THE_PLAN)
+        ),
     )
     raise typer.Exit(carry_out(request, console))
 
@@ -178,19 +211,26 @@ def list_(
     from resblock_bench.bench.grid.presets import choose
     from resblock_bench.bench.measure.devices import default_kind
 
-    from .listing import choices, planned_cells
+    from .listing import choices
 
     console = result_console()
     if axis or preset or config:
         sweep = choose(axis or [], preset, config, default_kind())
-        console.print(planned_cells(plan(sweep.grids)))
-    else:
-        console.print(choices())
+        raise typer.Exit(_show_cells(plan(sweep.grids), console))
+    console.print(choices())
+
+
+def _show_cells(planned: Sequence[PlannedCell], console: Console) -> int:
+    from .listing import planned_cells
+
+    shown, whole = planned_cells(planned, progress_console())
+    console.print(shown)
+    return exitcodes.OK if whole else exitcodes.INCOMPLETE
 
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders.")],
 ) -> None:
     """Draw the figures of run folders again, into their figures/."""
     from resblock_bench.bench.runs.folder import read_run
@@ -198,12 +238,12 @@ def plot(
 
     for run_ in [read_run(folder) for folder in runs]:
         for note in run_.notes:
-            typer.echo(note, err=True)
+            say(progress_console(), note)
         paths = draw_all(run_)
         if not paths:
             raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")
-        for path in paths:
-            typer.echo(path)
+        for drawn in paths:
+            say(result_console(), str(drawn))
 
 
 @app.command()
@@ -229,7 +269,8 @@ def cost(
         ),
     ] = False,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every number here, too.")
+        Path | None,
+        typer.Option("--json", parser=path, metavar="FILE", help="Write every number here, too."),
     ] = None,
 ) -> None:
     """Show what the kernels cost, with no GPU: bytes, sectors, registers, spills, instructions.
@@ -240,9 +281,10 @@ def cost(
     from resblock_bench.bench.cost import cost as costs
     from resblock_bench.bench.grid.axes import parse_arguments
 
-    archs = (arch or ("90" if published else "80,90,100")).replace("sm_", "").split(",")
+    names = ("90" if published else "80,90,100") if arch is None else arch
+    archs = names.replace("sm_", "").split(",")
     for name in archs:
-        if not name.strip().isdigit():
+        if not name.strip().isdecimal() or len(name) > _DIGITS:
             raise UsageError(f"--arch {arch!r} is no list of architectures: write 80,90,100")
     selection = parse_arguments(axis or [])
     default = costs.MODELS_DEFAULT if published or "model" in selection else costs.DEFAULT
@@ -354,10 +396,10 @@ def tune(
     axis: AxisOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Default: the table that the kernels read."),
+        typer.Option(parser=path, metavar="FILE", help="Default: the table that the kernels read."),
     ] = None,
     time_budget: BudgetOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the inputs.")] = 0,
 ) -> None:
     """Measure launch choices on this GPU, and write the table that the kernels read.
 
@@ -402,12 +444,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _prepare_streams()
     try:
         with terminable():
-            app(args=None if arguments is None else list(arguments))
+            words = sys.argv[1:] if arguments is None else list(arguments)
+            require_text(words)
+            app(args=words)
     except UsageError as error:
-        print(f"resblock-bench: {error}", file=sys.stderr)
+        print(visible(f"resblock-bench: {error}"), file=sys.stderr)
         sys.exit(exitcodes.USAGE)
     except InvalidError as error:
-        print(f"resblock-bench: {error}", file=sys.stderr)
+        print(visible(f"resblock-bench: {error}"), file=sys.stderr)
         sys.exit(exitcodes.INCOMPLETE)
     except SystemExit as ending:
         if ending.code == 130:
@@ -425,6 +469,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 f"ended before it was done, since its output cannot be written ({error.strerror})"
             )
             print(f"resblock-bench: {text}: make room for it", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            text = f"ended before it was done: {error.filename or 'a file'}: {error.strerror}"
+            print(visible(f"resblock-bench: {text}"), file=sys.stderr)
         else:
             traceback.print_exc()
         sys.exit(exitcodes.INCOMPLETE)

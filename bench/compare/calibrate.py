@@ -89,6 +89,8 @@ def carry_out(request: CalibrationRequest, console: Console) -> int:
         tolerance=tolerance_of(noises),
         cells=noises,
     )
+    with files.explained(path, _ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, files.as_json(calibration), _ADVICE)
     console.print(_table(calibration))
     for note in notes:

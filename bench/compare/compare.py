@@ -19,6 +19,7 @@ from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import device_kind
 from resblock_bench.bench.records import cell_name
+from resblock_bench.bench.units import counted
 
 from . import stored
 from .calibration import Calibration, of_others, tolerance_by, usable
@@ -288,6 +289,6 @@ def summary(items: Sequence[Compared], tolerance: Tolerance) -> str:
     words = [item.verdict.word if item.failed is None else "failed" for item in items]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     return (
-        f"{len(items)} cells: {counts}; tolerance {tolerance.relative:.1%} and "
+        f"{counted(len(items), 'cell')}: {counts}; tolerance {tolerance.relative:.1%} and "
         f"{tolerance.absolute_ms * 1e3:g} µs"
     )

@@ -8,7 +8,6 @@ kernels are interpreted and again where they are compiled, so it may define them
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,19 +17,19 @@ import torch
 
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine.workers import Job
+from resblock_bench.bench.offers import NAME, NAME_RULE
 
 from . import traffic
 from .machine_code import ARCHITECTURES, KernelCode, compile_for
 
 GROUP = "resblock_bench.static"
-_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class KernelCase:
     """One launch of a Triton kernel, `kernel[grid](**arguments(device))`.
 
-    name                letters, digits, "-", "_" and ".": that of its pin
+    name                that of its pin, by `offers.NAME_RULE`
     arguments(device)   tensors, scalars, constexprs and launch options by name. On "cpu" the launch
                         is run in Triton's interpreter, so the tensors should be small; on "meta" it
                         is compiled. Parameters BLOCK… are the sides of a program's tile.
@@ -69,8 +68,8 @@ def cases_of(value: str) -> dict[str, KernelCase]:
     for case in cases:
         if not isinstance(case, KernelCase):
             raise InvalidError(f"it offers a {type(case).__name__}, not a KernelCase")
-        if not _NAME.fullmatch(case.name):
-            raise InvalidError(f"{case.name!r} is no name: use letters, digits, '-', '_' and '.'")
+        if not isinstance(case.name, str) or not NAME.fullmatch(case.name):
+            raise InvalidError(f"{case.name!r} is no name: use {NAME_RULE}")
     if not cases:
         raise InvalidError("it is no function that returns KernelCases")
     by_name = {case.name: case for case in cases}

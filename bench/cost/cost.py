@@ -103,7 +103,8 @@ def carry_out(request: CostRequest, console: Console) -> int:
     ):
         say(console, line)
     if request.json is not None:
-        files.write(request.json, files.as_json(CostReport(costs=costs, host=host)), _ADVICE)
+        report = CostReport(costs=costs, host=host)
+        files.write(request.json, files.as_json(report), _ADVICE, named=True)
         say(console, f"json: {request.json}")
     return exitcodes.OK
 
@@ -128,7 +129,7 @@ def _check(request: CostRequest) -> None:
             raise unknown("architecture", str(arch), map(str, ARCHITECTURES))
     if request.json is not None:
         with files.explained(request.json, _ADVICE):
-            files.check_writable(request.json)
+            files.check_writable(request.json, named=True)
 
 
 def host_times(norms: Iterable[Norm]) -> list[HostTime]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .predictions import Predicted
 
+_UNUSED = {"impl", "checkpoint", "mode"}
 COUNTING = "counting bytes and compiling"
 
 
@@ -45,13 +46,24 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def weights_of(selection: Selection) -> dict[Norm, int]:
-    """Both norms of every selected block, each once, in order, with C·HW × how often it occurs."""
+    """Both norms of every selected block, each once, in order, with C·HW × how often it occurs.
+
+    What PyTorch has no such block of is left out: dims=1 in channels-last, which is a default.
+    """
     from resblock_bench.bench.compiled.norms import norms_of_block
     from resblock_bench.bench.measure.workload import unsupported
 
+    wrong = sorted(set(selection) & _UNUSED)
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)} changes nothing of what the fused kernels of a training step "
+            "cost: leave it out"
+        )
     planned = plan([selection])
-    for reason in filter(None, (unsupported(item.cell) for item in planned)):
-        raise UsageError(f"{reason}: ask for layout=nchw")
+    reasons = dict.fromkeys(unsupported(item.cell) for item in planned)
+    if None not in reasons:
+        raise UsageError(f"no block is left to cost: {'; '.join(filter(None, reasons))}")
+    planned = [item for item in planned if unsupported(item.cell) is None]
     # Every variant of a site has the same norms.
     sites = {site_of(item.cell): item.multiplicity for item in planned}
     weights: dict[Norm, int] = {}

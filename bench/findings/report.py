@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from resblock_bench.bench import exitcodes, files, markdown
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.markdown import escaped
 from resblock_bench.bench.records import Record
-from resblock_bench.bench.terminal import say
+from resblock_bench.bench.terminal import SafeConsole, say, visible
 
 from .findings import LEVELS, Finding, Level, exit_code, worst_first
 
@@ -89,7 +88,7 @@ def destination(format: str, file: Path | None) -> Destination:
         raise unknown("format", format, FORMATS)
     if file is not None:
         with files.explained(file, _ADVICE):
-            files.check_writable(file)
+            files.check_writable(file, named=True)
     return Destination(format, file)
 
 
@@ -107,7 +106,7 @@ def write(report: Report, to: Destination, console: Console) -> int:
     if to.file is None:
         return code
     try:
-        files.write(to.file, FORMATS[to.format](report).encode(), _ADVICE)
+        files.write(to.file, FORMATS[to.format](report).encode(), _ADVICE, named=True)
     except UsageError as error:
         say(console, str(error))
         return code or exitcodes.INCOMPLETE
@@ -118,7 +117,7 @@ def show(report: Report, console: Console, limit: int | None = SHOWN) -> None:
     """The report on a terminal, its `limit` worst findings, 100 columns wide at most."""
     width = min(console.width, WIDTH)
     if report.rows:
-        table = Table(title=report.title, title_justify="left", pad_edge=False)
+        table = Table(title=Text(report.title), title_justify="left", pad_edge=False)
         for number, column in enumerate(report.columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold")
         for row in report.rows:
@@ -146,7 +145,7 @@ def _name(thing: Finding | CheckedEntry) -> str:
 
 def _table(report: Report) -> str:
     file = io.StringIO()
-    show(report, Console(file=file, width=WIDTH), limit=None)
+    show(report, SafeConsole(file=file, width=WIDTH), limit=None)
     return file.getvalue()
 
 
@@ -201,15 +200,18 @@ def _junit(report: Report) -> str:
     checked = set(named)
     for finding in worst_first(report.findings):
         named.setdefault((finding.part, finding.subject, finding.entry), []).append(finding)
-    root = ElementTree.Element("testsuites", name=report.title)
+    root = ElementTree.Element("testsuites", name=visible(report.title))
     suites: dict[str, ElementTree.Element] = {}
     for key, findings in named.items():
         part, subject, entry = key
         suite = suites.get(part)
         if suite is None:
-            suite = suites[part] = ElementTree.SubElement(root, "testsuite", name=_legal(part))
+            suite = suites[part] = ElementTree.SubElement(root, "testsuite", name=visible(part))
         case = ElementTree.SubElement(
-            suite, "testcase", classname=_legal(f"{part}.{subject}"), name=_legal(entry or subject)
+            suite,
+            "testcase",
+            classname=visible(f"{part}.{subject}"),
+            name=visible(entry or subject),
         )
         if findings:
             _say(case, findings, skipped=key not in checked)
@@ -226,16 +228,11 @@ def _say(case: ElementTree.Element, findings: Sequence[Finding], *, skipped: boo
     """What is said of one case; `findings` begin with the worst."""
     worst, text = findings[0].level, "\n".join(f"{f.level}: {f.text}" for f in findings)
     if worst == "note" and not skipped:
-        ElementTree.SubElement(case, "system-out").text = _legal(text)
+        ElementTree.SubElement(case, "system-out").text = visible(text)
         return
     kind = {"note": "skipped", "invalid": "error"}.get(worst, "failure")
-    message = ElementTree.SubElement(case, kind, message=_legal(findings[0].text), type=worst)
-    message.text = _legal(text)
-
-
-def _legal(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
-    return re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "?", text)
+    message = ElementTree.SubElement(case, kind, message=visible(findings[0].text), type=worst)
+    message.text = visible(text)
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {

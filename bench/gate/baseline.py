@@ -20,8 +20,15 @@ from resblock_bench.bench.findings.findings import (
 from resblock_bench.bench.findings.report import WIDTH, sentence, show
 from resblock_bench.bench.terminal import say
 
-from .check import against_pins, check, default_pins, failure, pinned_parts, report_of
-from .pins import Found, PinFile, PinnedPart, read_pins, require_writable, write_pins
+from .check import (
+    against_pins,
+    check,
+    default_pins,
+    failure,
+    pinned_parts,
+    report_of,
+)
+from .pins import Found, PinFile, PinnedPart, read_pins, require_writable, save_command, write_pins
 
 
 def save(names: Sequence[str], reason: str, pins: Path | None, console: Console) -> int:
@@ -104,11 +111,17 @@ def show_pins(name: str | None, pins: Path | None, console: Console) -> int:
         return exitcodes.OK
     shown = [pin for pin in subjects if name in (None, pin.part)]
     if not shown:
-        say(console, f"{root} holds no pin: save with 'resblock-bench baseline save'")
+        parts = [name] if name in read else read
+        say(console, f"{root} holds no pin: save with {save_command(parts, pins)}")
         return exitcodes.INCOMPLETE
     table = Table(pad_edge=False)
-    for heading in ("part", "subject", "entries", "saved", "why"):
-        table.add_column(heading, justify="right" if heading == "entries" else "left")
+    table.add_column("part")
+    # Whole, since it is what is asked for: only the reason gives way.
+    names = max(len(pin.subject) for pin in shown)
+    table.add_column("subject", width=names, overflow="fold")
+    table.add_column("entries", justify="right")
+    table.add_column("saved", no_wrap=True)
+    table.add_column("why", overflow="fold")
     for pin in shown:
         last = pin.saves[-1]
         cells = (pin.part, pin.subject, str(len(pin.entries)), last.saved_at[:10], last.reason)
@@ -133,7 +146,7 @@ def diff(names: Sequence[str], pins: Path | None, console: Console) -> int:
 
     Returns INCOMPLETE where a part could not be measured; what was found is not judged.
     """
-    report = report_of(check(names, against_pins(pins, console)))
+    report = report_of(check(names, against_pins(pins, console)), pins)
     show(report, console, limit=None)
     failed = any(is_of_part(one) and one.level == "invalid" for one in report.findings)
     return exitcodes.INCOMPLETE if failed else exitcodes.OK

@@ -22,7 +22,7 @@ from resblock_bench.bench.findings.report import (
     count_levels,
 )
 
-from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins
+from .pins import PINS, Found, PinFile, PinnedPart, judge, read_pins, save_command
 
 TIMING = "timing"
 NO_BASE = "no revision is named to compare the time with: add --base REV"
@@ -131,8 +131,8 @@ def _compared(part: PinnedPart, pins: Mapping[str, PinFile], found: Found) -> li
     ]
 
 
-def report_of(outcomes: Sequence[PartOutcome]) -> Report:
-    """One row a part, all findings, and what to do about them."""
+def report_of(outcomes: Sequence[PartOutcome], pins: Path | None = None) -> Report:
+    """One row a part, all findings, and what to do about them; `pins` as they were named."""
     findings = [finding for outcome in outcomes for finding in outcome.findings]
     return Report(
         title="check",
@@ -140,7 +140,7 @@ def report_of(outcomes: Sequence[PartOutcome]) -> Report:
         rows=[_row(outcome) for outcome in outcomes],
         checked=[thing for outcome in outcomes for thing in outcome.checked],
         findings=findings,
-        notes=[*(note for outcome in outcomes for note in outcome.notes), *advice(findings)],
+        notes=[*(note for outcome in outcomes for note in outcome.notes), *advice(findings, pins)],
         cells=[cell for outcome in outcomes for cell in outcome.cells],
     )
 
@@ -161,7 +161,7 @@ def _row(outcome: PartOutcome) -> list[str]:
     ]
 
 
-def advice(findings: Sequence[Finding]) -> list[str]:
+def advice(findings: Sequence[Finding], pins: Path | None = None) -> list[str]:
     """A sentence for each kind of finding on what to do, or that all is as pinned."""
 
     def save(*levels: Level) -> str | None:
@@ -171,8 +171,7 @@ def advice(findings: Sequence[Finding]) -> list[str]:
             for finding in findings
             if finding.level in levels and not is_of_part(finding) and finding.part != TIMING
         )
-        flags = " ".join(f"--{part}" for part in parts)
-        return f"resblock-bench baseline save {flags} --reason '…'" if flags else None
+        return save_command(parts, pins) if parts else None
 
     def among(*levels: Level) -> bool:
         return any(finding.level in levels for finding in findings)

@@ -9,7 +9,7 @@ better asks to be saved, since a pin with slack would let the next regression pa
 
 import datetime
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from msgspec import Meta
 from rich.console import Console
 
 from resblock_bench.bench import files
-from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.errors import InvalidError, command
 from resblock_bench.bench.findings.findings import LEVELS, Finding, Level
 from resblock_bench.bench.records import Record
 
@@ -108,6 +108,13 @@ class PinnedPart:
     summary: Callable[[Mapping[str, PinFile], Found], str] | None = None
 
 
+def save_command(parts: Iterable[str], pins: Path | None) -> str:
+    """What saves parts where they were looked for."""
+    where = () if pins is None else ("--pins", str(pins))
+    flags = (f"--{part}" for part in parts)
+    return f"{command('baseline', 'save', *flags, *where)} --reason '…'"
+
+
 def read_pins(root: Path, part: str) -> dict[str, PinFile]:
     """The pins of a part by subject, none where there is no folder.
 
@@ -123,7 +130,8 @@ def _files(root: Path, part: str) -> list[Path]:
 
 def _read(path: Path) -> PinFile:
     try:
-        again = "save it again with 'resblock-bench baseline save'"
+        part, root = path.parent.name, path.parent.parent
+        again = f"save it again with {save_command([part], root)}"
         pin = files.read_versioned(path, PinFile, "pins_version", PINS_VERSION, again)
     except OSError as error:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): check the file") from None
@@ -222,7 +230,7 @@ def write_pins(
     changed: list[Path] = []
     folder = root / part.name
     with files.explained(root, _ADVICE):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         for subject, entries in subjects.items():
             path = folder / f"{subject}.json"
             old = before.get(subject)

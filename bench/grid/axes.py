@@ -4,27 +4,32 @@ VALUES is a comma list; an item may be a range with both ends included where the
 `[16:128:x2]` is 16,32,64,128 and `[16:64:+16]` is 16,32,48,64.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from resblock_bench.bench import records
-from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.errors import UsageError, shortened, unknown
 from resblock_bench.bench.measure import implementations
+from resblock_bench.bench.offers import check_offers
 from resblock_bench.reference import PUBLISHED
 
 AxisValue = str | int | float
 Selection = Mapping[str, tuple[AxisValue, ...]]
 """The values asked for on each axis; an axis that is absent takes its default."""
 
-_RANGE = re.compile(r"\[(\d+):(\d+):([x+])(\d+)\]")
+MOST_CELLS = 100_000
+"""Of one plan: more than a year of measuring."""
+_LARGEST = 2**24
+_RANGE = re.compile(r"\[(\d{1,18}):(\d{1,18}):([x+])(\d{1,18})\]")
 _ITEM = re.compile(r"\[[^\]]*\]?|[^,\[]+")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis. `choices` is empty for a number, whose smallest value is `least`."""
+    """One axis. `choices` is empty for a number, from `least` to `most` where it is an integer."""
 
     name: str
     kind: Literal["choice", "int", "float"]
@@ -32,11 +37,16 @@ class Axis:
     help: str
     choices: tuple[AxisValue, ...] = ()
     least: int = 1
+    most: int = _LARGEST
 
     def allowed(self) -> str:
         if self.choices:
             return ", ".join(str(choice) for choice in self.choices)
-        return "0 ≤ value < 1" if self.kind == "float" else f"integers from {self.least}"
+        return (
+            "0 ≤ value < 1"
+            if self.kind == "float"
+            else f"integers from {self.least} to {self.most}"
+        )
 
 
 def _choice(name: str, kind: Any, help: str, default: tuple[AxisValue, ...]) -> Axis:
@@ -45,6 +55,7 @@ def _choice(name: str, kind: Any, help: str, default: tuple[AxisValue, ...]) -> 
 
 def axes() -> dict[str, Axis]:
     """Every axis by name, in the order in which the grid is walked (the last runs fastest)."""
+    _check_implementations()
     found = [
         Axis("model", "choice", (), "published model: its own blocks", models()),
         Axis("dims", "int", (2,), "spatial dimensions", (1, 2, 3)),
@@ -67,6 +78,12 @@ def axes() -> dict[str, Axis]:
         ),
     ]
     return {axis.name: axis for axis in found}
+
+
+@functools.cache
+def _check_implementations() -> None:
+    """Raises InvalidError where one of another package hides behind a name that is taken."""
+    check_offers("resblock_bench.implementations", implementations.OWN)
 
 
 def models() -> tuple[AxisValue, ...]:
@@ -136,6 +153,12 @@ def _parse_range(axis: Axis, text: str) -> list[int]:
             f"range {text!r} of axis {axis.name!r} does not ascend: it needs "
             "1 ≤ first ≤ last, and a factor of at least 2 or a step of at least 1"
         )
+    _parse_value(axis, last)  # refused before all that lies between is written down
+    if match[3] == "+" and (last - first) // step >= MOST_CELLS:
+        raise UsageError(
+            f"range {text!r} of axis {axis.name!r} has {(last - first) // step + 1:,} values, and "
+            f"a plan takes {MOST_CELLS:,} cells: widen the step"
+        )
     values = [first]
     while (following := values[-1] * step if match[3] == "x" else values[-1] + step) <= last:
         values.append(following)
@@ -156,7 +179,7 @@ def _parse_value(axis: Axis, item: object) -> AxisValue:
         value = int(str(item)) if axis.kind == "int" else float(item)
     except ValueError:
         raise _bad_value(axis, item) from None
-    inside = value in axis.choices if axis.choices else value >= axis.least
+    inside = value in axis.choices if axis.choices else axis.least <= value <= axis.most
     if axis.kind == "float":
         inside = 0 <= value < 1
     if not inside:
@@ -166,6 +189,6 @@ def _parse_value(axis: Axis, item: object) -> AxisValue:
 
 def _bad_value(axis: Axis, item: object) -> UsageError:
     return UsageError(
-        f"axis {axis.name!r} does not take {str(item)!r}: it takes {axis.allowed()}; "
+        f"axis {axis.name!r} does not take {shortened(str(item))!r}: it takes {axis.allowed()}; "
         f"write them as a comma list"
     )

@@ -8,6 +8,7 @@ measured close in time.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import msgspec
 
 from resblock_bench.bench.errors import NothingSelectedError, UsageError
-from resblock_bench.bench.records import Cell
+from resblock_bench.bench.records import Cell, cell_name
+from resblock_bench.bench.units import format_bytes
 from resblock_bench.reference import resblock_sites
 
-from .axes import AxisValue, Selection, axes
+from .axes import MOST_CELLS, AxisValue, Selection, axes
 
 GROUPS = 32
 EMB_CHANNELS = 512
 """Width of the embedding without a model: 4·128, that of the IDDPM models."""
 
+_TRUTH_BYTES = 8
+_ADDRESSES = 2**60  # Bytes: PyTorch counts those of a tensor in 63 bits.
 _PICKS = ("resolution", "channels", "out_channels", "conditioning")
 
 
@@ -46,6 +50,7 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
     planned: dict[Cell, PlannedCell] = {}
     given = list(selections)
     for selection in given:
+        _refuse_too_many(selection)
         items = list(_expand(selection))
         if by_value:
             # Stable: the variants of a site stay together.
@@ -58,7 +63,31 @@ def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[Pla
             f"the selection ({asked}) has no cell: checkpoint=selective and checkpoint=full exist "
             "only in mode=train, so add mode=train or checkpoint=none"
         )
+    for cell in planned:
+        _refuse_too_large(cell)
     return list(planned.values())
+
+
+def _refuse_too_many(selection: Selection) -> None:
+    """Before they are written down. With a model its blocks are picked, else all axes multiply."""
+    chosen = {name: selection.get(name, axis.default) for name, axis in axes().items()}
+    if chosen["model"]:
+        chosen = {name: values for name, values in chosen.items() if name not in _PICKS}
+    count = math.prod(len(values) for values in chosen.values() if values)
+    if count > MOST_CELLS:
+        raise UsageError(
+            f"the axes have {count:,} combinations, and a plan takes {MOST_CELLS:,} cells: give "
+            "fewer values, or several runs"
+        )
+
+
+def _refuse_too_large(cell: Cell) -> None:
+    count = weight(cell, 1) * _TRUTH_BYTES
+    if count > _ADDRESSES:
+        raise UsageError(
+            f"{cell_name(cell)} has activations of {format_bytes(count)} in float64, which no "
+            "tensor holds: give a smaller batch, resolution or channels"
+        )
 
 
 def weight(cell: Cell, multiplicity: int) -> int:

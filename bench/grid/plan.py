@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.measure.cell import Task
@@ -24,19 +24,22 @@ class Plan(Record, frozen=True, kw_only=True):
     cells: list[PlannedCell]
 
     def joined(self, later: "Plan") -> "Plan":
-        """This plan with the cells of a later request added.
+        """This plan with the cells of a later request added, and its memory limit.
 
         Raises UsageError where the two would be measured differently.
         """
-        for field in ("device", "rule", "seed", "threads", "memory_limit_bytes"):
+        for field in ("device", "rule", "seed", "threads"):
             mine, asked = getattr(self, field), getattr(later, field)
+            if mine != asked and isinstance(mine, Rule):
+                field, mine, asked = _first_difference(mine, asked)
             if mine != asked:
                 raise UsageError(
                     f"the run was begun with {field} {mine}, and {asked} was asked for: resume it "
                     "with the options it was begun with, or with --output and --resume alone"
                 )
         cells = {item.cell: item for item in [*self.cells, *later.cells]}
-        return replace(self, cells=list(cells.values()))
+        limit = later.memory_limit_bytes or self.memory_limit_bytes
+        return replace(self, cells=list(cells.values()), memory_limit_bytes=limit)
 
     def tasks(self, environment: Environment, *, folder: Path | None = None) -> list[Task]:
         """The first attempt at every cell; `folder` as in Task."""
@@ -54,3 +57,9 @@ class Plan(Record, frozen=True, kw_only=True):
             )
             for item in self.cells
         ]
+
+
+def _first_difference(mine: Rule, asked: Rule) -> tuple[str, object, object]:
+    """Of two rules that differ: the field, and its values."""
+    fields = zip(Rule.__struct_fields__, astuple(mine), astuple(asked), strict=True)
+    return next((field, one, other) for field, one, other in fields if one != other)

@@ -11,18 +11,20 @@
     resolution = "[8:32:x2]"
     impl = "reference,fused"
 
-The grids stand in order of value: a time budget is spent from the top.
+The grids stand in order of value: a time budget is spent from the top. A file may hold several
+sweeps, each below its name: `[NAME]`, `[NAME.settings]`, `[[NAME.grid]]`, like presets.toml.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
+from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.measure.devices import Kind
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
@@ -37,6 +39,7 @@ else:
     import tomli as tomllib
 
 PRESETS_FILE = Path(__file__).with_name("presets.toml")
+_CONFIG_BYTES = 1 << 20
 
 
 class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -52,9 +55,9 @@ class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
     def rule(self) -> Rule:
         """The stop rule with these settings applied; raises UsageError for a bad duration."""
         changes: dict[str, Any] = {
-            "warmup_s": self.warmup and parse_duration_s(self.warmup),
-            "warmup_max_s": self.warmup_max and parse_duration_s(self.warmup_max),
-            "max_time_s": self.max_time and parse_duration_s(self.max_time),
+            "warmup_s": _seconds(self.warmup),
+            "warmup_max_s": _seconds(self.warmup_max),
+            "max_time_s": _seconds(self.max_time),
             "min_samples": self.min_samples,
             "max_samples": self.max_samples,
             "rel_half_width": self.rel_half_width,
@@ -67,6 +70,10 @@ class Settings(Struct, forbid_unknown_fields=True, omit_defaults=True):
                 "raise the one or lower the other"
             )
         return rule
+
+
+def _seconds(duration: str | None) -> float | None:
+    return None if duration is None else parse_duration_s(duration)
 
 
 class _File(Struct, forbid_unknown_fields=True):
@@ -94,30 +101,58 @@ class Preset:
 
 def presets() -> dict[str, Preset]:
     """The presets that the package brings, by name."""
-    tables = tomllib.loads(PRESETS_FILE.read_text(encoding="utf-8"))
-    return {
-        name: _validated(name, table, f"{PRESETS_FILE.name}: {name}")
-        for name, table in tables.items()
-    }
+    return read_presets(PRESETS_FILE)
 
 
 def named(name: str) -> Preset:
     """One of the package's presets."""
-    known = presets()
+    return _one_of(presets(), name)
+
+
+def _one_of(known: Mapping[str, Preset], name: str) -> Preset:
     if name not in known:
         raise unknown("preset", name, known)
     return known[name]
 
 
-def load(path: Path) -> Preset:
-    """The preset in a TOML file; errors name the file and the key."""
+def read_presets(path: Path) -> dict[str, Preset]:
+    """The sweeps in a TOML file by name, that of the file where it holds one without a name.
+
+    Raises UsageError, naming the file and the key.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = files.read(path, _CONFIG_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not valid TOML: {error}; mend that line") from None
-    return _validated(path.stem, table, str(path))
+    try:
+        table = tomllib.loads(content)
+    except (ValueError, RecursionError) as error:  # of tomllib, and of Python's own limits
+        raise UsageError(f"{path} is not valid TOML: {error}; mend that line") from None
+    if _holds_named(table):
+        return {name: _validated(name, sweep, f"{path}: {name}") for name, sweep in table.items()}
+    return {path.stem: _validated(path.stem, table, str(path))}
+
+
+def _holds_named(table: Mapping[str, object]) -> bool:
+    """Whether a file has sweeps below their names, rather than the keys of one."""
+    keys = table.keys() & set(_File.__struct_fields__)
+    return bool(table) and not keys and all(isinstance(value, dict) for value in table.values())
+
+
+def load(path: Path, name: str | None = None, device: Kind | None = None) -> Preset:
+    """The sweep in a TOML file: of several the one that is named, or else that of the device."""
+    found = read_presets(path)
+    if name is not None:
+        return _one_of(found, name)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if device is not None and device in found:
+        return found[device]
+    raise UsageError(
+        f"{path} holds {len(found)} sweeps: name one with --preset: {', '.join(found)}"
+    )
 
 
 def choose(
@@ -125,14 +160,12 @@ def choose(
 ) -> Preset:
     """The sweep that the command line asks for.
 
-    A preset or a file, its axes replaced by `arguments`; `arguments` alone over the axes'
+    A preset, or that of a file, its axes replaced by `arguments`; `arguments` alone over the axes'
     defaults; the device's own preset where nothing is given.
     """
-    if preset is not None and config is not None:
-        raise UsageError("--preset and --config were both given: a sweep has one source, drop one")
     selection = parse_arguments(arguments)
     if config is not None:
-        return load(config).overridden(selection)
+        return load(config, preset, device).overridden(selection)
     if preset is not None or not selection:
         return named(preset or device).overridden(selection)
     return Preset("selection", "", None, Settings(), (selection,))
@@ -143,7 +176,7 @@ def _validated(name: str, table: dict[str, Any], source: str) -> Preset:
         file = msgspec.convert(table, _File)
     except msgspec.ValidationError as error:
         problem = str(error).replace("`$.", "`").replace("Object", "the table")
-        raise UsageError(f"{source}: {problem}; see 'resblock-bench run --help'") from None
+        raise UsageError(f"{source}: {problem}; docs/measuring.md has an example") from None
     grids = []
     for position, grid in enumerate(file.grid):
         selection = {}

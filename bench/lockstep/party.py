@@ -105,7 +105,7 @@ class Party:
         self._used_s += time.monotonic() - began
         if message is None:
             raise Ended(self._end())
-        answer = msgspec.json.decode(message, type=orders.Answer)
+        answer = msgspec.json.decode(message, type=orders.Response)
         assert isinstance(answer, expected), answer
         return answer
 

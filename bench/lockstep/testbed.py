@@ -4,6 +4,7 @@ sites, and a server of processes for each side."""
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,10 +169,10 @@ def opened(
             _folder=stack.enter_context(scratch_folder()),
         )
         for name, paths in sides.items():
-            side = Side(name, paths, root, bed)
-            stack.callback(side.close)
-            side.start()
-            bed.sides.append(side)
+            bed.sides.append(Side(name, paths, root, bed))
+            stack.callback(bed.sides[-1].close)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Side.start, bed.sides))
         bed.notes += _notes(bed.sides)
         yield bed
 

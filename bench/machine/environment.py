@@ -1,19 +1,22 @@
 """The machine and the software of a run, gathered without root and without changing anything."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
 
 from resblock_bench.bench.checkout import source_state
-from resblock_bench.bench.records import Environment
+from resblock_bench.bench.records import MACHINE, Environment
 
 from . import nvml
 from .proc import cpu_model, physical_cores, usable_cpus
 
+_NAME_BYTES = 200  # a file system holds 255
 _PACKAGES = ("torch", "triton", "numpy", "resblock-bench")
 _DECIDING = ("machine", "cpu", "logical_cores", "usable_cpus", "gpu", "gpu_driver", "threads")
 _DECIDING_PACKAGES = ("python", "torch", "triton", "numpy", "cuda", "cudnn")
@@ -59,9 +62,17 @@ def machine_name() -> str:
     """The host's name as a folder name; RESBLOCK_BENCH_MACHINE overrides it.
 
     Containers are given a new host name at every start, which would scatter a machine's runs.
+
+    It is an identity: two names give two folders. One that is no folder name as it stands has a
+    digest of itself behind what is left of it.
     """
-    name = os.environ.get("RESBLOCK_BENCH_MACHINE") or platform.node()
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+    name = os.environ.get("RESBLOCK_BENCH_MACHINE") or platform.node() or "unnamed"
+    name = unicodedata.normalize("NFC", name)
+    if re.fullmatch(MACHINE, name) and len(os.fsencode(name)) <= _NAME_BYTES:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    left = re.sub(r"[^\w.-]+", "-", name).strip("-.")[: _NAME_BYTES // 4]
+    return f"{left or 'unnamed'}-{digest}"
 
 
 def memory_bytes() -> int | None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from resblock_bench.bench.errors import UsageError
 
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""A folder that others write to may hold a link, or a pipe that nobody writes to."""
+
 
 @contextmanager
 def only_user(gpu: str) -> Iterator[None]:
@@ -21,7 +24,7 @@ def only_user(gpu: str) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"resblock-bench-{name}.lock"
     try:
         # Opened before it is created: what somebody else made there may refuse O_CREAT.
-        file = os.open(path, os.O_RDONLY) if path.exists() else _created(path)
+        file = os.open(path, _FLAGS) if path.exists() else _created(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
@@ -41,6 +44,6 @@ def only_user(gpu: str) -> Iterator[None]:
 
 
 def _created(path: Path) -> int:
-    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    file = os.open(path, _FLAGS | os.O_CREAT, 0o644)
     os.fchmod(file, 0o644)  # whatever the umask: other users must be able to lock it
     return file

@@ -80,6 +80,22 @@ def _ancestors(pid: int, root: Path) -> set[int]:
     return found
 
 
+def descendants(pid: int, root: Path = ROOT) -> set[int]:
+    """The processes under one that still run; none where the system shows none."""
+    parents: dict[int, int] = {}
+    for folder in (root / "proc").glob("[0-9]*"):
+        try:
+            state, parent, *_ = _status(int(folder.name), root)
+        except (OSError, ValueError):  # it has ended
+            continue
+        if state != "Z":
+            parents[int(folder.name)] = int(parent)
+    found: set[int] = set()
+    while more := {one for one, parent in parents.items() if parent in {pid, *found}} - found:
+        found |= more
+    return found
+
+
 def _mhz(root: Path) -> float | None:
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     folder = root / "sys/devices/system/cpu"

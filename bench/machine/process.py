@@ -32,8 +32,9 @@ from resblock_bench.bench.records import Status
 from resblock_bench.bench.units import format_duration
 
 from .channel import PHASE, REPLY, Function
+from .parent import end_tree
 from .proc import oom_kills
-from .server import COUNT, Request, Settings
+from .server import COUNT, Request, Setup
 
 OUTPUT_BYTES = 16 * 1024
 """How much of what a process prints is kept."""
@@ -41,10 +42,10 @@ _PRELOAD = "resblock_bench.bench.measure.preload"
 # Before anything is imported, since the path decides what is.
 _CODE = """
 import json, sys
-settings = json.loads(sys.argv[1])
-sys.path[:] = [*settings["path"], *filter(None, sys.path)]
-from resblock_bench.bench.machine.server import Settings, main
-main(Settings(**settings))
+setup = json.loads(sys.argv[1])
+sys.path[:] = [*setup["path"], *filter(None, sys.path)]
+from resblock_bench.bench.machine.server import Setup, main
+main(Setup(**setup))
 """
 _START_S = 300.0
 _EXIT_S = 10.0  # A process that has replied may take this long to end.
@@ -56,12 +57,6 @@ _ALIKE = {
 }
 """What would else be drawn by lot for each process."""
 ADDR_NO_RANDOMIZE = 0x0040000  # sys/personality.h
-
-
-def _fix_addresses() -> None:
-    """Where the system allows it: the same addresses in all processes, not a draw for each."""
-    libc = ctypes.CDLL(None)
-    libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE)
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,10 @@ class Server:
     @property
     def up(self) -> bool:
         """Whether it runs: one that was killed is started anew, with the code of then."""
-        return self._process is not None and self._process.poll() is None
+        if self._process is None or self._socket is None:
+            return False
+        # It says nothing once it is up: its end is seen here before the system tells of it.
+        return not wait([self._socket], 0) and self._process.poll() is None
 
     def close(self) -> None:
         """End it, and with it all its processes."""
@@ -172,40 +170,36 @@ class Server:
             before = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
             path = [str(entry) for entry in [*self._paths, *map(os.path.abspath, before)]]
             inherited = {"PYTHONPATH": os.pathsep.join(path)}
-        settings = Settings(other.fileno(), path, _PRELOAD)
-        with other, tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, json.dumps(msgspec.to_builtins(settings))],
-                env={**os.environ, **_ALIKE, **inherited},
-                pass_fds=[other.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_fix_addresses if sys.platform == "linux" else None,
-            )
-            other.close()
+        setup = Setup(other.fileno(), path, _PRELOAD)
+        with tempfile.TemporaryFile() as log:
+            with other, _fixed_addresses():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _CODE, json.dumps(msgspec.to_builtins(setup))],
+                    env={**os.environ, **_ALIKE, **inherited},
+                    pass_fds=[other.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self._socket = own
             own.settimeout(_START_S)
             try:
                 up = own.recv(1)
             except TimeoutError:
                 up = b""
             except BaseException:
-                process.kill()
-                own.close()
+                self._forget()
                 raise
+            own.settimeout(None)
             if not up:
-                process.kill()
-                process.wait()
-                own.close()
+                self._forget()
                 log.seek(0)
                 text = log.read().decode(errors="replace").strip()
                 raise InvalidError(
                     "no process can be started, since the suite cannot be imported: mend what is "
                     f"said here\n{text}"
                 )
-            own.settimeout(None)
-        self._process, self._socket = process, own
 
     def _forget(self) -> None:
         if self._socket is not None:
@@ -287,12 +281,12 @@ class Process:
 
     def kill(self) -> None:
         """It and what it started, such as compilers; from any thread."""
-        if self._pid is None:
+        if self._pid is None or self not in self._running:
             return
-        kills = [os.killpg] if self._ended else [os.killpg, os.kill]  # it may not lead a group yet
-        for kill in kills:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(self._pid, signal.SIGKILL)
+        if not self._ended:
+            end_tree(self._pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
 
     @property
     def _ended(self) -> bool:
@@ -406,6 +400,22 @@ class Processes:
             self._closed = True
             for process in list(self._running):
                 process.kill()
+
+
+@contextlib.contextmanager
+def _fixed_addresses() -> Iterator[None]:
+    """Where the system allows it, what this thread starts has the same addresses as all others of
+    its kind, not a draw for each."""
+    if sys.platform != "linux":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    before = libc.personality(0xFFFFFFFF)
+    libc.personality(before | ADDR_NO_RANDOMIZE)
+    try:
+        yield
+    finally:
+        libc.personality(before)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     python -c CODE JSON
 
-JSON holds `Settings`. Requests come over a socket, with three files each: the channel over which
+JSON holds `Setup`. Requests come over a socket, with three files each: the channel over which
 the process talks with who started it, the pipe that takes what it prints, and the pipe that tells
 how it fares: its number first, its exit code at the end. A process is forked for every request, so
 it starts in milliseconds and yet clean. Functions are named, arguments are bytes: nothing is
@@ -23,13 +23,13 @@ from typing import NoReturn
 import msgspec
 
 from .channel import Channel
-from .parent import die_with_parent
+from .parent import adopt_orphans, die_with_parent, end_descendants
 
 COUNT = 8
 """Bytes of a number on the pipe that tells how a process fares."""
 
 
-class Settings(msgspec.Struct):
+class Setup(msgspec.Struct):
     """socket    the number of its file
     path      what the Python path begins with
     preload   the module that imports what processes need
@@ -48,11 +48,14 @@ class Request(msgspec.Struct):
     variables: dict[str, str]
 
 
-def main(settings: Settings) -> None:
-    """Import, say so, and fork whenever asked to."""
-    die_with_parent(os.getppid())
-    importlib.import_module(settings.preload)
-    with socket.socket(fileno=settings.socket) as asked:
+def main(setup: Setup) -> None:
+    """Import, say so, and fork whenever asked to.
+
+    The kernel's signal at a parent's death would come at the end of the thread that started this:
+    the end of the socket does as well.
+    """
+    importlib.import_module(setup.preload)
+    with socket.socket(fileno=setup.socket) as asked:
         wake, woken = os.pipe()
         os.set_blocking(woken, False)
         signal.signal(signal.SIGCHLD, _ignore)
@@ -133,6 +136,7 @@ def _live(request: Request, channel: int, output: int, server: int) -> NoReturn:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         die_with_parent(server)
+        adopt_orphans()
         for stream in (1, 2):
             os.dup2(output, stream)
         os.close(output)
@@ -155,4 +159,5 @@ def _live(request: Request, channel: int, output: int, server: int) -> NoReturn:
                 printed.flush()
             except OSError:
                 code = code or 1
+        end_descendants(os.getpid())
         os._exit(code & 0xFF)

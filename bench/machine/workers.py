@@ -15,6 +15,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+from resblock_bench.bench.errors import InvalidError
+
 from .parent import die_with_parent
 from .process import Ending
 
@@ -25,8 +27,13 @@ take for ever."""
 _END_S = 30.0  # One that has closed its end of the pipe is ending, which on a busy machine takes.
 
 
-class JobFailed(Exception):
+class JobFailed(InvalidError):
     """A job raised an error: its type and what it says. Not every error can be sent as it is."""
+
+
+class MachineFailed(JobFailed):
+    """What it raised is the operating system's: a cache that cannot be written, a full disk. Other
+    jobs run into it as well."""
 
 
 class WorkerDied(JobFailed):
@@ -87,11 +94,12 @@ class Worker:
     def answer(self) -> Answer:
         """Wait for the answer to the job that was sent; WorkerDied is one."""
         try:
-            value, error = self.connection.recv()
+            value, error, of_machine = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join(_END_S)
             return _died(self._process.exitcode)
-        return Answer(value, None if error is None else JobFailed(error))
+        failed = MachineFailed if of_machine else JobFailed
+        return Answer(value, None if error is None else failed(error))
 
     def kill(self) -> None:
         """End the process, whatever it is doing."""
@@ -160,10 +168,11 @@ def _serve(connection: Connection, environ: dict[str, str]) -> None:
             message = connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             return
-        value, error = None, None
+        value, error, of_machine = None, None, False
         try:
             function, arguments = pickle.loads(message)  # imports the kernels
             value = function(*arguments)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-        connection.send((value, error))
+            of_machine = isinstance(raised, OSError)
+        connection.send((value, error, of_machine))

@@ -1,4 +1,5 @@
-"""One cell in, one row out: all that can change a number, and therefore the code fingerprint.
+"""One cell in, one row out: all that can change a number, and therefore (with lockstep/) the code
+fingerprint.
 
 Begin with `cell`: a cell is made runnable (`workload`, `implementations`), checked against float64
 (`correctness`), measured (`memory`, `timing` on `devices`, `cuda_graph`) and held against what the

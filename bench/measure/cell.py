@@ -47,7 +47,7 @@ from . import orders, stats
 from .correctness import LAST_INPUTS, check, checked_cell
 from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
-from .fingerprint import code_fingerprint
+from .fingerprint import code_of
 from .floor import floor_of
 from .implementations import IMPLEMENTATIONS, could_not_compile, packages_of
 from .memory import MemoryMeter
@@ -118,18 +118,18 @@ def contract_of(task: Task) -> Contract:
 
 def id_of(task: Task) -> str:
     """The id that the task's row will have."""
-    return cell_id(task.cell, contract_of(task), code_fingerprint())
+    return cell_id(task.cell, contract_of(task), code_of(task.cell.impl))
 
 
 def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) -> Row:
     """The row of a task with what was found; all else is null."""
-    contract, environment = contract_of(task), task.environment
+    contract, environment, code = contract_of(task), task.environment, code_of(task.cell.impl)
     now = datetime.datetime.now(datetime.timezone.utc)
     return Row(
         **{
             **dict.fromkeys(Row.__struct_fields__),
             "schema_version": SCHEMA_VERSION,
-            "id": cell_id(task.cell, contract, code_fingerprint()),
+            "id": cell_id(task.cell, contract, code),
             "attempt": task.attempt,
             "status": status,
             "reason": reason,
@@ -137,7 +137,7 @@ def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) 
             "multiplicity": task.multiplicity,
             "memory_limit_bytes": task.memory_limit_bytes,
             "contract": contract,
-            "code": code_fingerprint(),
+            "code": code,
             "device_name": (environment.gpu if task.device == "cuda" else environment.cpu) or "CPU",
             "device_uuid": environment.gpu_uuid if task.device == "cuda" else None,
             "host": platform.node(),
@@ -157,7 +157,7 @@ def measure(job: CellJob, channel: Channel) -> Row:
 
     What was measured before an exception stays in the row.
     """
-    started = time.monotonic()
+    started_s, waited_s = time.monotonic(), channel.waited_s
     task = job.task
     row = row_of(task, "failed")
     try:
@@ -168,7 +168,8 @@ def measure(job: CellJob, channel: Channel) -> Row:
     snapshot = _snapshot_file(task)
     if snapshot is not None and snapshot.exists():
         row = replace(row, snapshot=f"{SNAPSHOTS}/{snapshot.name}")
-    return replace(row, wall_s=time.monotonic() - started - channel.waited_s)
+    own_s = time.monotonic() - started_s - (channel.waited_s - waited_s)
+    return replace(row, wall_s=max(0.0, own_s))
 
 
 def _snapshot_file(task: Task) -> Path | None:
@@ -303,7 +304,8 @@ def checked_workload(
 def _worst(correctness: Correctness) -> str:
     worst = correctness.worst
     error, limit = correctness.errors[worst], correctness.limits[worst]
-    return f"{worst}: relative error {error} is above its limit {limit}"
+    shown = "NaN or infinite" if error is None else error
+    return f"{worst}: relative error {shown} is above its limit {limit}"
 
 
 def _needed(task: Task, checked: Checked, device: Device) -> Needed:
@@ -321,7 +323,7 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
     sampler = Sampler(workload.step, device.timer, prepare=workload.freshen)
     torch.manual_seed(task.seed)  # the masks of dropout
     bursts: list[list[float]] = []
-    answer: orders.Answer = orders.Ready()
+    answer: orders.Response = orders.Ready()
     stop_rule: StopRule | None = None
     try:
         warmup = sampler.warm_up(task.rule, lambda: probe.read().sm_clock_mhz)

@@ -147,7 +147,7 @@ def _offered(point: metadata.EntryPoint) -> Implementation:
     def unusable(device: str) -> str | None:
         try:
             return loaded().unusable(device)
-        except Exception as error:  # whatever a foreign import raises
+        except (Exception, SystemExit) as error:  # whatever a foreign import raises
             return f"its package cannot be used ({type(error).__name__}: {error}): mend it"
 
     package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
@@ -159,12 +159,18 @@ def _offered(point: metadata.EntryPoint) -> Implementation:
     )
 
 
+OWN = tuple(IMPLEMENTATIONS)
 _OFFERS = {
     point.name: point
     for point in metadata.entry_points(group="resblock_bench.implementations")
     if point.name not in IMPLEMENTATIONS
 }
 IMPLEMENTATIONS.update({name: _offered(point) for name, point in _OFFERS.items()})
+
+
+def module_offering(name: str) -> str | None:
+    """The module of another package in which an implementation is; None for this project's own."""
+    return _OFFERS[name].module if name in _OFFERS else None
 
 
 def packages_of(name: str) -> tuple[str, ...]:

@@ -72,16 +72,17 @@ class TrackerMeter:
         return None
 
     def first_results(self, workload: Workload) -> tuple[dict[str, Tensor], int]:
-        with _tracking(workload) as tracker:
+        with tracking(workload) as tracker:
             results = workload.results()
         return results, _peak_bytes(tracker)
 
     def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
-        with _tracking(workload) as tracker:
+        workload.freshen()
+        with tracking(workload) as tracker:
             baseline = _live_bytes(tracker)
             workload.step()
         peak = _peak_bytes(tracker)
-        with _tracking(workload) as tracker:
+        with tracking(workload) as tracker:
             saved = _graph_bytes(workload, lambda: _live_bytes(tracker))
         return Memory(
             method=self._method,
@@ -101,18 +102,19 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _tracking(workload: Workload) -> "MemTracker":
+def tracking(workload: Workload) -> "MemTracker":
     """A tracker that knows the workload's resident tensors; a tracker serves one step only."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     workload.reset()
     gc.collect()
     tracker = MemTracker()
-    tracker.track_external(*_resident(workload))
+    tracker.track_external(*resident(workload))
     return tracker
 
 
-def _resident(workload: Workload) -> list[Tensor]:
+def resident(workload: Workload) -> list[Tensor]:
+    """What is alive before a step."""
     state = [*workload.block.parameters(), *workload.block.buffers()]
     return [*state, workload.x, workload.emb, workload.cotangent]
 
@@ -148,6 +150,7 @@ class CudaMeter:
 
     def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
         workload.results()  # warm: libraries have allocated their workspaces
+        workload.freshen()
         self._reset_peaks()
         baseline = self._live_bytes()
         workload.step()
@@ -184,16 +187,19 @@ class CudaMeter:
 
 
 def _graph_bytes(workload: Workload, live_bytes: Callable[[], int]) -> int:
-    """What a graph keeps alive; no backward pass runs, so no gradient is left behind."""
+    """What a graph keeps alive."""
     if workload.mode == "inference":
         return 0
     before = live_bytes()
-    # Copies, so that they die with the last reference unless the graph keeps them.
-    x, emb = workload.x.clone(), workload.emb.clone()
-    out = workload.call(x, emb)
-    graph = out.grad_fn
-    del x, emb, out
+    graph = graph_of(workload)
     gc.collect()
     held = live_bytes() - before
     del graph
     return held
+
+
+def graph_of(workload: Workload) -> object:
+    """The graph of a forward pass; no backward pass runs, so no gradient is left behind."""
+    # Copies, so that they die with the last reference unless the graph keeps them.
+    x, emb = workload.x.clone(), workload.emb.clone()
+    return workload.call(x, emb).grad_fn

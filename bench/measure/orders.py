@@ -47,4 +47,4 @@ class Counters(msgspec.Struct, tag=True):
     reading: Reading
 
 
-Answer = Ready | Samples | Counters
+Response = Ready | Samples | Counters

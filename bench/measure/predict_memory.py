@@ -13,13 +13,23 @@ from resblock_bench.bench.records import Cell, Memory
 from .memory import TrackerMeter
 from .workload import Workload, draw_inputs, draw_weights, unsupported
 
+_METER = TrackerMeter("fake_tensors")
+
 
 def predict_memory(cell: Cell) -> Memory | None:
     """The predicted memory of a cell; None where no prediction can be made."""
-    meter = TrackerMeter("fake_tensors")
-    if unsupported(cell) or meter.unusable(cell.impl):
+    if unpredictable(cell):
         return None
-    cpu = torch.device("cpu")
     with FakeTensorMode():
-        workload = Workload(cell, draw_weights(cell, 0), draw_inputs(cell, cpu, 0), cpu)
-        return meter.measure(workload)
+        return _METER.measure(fake_workload(cell))
+
+
+def unpredictable(cell: Cell) -> str | None:
+    """Why no prediction can be made of a cell, or None."""
+    return unsupported(cell) or _METER.unusable(cell.impl)
+
+
+def fake_workload(cell: Cell) -> Workload:
+    """A cell's step, of tensors without data in a FakeTensorMode."""
+    cpu = torch.device("cpu")
+    return Workload(cell, draw_weights(cell, 0), draw_inputs(cell, cpu, 0), cpu)

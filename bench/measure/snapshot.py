@@ -7,10 +7,13 @@ while a step is timed. On a CPU PyTorch has no such record; nothing is done and 
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from resblock_bench.bench import files
 
 MAX_ENTRIES = 10_000
 """Allocations and frees kept, the latest; with their Python stacks about a kilobyte each."""
@@ -40,9 +43,9 @@ def dump(path: Path) -> Path | None:
 
     It never raises: it runs where something else has failed already.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         torch.cuda.memory._dump_snapshot(str(part))  # type: ignore[no-untyped-call]
         os.replace(part, path)
     except Exception:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock
+from resblock_bench.reference.layers import GROUPS
 
 from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments
 
@@ -36,6 +37,8 @@ def unsupported(cell: Cell) -> str | None:
     """Why PyTorch has no such cell, or None."""
     if cell.layout == "nhwc" and cell.dims == 1:
         return "PyTorch has no channels-last layout for one spatial dimension"
+    if any(cell.batch * channels * size <= GROUPS for channels, size in norm_shapes(cell)):
+        return "PyTorch refuses a norm over a single value: a larger batch, resolution or channels"
     return None
 
 
@@ -143,16 +146,21 @@ class Workload:
             leaf.grad = None
 
     def freshen(self) -> None:
-        """`reset`, and change a number in x: no result of before is right for what comes now."""
+        """`reset`, and draw a number of each input anew: no result of before, nor a part of one,
+        is right for what comes now."""
         self.reset()
         with torch.no_grad():
-            self.x[(0,) * self.x.ndim].neg_()
+            for tensor in self._inputs():
+                tensor[(0,) * tensor.ndim].normal_(generator=self._generator)
 
     def redraw(self) -> None:
         """Other inputs in the same memory."""
         with torch.no_grad():
-            for tensor in (self.x, self.emb, self.cotangent):
+            for tensor in self._inputs():
                 tensor.normal_(generator=self._generator)
+
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x, self.emb, self.cotangent
 
     def refill(self, inputs: Inputs) -> None:
         """These inputs in the same memory."""
@@ -181,7 +189,11 @@ class Workload:
         copied   as they are when the step returns, whatever is still being written to them
         """
         self.reset()
-        results = {"out": self.step().detach()}
+        out = self.step()
+        if self.mode == "forward" and not out.requires_grad:
+            raise RuntimeError("the forward pass recorded no graph to go back through")
+        results = {"out": out.detach()}
+        del out
         if self.mode == "train":
             for name, leaf in self.leaves().items():
                 if leaf.grad is None:

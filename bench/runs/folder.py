@@ -23,15 +23,17 @@ from msgspec.structs import replace
 
 from resblock_bench.bench import files
 from resblock_bench.bench.checkout import checkout_around
-from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError, command
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.environment import difference
-from resblock_bench.bench.records import SCHEMA_VERSION, Environment, Row, cell_id
+from resblock_bench.bench.records import SCHEMA_VERSION, Cell, Contract, Environment, Row, cell_id
 
 CELLS = "cells.jsonl"
 PLAN = "plan.json"
 ENVIRONMENT = "environment.json"
 FIGURES = "figures"
+CELLS_BYTES = 1 << 30
+"""The most that is read: of rows with all their samples about 100,000."""
 S = TypeVar("S", bound=msgspec.Struct)
 _ADVICE = "give an --output that is writable"
 
@@ -56,9 +58,16 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        """Of each cell the last attempt, in the order in which the cells were first measured."""
-        # Whatever code measured it: the last row counts.
-        return list({(row.axes, row.contract): row for row in self.attempts}.values())
+        """Of each cell the last attempt, in the order in which the cells were first measured.
+
+        Whatever code measured it; but a cell that was skipped hides no measurement.
+        """
+        found: dict[tuple[Cell, Contract], Row] = {}
+        for row in self.attempts:
+            before = found.setdefault((row.axes, row.contract), row)
+            if row.status != "skipped" or before.status != "ok":
+                found[row.axes, row.contract] = row
+        return list(found.values())
 
     def go_on(self, plan: Plan, found: Environment) -> str | None:
         """Continue on this machine with the cells of `plan`; returns what was mended of the rows.
@@ -129,11 +138,11 @@ def create_run(folder: Path, plan: Plan, environment: Environment) -> Iterator[R
 
     Raises UsageError where it cannot be written, is being written by another run, or holds a run.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give another --output")
     with files.explained(folder, _ADVICE):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder: give another --output")
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / CELLS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        file = files.open_to_append(folder / CELLS, create=True)
     with _locked(file, folder):
         # A run that was ended before it had a plan has left nothing but an empty file.
         if (folder / PLAN).exists() or os.fstat(file).st_size:
@@ -152,12 +161,12 @@ def resume_run(folder: Path) -> Iterator[Run]:
 
     Raises UsageError also where it cannot be written or is being written by another run.
     """
-    if not (folder / CELLS).exists():
-        raise UsageError(
-            f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
-        )
     with files.explained(folder, _ADVICE):
-        file = os.open(folder / CELLS, os.O_RDWR | os.O_APPEND)
+        if not (folder / CELLS).exists():
+            raise UsageError(
+                f"{folder} holds no run to resume ({CELLS} is missing): leave out --resume"
+            )
+        file = files.open_to_append(folder / CELLS)
     with _locked(file, folder):
         run = read_run(folder)
         run._file = file
@@ -189,7 +198,7 @@ def read_run(folder: Path) -> Run:
     is not a row is an error.
     """
     plan, environment = _decoded(folder / PLAN, Plan), _decoded(folder / ENVIRONMENT, Environment)
-    content = _read(folder / CELLS)
+    content = _read(folder / CELLS, CELLS_BYTES)
     whole = content.rfind(b"\n") + 1
     if _is_row(content[whole:]):  # only the line feed is missing
         whole = len(content)
@@ -207,14 +216,14 @@ def read_run(folder: Path) -> Run:
     if whole < len(content):
         run.notes = (
             f"the last line of {folder / CELLS} is half-written and was left out: its cell is "
-            "measured again by 'resblock-bench run --resume'",
+            f"measured again by '{command('run', '--resume', '--output', str(folder))}'",
         )
     return run
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int = files.DOCUMENT_BYTES) -> bytes:
     try:
-        return path.read_bytes()
+        return files.read(path, most)
     except OSError as error:
         raise UsageError(
             f"{path.parent} is not a run folder: {path.name} cannot be read ({error.strerror}); "
@@ -223,18 +232,14 @@ def _read(path: Path) -> bytes:
 
 
 def _decoded(path: Path, kind: type[S]) -> S:
-    text = _read(path)
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidError(f"{path} is damaged: {error}; restore it") from None
+    return files.decoded(_read(path), kind, path, "restore it")
 
 
 def _is_row(line: bytes) -> bool:
     """Whether a line is whole."""
     try:
-        msgspec.json.decode(line, type=Row)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        files.decoded(line, Row, "it", "")
+    except InvalidError:
         return False
     return True
 
@@ -244,21 +249,17 @@ class _Version(msgspec.Struct):
 
 
 def _read_row(line: bytes, place: str) -> Row:
-    try:
-        version = msgspec.json.decode(line, type=_Version).schema_version
-        if version != SCHEMA_VERSION:
-            raise InvalidError(
-                f"{place} has schema version {version}, but this version of resblock-bench reads "
-                f"{SCHEMA_VERSION}; read it with the version that wrote it"
-            )
-        row = msgspec.json.decode(line, type=Row)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    advice = "remove that line to read the rest"
+    version = files.decoded(line, _Version, place, advice).schema_version
+    if version != SCHEMA_VERSION:
         raise InvalidError(
-            f"{place} is damaged: {error}; remove that line to read the rest"
-        ) from None
+            f"{place} has schema version {version}, but this version of resblock-bench reads "
+            f"{SCHEMA_VERSION}; read it with the version that wrote it"
+        )
+    row = files.decoded(line, Row, place, advice)
     if row.id != cell_id(row.axes, row.contract, row.code):
         raise InvalidError(
             f"{place} was changed: its id {row.id} is not the address of its axes, contract "
-            "and code; remove that line to read the rest"
+            f"and code; {advice}"
         )
     return row

@@ -17,7 +17,7 @@ from .folder import FIGURES, Run
 from .front import draw_front
 from .multiples import draw_multiples, is_grid
 from .quantities import QUANTITIES
-from .style import STYLE
+from .style import styled
 
 _APART = ("mode", "dtype", "layout", "dropout")
 _NAMES = {*(quantity.name for quantity in QUANTITIES), "front"}
@@ -32,8 +32,8 @@ def draw_all(run: Run) -> list[Path]:
     """
     folder = run.folder / FIGURES
     paths: list[Path] = []
-    with plt.rc_context(STYLE), files.explained(folder, "make it writable"):  # type: ignore[arg-type]
-        folder.mkdir(exist_ok=True)
+    with styled(), files.explained(folder, "make it writable"):
+        files.make_folder(folder)
         for end, part in parts(run).items():
             for name, figure in _figures(part).items():
                 for suffix, metadata in _SUFFIXES.items():

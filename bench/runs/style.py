@@ -4,21 +4,25 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; every im
 every checkpoint mode also has a marker of its own.
 """
 
+import contextlib
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only; must precede pyplot
 
+import matplotlib.pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from resblock_bench.bench.records import Cell
+from resblock_bench.bench.terminal import visible
 
 from .folder import Run
 from .table import source_of
@@ -42,7 +46,18 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "resblock-bench",  # the same data gives the same bytes
+    "text.parse_math": False,  # a `$` in a name is one
+    "text.usetex": False,
 }
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Figures that are drawn in the block have the STYLE."""
+    with plt.rc_context(STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+        # A run or a processor may have a name in any script: a box stands where the font has none.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:
@@ -76,7 +91,8 @@ def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:
         if site.out_channels != site.channels:
             channels += f"→{site.out_channels}"
         rest = ", ".join(text for name in varying if (text := extra[name](site)))
-        labels[site] = f"{channels}, {site.resolution}{'¹²³'[site.dims - 1]}\n{rest}".strip()
+        size = f"{site.resolution}{'¹²³'[site.dims - 1]}"
+        labels[site] = visible(f"{channels}, {size}\n{rest}".strip())
     return labels
 
 
@@ -91,7 +107,9 @@ def marker_of(impl: str, impls: Sequence[str]) -> str:
 
 
 def handle(label: str, colour: str, marker: str) -> Line2D:
-    return Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
+    return Line2D(
+        [], [], color=colour, marker=marker, linestyle="", markersize=6, label=visible(label)
+    )
 
 
 def plain_log(axis: Axis, low: float, high: float) -> None:
@@ -119,7 +137,8 @@ def finish(
     columns = 1 if beside else len(handles)
     figure.legend(handles=handles, loc=where, ncols=columns, frameon=False)  # type: ignore[call-overload]
     width = int(_CAPTION_CHARACTERS * figure.get_figwidth())
-    caption = "\n".join(textwrap.fill(line, width) for line in _caption(run, note) if line)
+    lines = map(visible, filter(None, _caption(run, note)))
+    caption = "\n".join(textwrap.fill(line, width) for line in lines)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color=GREY)
 
 

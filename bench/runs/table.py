@@ -17,7 +17,7 @@ from resblock_bench.bench.records import (
     site_name,
     site_of,
 )
-from resblock_bench.bench.units import format_mib
+from resblock_bench.bench.units import counted, format_mib, format_ratio
 
 from .folder import Run
 
@@ -51,9 +51,9 @@ def undisturbed(row: Row) -> bool:
 def results_table(rows: Sequence[Row]) -> Table:
     """One section a site, one line a variant."""
     table = Table(expand=False, pad_edge=False, width=None)
-    table.add_column(HEADINGS[0], max_width=36, overflow="fold")
+    table.add_column(HEADINGS[0], min_width=12, max_width=36, overflow="fold")
     for heading in HEADINGS[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
         detail = f"{site.dtype} {site.layout} {site.mode}"
@@ -62,7 +62,7 @@ def results_table(rows: Sequence[Row]) -> Table:
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{count}", style="dim"))
         for row in members:
-            table.add_row(*variant_line(row), style=_STYLES[row.status])
+            table.add_row(*map(Text, variant_line(row)), style=_STYLES[row.status])
     return table
 
 
@@ -93,8 +93,8 @@ def variant_line(row: Row) -> list[str]:
 def ratio_text(ratio: Ratio) -> str:
     """With half its interval, such as 1.12 ±0.03."""
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}"
-    return f"{ratio.value:.2f} ±{(ratio.high - ratio.low) / 2:.2f}"
+        return format_ratio(ratio.value)
+    return f"{format_ratio(ratio.value)} ±{(ratio.high - ratio.low) / 2:.2f}"
 
 
 def _half_width(row: Row) -> str:
@@ -129,15 +129,16 @@ def source_of(run: Run) -> str:
     """Where the numbers are from: device, threads, versions and the run's name."""
     row, versions = run.rows[0], run.environment.versions
     return (
-        f"{row.device_name}, {row.contract.threads} threads; torch {versions['torch']}, "
-        f"triton {versions['triton']}; run {run.folder.resolve().name}"
+        f"{row.device_name}, {row.contract.threads} threads; torch {versions.get('torch')}, "
+        f"triton {versions.get('triton')}; run {run.folder.resolve().name}"
     )
 
 
 def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     """Counts by status, and how each other implementation stands to the reference."""
     counts = Counter(row.status for row in rows)
-    text = f"{len(rows)}{'' if planned is None else f' of {planned}'} cells: " + (
+    of = f"{len(rows)} of " if planned is not None else ""
+    text = f"{of}{counted(len(rows) if planned is None else planned, 'cell')}: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
     for impl in dict.fromkeys(row.axes.impl for row in rows if row.axes.impl != "reference"):
@@ -159,11 +160,12 @@ def headline(impl: str, rows: Sequence[Row]) -> str:
     if not ratios:
         return f"nothing is said of {impl}: all of its {len(rows)} cells were disturbed or failed"
     values = [ratio.value for ratio in ratios]
-    text = f"{impl} runs at {geometric_mean(values):.2f}× the reference"
+    text = f"{impl} runs at {format_ratio(geometric_mean(values))}× the reference"
     interval = mean_interval(ratios)
     if interval is not None:
-        text += f", {interval[0]:.2f}–{interval[1]:.2f} with 95 %"
-    text += f" ({min(values):.2f}–{max(values):.2f} over {len(ratios)} of {len(rows)} cells"
+        text += f", {'–'.join(map(format_ratio, interval))} with 95 %"
+    reach = "–".join(map(format_ratio, (min(values), max(values))))
+    text += f" ({reach} over {len(ratios)} of {counted(len(rows), 'cell')}"
     return text + (f", {left_out} disturbed ones left out)" if left_out else ")")
 
 

@@ -7,6 +7,7 @@ other tasks off its GPU or cores, and says when it is lost.
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from .engines import Block
 from .ray_node import NodeJob, measure_on_node, survey_on_node
 
 _MOST_BLOCKS = 512  # Each waits in a thread of this process.
+_ANSWER_S = 10.0  # So long a cluster may take to be connected to.
 _CANCEL_S = 10.0  # After that, Ray kills what has not ended by itself.
 _ACCELERATOR = "accelerator_type:"
 RAY_SETTINGS = {
@@ -218,16 +220,34 @@ def _import_ray() -> Any:
     return ray
 
 
+def _require_answer(address: str) -> None:
+    """Raises UsageError where nobody answers at HOST:PORT: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto" and the like are looked up on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"no Ray cluster can be used at {address!r} ({_cause(error)}): start one with 'ray "
+        "start --head', and on further nodes 'ray start --address HOST:6379'"
+    )
+
+
 def _connect(ray: Any, address: str) -> None:
+    if address == "auto":  # as Ray has it
+        address = os.environ.get("RAY_ADDRESS", address)
+    _require_answer(address)
     # Ray takes SIGTERM for itself, by which a sweep is told to end in good order.
     ours = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"no Ray cluster can be used at {address!r} ({_cause(error)}): start one with 'ray "
-            "start --head', and on further nodes 'ray start --address HOST:6379'"
-        ) from error
+        raise _no_cluster(address, error) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)

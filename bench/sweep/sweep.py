@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from msgspec.structs import replace
 from rich.console import Console
@@ -15,7 +16,6 @@ from resblock_bench.bench.grid.grid import weight
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.proc import usable_cpus
 from resblock_bench.bench.measure.cell import Task, id_of
-from resblock_bench.bench.measure.fingerprint import code_fingerprint
 from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import (
     OOM_EXPECTED,
@@ -29,6 +29,7 @@ from resblock_bench.bench.runs import table
 from resblock_bench.bench.runs.derived import derive
 from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
+from resblock_bench.bench.units import counted
 
 from .engines import Block, Engine, LocalEngine
 from .ray_engine import RayEngine
@@ -39,14 +40,16 @@ from .schedule import OomRecord, blocks_of, run_blocks
 class SweepRequest:
     """A sweep as asked for.
 
-    plan         None resumes with the plan of the folder
-    output       None is the default folder
-    resume       measure what the folder lacks
-    retry        and again what failed there
-    ignore_oom   try cells that are larger than one which ran out of memory
-    devices      of the visible GPUs these, by position or UUID; empty for all
-    engine       "local" or "ray"
-    accelerator  with "ray", the type of GPU; None where the cluster has one type only
+    plan                None resumes with the plan of the folder
+    output              None is the default folder
+    resume              measure what the folder lacks
+    retry               and again what failed there
+    ignore_oom          try cells that are larger than one which ran out of memory
+    memory_limit_bytes  of a CPU cell; None is that of the plan
+    devices             of the visible GPUs these, by position or UUID; empty for all
+    engine              "local" or "ray"
+    accelerator         with "ray", the type of GPU; None where the cluster has one type only
+    again               the user's command without what the folder knows
     """
 
     plan: Plan | None
@@ -54,6 +57,7 @@ class SweepRequest:
     resume: bool
     retry: bool
     ignore_oom: bool
+    memory_limit_bytes: int | None
     timeout_s: float
     budget_s: float | None
     devices: Sequence[str]
@@ -61,6 +65,7 @@ class SweepRequest:
     formats: Sequence[str]
     engine: str
     accelerator: str | None
+    again: str = "resblock-bench run"
 
 
 def carry_out(request: SweepRequest, console: Console) -> int:
@@ -78,25 +83,32 @@ def carry_out(request: SweepRequest, console: Console) -> int:
             todo.sort(key=lambda block: weight(block[0].cell, block[0].multiplicity), reverse=True)
         count = sum(map(len, todo))
         say(console, _begin_line(tasks, count, rows, run))
-        oom = None if request.ignore_oom else OomRecord(rows.values())
-        ending = _measure_all(request, todo, engine, oom, run, console)
+        tried = {id_of(task) for block in todo for task in block}
+        oom = OomRecord(row for row in rows.values() if row.id not in tried)
+        ending = _measure_all(
+            request, todo, engine, None if request.ignore_oom else oom, run, console
+        )
         left = count - (len(run.attempts) - earlier)
         if ending is None and left:
             ending = "stopped, since the time budget is spent"
         found = list(_rows_of(tasks, run).values())
         _show(console, found, len(tasks))
+        ceilings = run.environment.ceilings
+        if ceilings is not None and ceilings.disturbances:
+            say(
+                console,
+                "shares of the floor may be too high: when the machine's ceilings were measured, "
+                f"{'; '.join(ceilings.disturbances)}",
+            )
         if run.plan.device == "cuda" and ending is None:
             _show_predicted(found, run.environment, console)
         if found:
             derive(console, run.folder, request.formats, plots=request.plots)
         if ending is not None:
-            engine_options = "" if request.engine == "local" else f" --engine {request.engine}"
-            if request.accelerator is not None:
-                engine_options += f" --accelerator {request.accelerator}"
             say(
                 console,
                 f"{ending}: {len(found)} rows are in {run.folder}, {left} cells are left; "
-                f"go on with: resblock-bench run{engine_options} --resume --output {run.folder}",
+                f"go on with: {request.again} --resume --output {quote(str(run.folder))}",
             )
         return exit_code(found, len(tasks), ending)
 
@@ -108,6 +120,8 @@ def _opened(request: SweepRequest, console: Console) -> Iterator[tuple[Run, Engi
         if request.resume:
             run = stack.enter_context(resume_run(folder_to_resume(request.output)))
             plan = run.plan if request.plan is None else run.plan.joined(request.plan)
+            if request.memory_limit_bytes is not None:
+                plan = replace(plan, memory_limit_bytes=request.memory_limit_bytes)
             engine = stack.enter_context(closing(_open_engine(request, plan)))
             mended = run.go_on(plan, engine.survey())
             if mended is not None:
@@ -240,7 +254,8 @@ def missing(
     measured, since only rows of the same rounds compare. Whatever has a row is a further attempt.
 
     retry        whatever has no measurement is lacking, but for what ran out of memory
-    ignore_oom   and what ran out of memory, or was skipped since a smaller cell did
+    ignore_oom   and what ran out of memory, or was skipped since a smaller cell did; where the
+                 task may allocate more than that could, it is lacking in any case
     """
 
     def lacking(task: Task) -> bool:
@@ -248,7 +263,10 @@ def missing(
         if row is None:
             return True
         no_memory = row.status == "oom" or (row.reason or "").startswith(OOM_EXPECTED)
-        return ignore_oom if no_memory else retry and row.status != "ok"
+        if no_memory:
+            before, now = row.memory_limit_bytes, task.memory_limit_bytes
+            return ignore_oom or (before is not None and now is not None and now > before)
+        return retry and row.status != "ok"
 
     todo: list[list[Task]] = []
     for block in blocks_of(tasks):
@@ -267,15 +285,12 @@ def missing(
 def _begin_line(tasks: Sequence[Task], todo: int, rows: Mapping[str, Row], run: Run) -> str:
     found = run.environment
     name = (found.gpu if run.plan.device == "cuda" else found.cpu) or "CPU"
-    text = f"{todo} cells on {name} into {run.folder}"
+    text = f"{counted(todo, 'cell')} on {name} into {run.folder}"
     if run.attempts:
         text += f", which has {len(rows)} of {len(tasks)}"
     others = len({row.id for row in run.attempts} - rows.keys())
     if others:
-        text += (
-            f"; {others} rows there were measured by other code (this is {code_fingerprint()}) "
-            "and do not count"
-        )
+        text += f"; {others} rows there were measured by other code and do not count"
     return text
 
 

@@ -50,7 +50,7 @@ def read_table(path: Path, arch: str) -> dict[Bucket, Entry]:
     if not path.exists():
         return {}
     try:
-        found = tuned.read(path)
+        found = tuned.decoded(files.read(path), path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; give another --output") from None
     except ValueError as error:
@@ -68,7 +68,8 @@ def write_table(path: Path, found: tuned.Table) -> None:
     head = msgspec.json.format(head, indent=2).removesuffix("[]\n}")
     lines = ",\n".join(f"    {msgspec.json.encode(entry).decode()}" for entry in found.entries)
     text = f"{head}[\n{lines}\n  ]\n}}\n" if lines else f"{head}[]\n}}\n"
-    with files.whole(path) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path, named=True) as file:
         file.write(text.encode())
 
 
@@ -89,7 +90,7 @@ def tune(
     bench = open_gpu() if bench is None else bench
     path = request.output or tuned.path_of(bench.arch)
     with files.explained(path, "give an --output that is writable"):
-        files.check_writable(path, parents=True)
+        files.check_writable(path, named=True, parents=True)
     entries = read_table(path, bench.arch)
     works = sorted(buckets(request.planned), key=lambda work: work.bucket in entries)
     if not works:

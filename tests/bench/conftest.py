@@ -1,8 +1,7 @@
 """Tiny cells, a fast session, a command line in this process, and a block that is wrong."""
 
 import functools
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,21 +9,23 @@ import msgspec
 import pytest
 import torch
 from support.cells import TINY
+from support.kept_workers import KeptWorkers
+from support.orders import Given
 from torch import nn
 
 from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.plan import Plan
-from resblock_bench.bench.machine import environment
+from resblock_bench.bench.machine import environment, workers
+from resblock_bench.bench.machine.channel import Channel
 from resblock_bench.bench.machine.process import Processes
-from resblock_bench.bench.machine.workers import Worker
 from resblock_bench.bench.measure import cell as measuring
-from resblock_bench.bench.measure.cell import Task
-from resblock_bench.bench.measure.correctness import checked_cell, compute_truth
+from resblock_bench.bench.measure.cell import CellJob, Task
+from resblock_bench.bench.measure.correctness import LAST_INPUTS, checked_cell, compute_truth
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
-from resblock_bench.bench.measure.truth_file import truth_path, write_truth
+from resblock_bench.bench.measure.truth_file import FIRST, LAST, truths_folder, write_truth
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
 from resblock_bench.bench.sweep import engines
@@ -37,12 +38,6 @@ FAST = msgspec.structs.replace(
     min_samples=6,
     max_samples=6,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> None:
-    """As a sweep does: what is imported need not be walked by every collection."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +75,24 @@ def tiny_task(found: Environment, **changes: object) -> Task:
     return msgspec.structs.replace(task, cell=msgspec.structs.replace(TINY, **changes), **own)
 
 
-def row_of_task(task: Task, folder: Path) -> Row:
+def truths_of(task: Task, folder: Path) -> Path:
+    """The folder of a task's truths within another, computed when they are first asked for."""
+    truths = truths_folder(folder, task.cell, task.seed)
+    if not truths.exists():
+        site, device = checked_cell(site_of(task.cell)), torch.device("cpu")
+        truths.mkdir()
+        for name, seed in ((FIRST, task.seed), (LAST, task.seed + LAST_INPUTS)):
+            write_truth(truths / name, compute_truth(site, device, task.seed, seed))
+    return truths
+
+
+def row_of_task(task: Task, folder: Path, channel: Channel | None = None) -> Row:
     """Measured in this process; truths are in `folder`."""
     reason = unsupported(task.cell)
     if reason is not None:
         return measuring.row_of(task, "skipped", reason)
-    path = truth_path(folder, task.cell, task.seed)
-    if not path.exists():
-        site = checked_cell(site_of(task.cell))
-        write_truth(path, compute_truth(site, torch.device("cpu"), task.seed))
-    return measuring.measure(task, path)
+    job = CellJob(task=task, truths=str(truths_of(task, folder)))
+    return measuring.measure(job, channel or Given())
 
 
 @pytest.fixture
@@ -109,9 +112,9 @@ def plan(make_task: Callable[..., Task]) -> Plan:
 
 
 @pytest.fixture
-def measure_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Task], Row]:
-    """The row of a task, measured in this process."""
-    return lambda task: row_of_task(task, tmp_path_factory.getbasetemp())
+def measure_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Row]:
+    """The row of a task, measured in this process; by the orders of a channel, if one is given."""
+    return lambda task, channel=None: row_of_task(task, tmp_path_factory.getbasetemp(), channel)
 
 
 @pytest.fixture(scope="session")
@@ -122,9 +125,7 @@ def some_row(found: Environment, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.fixture
-def measure(
-    make_task: Callable[..., Task], measure_task: Callable[[Task], Row]
-) -> Callable[..., Row]:
+def measure(make_task: Callable[..., Task], measure_task: Callable[..., Row]) -> Callable[..., Row]:
     """The row of a tiny cell with some fields changed."""
     return lambda **changes: measure_task(make_task(**changes))
 
@@ -147,20 +148,10 @@ def add_implementation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return add
 
 
-@pytest.fixture(scope="session")
-def compiler() -> Iterator[Worker]:
-    """A process in which Triton's kernels are compiled."""
-    worker = Worker(interpret=False)
-    yield worker
-    worker.kill()
-
-
-@pytest.fixture(scope="session")
-def interpreter() -> Iterator[Worker]:
-    """One in which they are interpreted."""
-    worker = Worker(interpret=True)
-    yield worker
-    worker.kill()
+@pytest.fixture
+def shared_workers(monkeypatch: pytest.MonkeyPatch, kept_workers: KeptWorkers) -> None:
+    """Whatever asks workers asks those of all tests."""
+    monkeypatch.setattr(workers, "run", kept_workers.run)
 
 
 class Outcome(NamedTuple):

@@ -172,7 +172,7 @@ def test_group_norm_silu(
 
 @functools.cache
 def truth(site: Cell) -> correctness.Truth:
-    return correctness.compute_truth(site, DEVICE, 0)
+    return correctness.compute_truth(site, DEVICE, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.telemetry import Reading
+from resblock_bench.bench.measure.timing import CpuTimer
 from resblock_bench.bench.plugins import Cell, Implementation, block_arguments
 from resblock_bench.reference import ResBlock
 
@@ -88,6 +90,54 @@ def _lag(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
     return call
 
 
+def _late(description: str, fault: Callable[[Tensor], Tensor]) -> Implementation:
+    """Right in the check, in the memory phase and in the warm-up; then it goes wrong."""
+
+    def wrap(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+        calls = itertools.count()
+
+        def call(x: Tensor, emb: Tensor) -> Tensor:
+            out: Tensor = module(x, emb)
+            return fault(out) if next(calls) > 6 else out
+
+        return call
+
+    return replace(_around("", lambda out: out), description=description, wrap=wrap)
+
+
+def _run_out(out: Tensor) -> Tensor:
+    raise MemoryError("no more")
+
+
+def _first(description: str) -> Implementation:
+    """A clone of what it returned at first."""
+
+    def wrap(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+        kept: list[Tensor] = []
+
+        def call(x: Tensor, emb: Tensor) -> Tensor:
+            if not kept:
+                kept.append(module(x, emb))
+            return kept[0].clone()
+
+        return call
+
+    return replace(_around("", lambda out: out), description=description, wrap=wrap)
+
+
+def _slow_clock(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+    """A millisecond of ten is counted, by the very timer."""
+    sample_ms = CpuTimer.sample_ms
+    CpuTimer.sample_ms = lambda *a: sample_ms(*a) / 10  # type: ignore[method-assign]
+
+    def call(x: Tensor, emb: Tensor) -> Tensor:
+        time.sleep(0.02)
+        out: Tensor = module(x, emb)
+        return out
+
+    return call
+
+
 def _on(description: str, machine: Callable[[int], Reading]) -> Implementation:
     """The fused block, whose process reads another machine than this one."""
 
@@ -109,5 +159,11 @@ exiting = _around("ends its process with code 7", _exit)
 slow = _around("sleeps 20 ms in each call", _dawdle)
 twin = _around("the same", lambda out: out)
 slower = replace(twin, description="spins for 5 % of its forward pass", wrap=_lag)
+late_crash = _late("reads address 0 while it is timed", _segfault)
+late_raise = _late("raises while it is timed", _raise)
+late_oom = _late("runs out of memory while it is timed", _run_out)
+late_hang = _late("never returns while it is timed", _hang)
+cached = _first("returns what it returned at first")
+slow_clock = replace(twin, description="counts a tenth of its time", wrap=_slow_clock)
 undisturbed = _on("on a machine that does nothing else", quiet)
 overheated = _on("on a machine that throttles", throttled)

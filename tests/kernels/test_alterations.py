@@ -191,7 +191,9 @@ def test_another_resampling_or_forward_is_left(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_edm_blocks_likewise(mode: str) -> None:
+def test_an_edm_block_with_another_norm_is_left_and_with_another_convolution_fused(
+    mode: str,
+) -> None:
     for change, fused in (
         (put("norm0", lambda _: Halved(8, 32)), False),
         (lambda b: doubled(b.norm1), False),

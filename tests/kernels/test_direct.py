@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from resblock_bench.kernels import calls, direct, dispatch, tuned
 from resblock_bench.kernels.functional import group_norm_silu
 
-G = 4
+G = 2
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +46,11 @@ def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tenso
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    scale, shift = normal(2, 32).chunk(2, dim=1)
+    scale, shift = normal(2, 16).chunk(2, dim=1)
     return {
-        "x": normal(2, 16, 4, 4),
-        "weight": normal(16),
-        "bias": normal(16),
+        "x": normal(2, 8, 4, 4),
+        "weight": normal(8),
+        "bias": normal(8),
         "scale": scale,
         "shift": shift,
     }
@@ -76,7 +77,7 @@ VARIANTS: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
     "rows": (lambda g: g.update(scale=g["scale"].contiguous()), {}),
     "columns": (lambda g: g.update(scale=g["scale"].T.contiguous().T), {}),
     "strided": (lambda g: g.update(x=g["x"].transpose(2, 3)), {}),
-    "groups": (lambda g: None, {"num_groups": 2}),
+    "groups": (lambda g: None, {"num_groups": 4}),
     "eps": (lambda g: None, {"eps": 0.5}),
     "activation": (lambda g: None, {"activation": None}),
     "dropout": (lambda g: None, {"dropout_p": 0.5}),
@@ -105,6 +106,21 @@ def test_the_same_as_the_usual_way(
     # Tensors that would be copied go the usual way; what is of the first kind does so at once.
     times = {"columns": 0, "strided": 0, "same": 2, "no training": 2}
     assert len(taken) == times.get(name, 1)
+
+
+def test_a_checkpoint_may_run_the_first_call_of_a_kind_again(taken: list[calls.Call]) -> None:
+    """What goes the usual way at first goes the direct way in the backward, and keeps the same."""
+    given = {name: t.requires_grad_() for name, t in inputs().items()}
+    y = checkpoint(
+        lambda *tensors: group_norm_silu(tensors[0], G, *tensors[1:]),
+        *given.values(),
+        use_reentrant=False,
+    )
+    found = torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
+    assert taken
+    y = group_norm_silu(num_groups=G, **given)
+    expected = torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_settings_are_part_of_a_kind(taken: list[calls.Call]) -> None:
@@ -144,7 +160,7 @@ def test_rows_of_another_length_are_no_known_kind() -> None:
     for _ in range(2):
         run(inputs())
     with pytest.raises(ValueError, match="weight"):
-        run({**inputs(), "weight": torch.ones(17)})
+        run({**inputs(), "weight": torch.ones(9)})
 
 
 def test_without_gradients_there_is_no_graph(taken: list[calls.Call]) -> None:
@@ -166,7 +182,7 @@ def test_any_gradient_is_taken(taken: list[calls.Call], layout: str) -> None:
     dy = {
         "expanded": torch.ones(()).expand(x.shape),
         "channels-last": torch.rand(x.shape).to(memory_format=torch.channels_last),
-        "sliced": torch.rand(2, 16, 4, 8)[..., ::2],
+        "sliced": torch.rand(2, 8, 4, 8)[..., ::2],
     }[layout]
     for _ in range(2):
         (found,) = torch.autograd.grad(group_norm_silu(x, G), x, dy)

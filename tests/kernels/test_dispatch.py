@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
-from pathlib import Path
-
 import pytest
 import torch
+from support.published import weighted_sites
 
 from resblock_bench.kernels import dispatch, group_norm_silu, prefer, tiers
 from resblock_bench.kernels.tiers import (
@@ -19,7 +16,6 @@ from resblock_bench.kernels.tiers import (
     plan_launch,
 )
 
-SHAPES = Path(__file__).parents[1] / "data" / "resblock_shapes.csv"
 H100 = Machine(sms=132, l2_bytes=50 * 2**20)
 
 
@@ -28,18 +24,6 @@ def planned(
     channels_last: bool = False, element_size: int = 2,
 ) -> Launch:  # fmt: skip
     return plan_launch(direction, Problem(N, C, HW, 32, channels_last, element_size), H100, tier)
-
-
-def weighted_sites() -> list[tuple[int, int, int]]:
-    """(C, HW) of every norm of every published block, and how often it is there."""
-    sites: Counter[tuple[int, int]] = Counter()
-    with SHAPES.open() as file:
-        for row in csv.DictReader(file):
-            factor = {"up": 4, "down": 0.25, "none": 1}[row["updown"]]
-            positions = int(row["h"]) * int(row["w"])
-            sites[int(row["c_in"]), positions] += int(row["count"])
-            sites[int(row["c_out"]), int(positions * factor)] += int(row["count"])
-    return sorted((C, HW, count) for (C, HW), count in sites.items())
 
 
 def published_sites() -> list[tuple[int, int, int]]:

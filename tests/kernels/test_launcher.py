@@ -5,11 +5,10 @@ Kernels are compiled for this, and here they are interpreted: a worker process r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+from support.kept_workers import KeptWorkers
 
-from resblock_bench.bench.machine.workers import Job, Worker
+from resblock_bench.bench.machine.workers import Job
 from resblock_bench.kernels.dispatch import standing_for_gpu
 
 pytest.importorskip("triton")
@@ -21,17 +20,10 @@ CHECKS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker(interpret=False)
-    yield worker
-    worker.kill()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_repeated_launch_is_that_of_kernel_grid(worker: Worker, name: str) -> None:
-    worker.begin(Job(False, getattr(launched, name), ()))
-    worker.answer().get()
+def test_a_repeated_launch_is_that_of_kernel_grid(kept_workers: KeptWorkers, name: str) -> None:
+    kept_workers.ask(Job(False, getattr(launched, name), ())).get()
 
 
 def test_interpreted_kernels_are_not_launched_on_an_idle_driver() -> None:

@@ -26,7 +26,7 @@ def test_every_input_at_once(run: Runner, channels_last: bool, dtype: torch.dtyp
     )
 
 
-@pytest.mark.parametrize("channels_per_group", [1, 2, 3, 7, 10, 30, 80])
+@pytest.mark.parametrize("channels_per_group", [1, 3, 7, 10, 80])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_channels_per_group(run: Runner, channels_last: bool, channels_per_group: int) -> None:
     """Mostly no power of two: padded lanes must neither read nor write the neighbour group."""
@@ -122,10 +122,15 @@ def test_large_fp16(run: Runner, size: float) -> None:
     check(run, replace(p, x=sign * size * (1 - p.x.abs() / 64)))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aten", "triton"])
 @pytest.mark.parametrize("how", ["other layout", "strided", "expanded"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_gradient_in_another_layout(run: Runner, channels_last: bool, how: str) -> None:
+def test_gradient_in_another_layout(
+    backend: dispatch.Backend, channels_last: bool, how: str
+) -> None:
+    """In one tier: what reaches a kernel is dense."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     p = problem(2, 6, 4, 5, groups=2, channels_last=channels_last)
     if how == "other layout":
         other = torch.contiguous_format if channels_last else torch.channels_last
@@ -134,8 +139,10 @@ def test_gradient_in_another_layout(run: Runner, channels_last: bool, how: str) 
         dy = torch.stack([p.dy, p.dy], dim=-1)[..., 0]
     else:
         dy = torch.ones(()).expand(p.dy.shape)
-    check(run, replace(p, dy=dy))
-    check(run, replace(p, dy=dy, activation=None))
+    with dispatch.prefer(backend):
+        check(run_operator, replace(p, dy=dy))
+        if backend == "aten":  # which takes another way without an activation
+            check(run_operator, replace(p, dy=dy, activation=None))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -305,10 +312,10 @@ def test_several_tiles_of_a_slab_that_is_not_full(crowded: None, size: tuple[int
 def test_a_constant_is_its_own_mean_in_any_number_of_parts(
     crowded: None, tier: tiers.Tier, channels_last: bool
 ) -> None:
-    p = problem(2, 6, 9, 17, groups=2, affine=False, modulated=False, activation=None,
+    p = problem(1, 6, 9, 17, groups=2, affine=False, modulated=False, activation=None,
                 channels_last=channels_last)  # fmt: skip
     with dispatch.prefer("triton", tier):
-        for value in (3.3, 0.01, 7.7, 100.1, 1234.567):
+        for value in (3.3, 0.01, 1234.567):
             assert not run_operator(replace(p, x=torch.full_like(p.x, value))).any(), value
 
 

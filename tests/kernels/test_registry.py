@@ -122,6 +122,7 @@ def test_operator_where_triton_does_not_run_says_what_to_call() -> None:
         OPS.group_norm_silu(x.double(), *call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
 def test_block_compiles_into_one_graph(checkpoint: CheckpointMode) -> None:
     """Through AOTAutograd, with dropout: the same output and gradients as eager."""

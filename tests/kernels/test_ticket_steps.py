@@ -34,6 +34,7 @@ from triton.runtime import interpreter
 from resblock_bench.kernels import launch as launches
 from resblock_bench.kernels import tiers
 from resblock_bench.kernels.spec import Modulation, Spec
+from resblock_bench.kernels.tiles import wait_until
 from resblock_bench.kernels.tiles import work_of as kernel_work_of
 
 
@@ -44,6 +45,19 @@ def work_kernel(p_is_sums, p_part, lag, BLOCK: tl.constexpr):
         is_sums, i_part = kernel_work_of(o_ticket, lag)
         tl.store(p_is_sums + o_ticket, is_sums.to(tl.int32))
         tl.store(p_part + o_ticket, i_part)
+
+
+@triton.jit
+def wait_kernel(p_word, count):
+    wait_until(p_word, count)
+
+
+def test_whoever_waits_for_a_later_program_fails_in_the_interpreter() -> None:
+    """Where programs run one after the other, it would wait for ever."""
+    word = torch.ones(1, dtype=torch.int32)
+    wait_kernel[(1,)](word, 1)
+    with pytest.raises(interpreter.InterpreterError, match="waits for ever"):
+        wait_kernel[(1,)](word, 2)
 
 
 @pytest.mark.parametrize("total", range(1, 11))

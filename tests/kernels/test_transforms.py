@@ -102,6 +102,8 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
     "gradients without affine": lambda f: vmap(grad(loss(f), (0, 3)), (0, None, None, 0, 0))(
         x, None, None, S, T
     ),
+    "gradients of weight alone": lambda f: vmap(grad(loss(f), 1), (0, None))(x, w),
+    "gradients of bias alone": lambda f: vmap(grad(loss(f), 2), (0, None, None))(x, None, b),
     "gradients of an ensemble": lambda f: vmap(grad(loss(f), (0, 1, 2)), (None, 0, 0))(
         x[0], W, BIAS
     ),
@@ -172,8 +174,8 @@ def test_forward_mode_says_what_to_use(forward_mode: Callable[[Function], Any]) 
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
 def test_a_batch_of_gradients_says_what_to_use(checkpoint: str) -> None:
     block = kernels.ResBlock(32, 24, 0.0, checkpoint=checkpoint)
-    leaf = normal(2, 32, 4, 4, seed=20).requires_grad_()
-    embedding = normal(2, 24, seed=21)
+    leaf = normal(1, 32, 2, 2, seed=20).requires_grad_()
+    embedding = normal(1, 24, seed=21)
     for _ in range(2):  # calls of new kinds, and calls like earlier ones
         for y in ours(leaf), block(leaf, embedding):
             directions = torch.ones(3, *y.shape)
@@ -232,13 +234,15 @@ BLOCKS = {
     "down": ("ResBlock", (32, 24, 0.0), {"down": True}),
     "EDM": ("EDMBlock", (32, 32, 24), {"attention": True, "num_heads": 2}),
 }
+MODES = ("none", "selective", "full")
+# Each block and each mode once in the interpreter, all together in ATen.
+TOGETHER = [("aten", block, mode) for block in BLOCKS for mode in MODES]
+TOGETHER += [("triton", block, mode) for block, mode in zip(BLOCKS, MODES, strict=True)]
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize(("name", "args", "options"), BLOCKS.values(), ids=BLOCKS.keys())
-def test_gradients_of_each_sample_through_a_block(
-    name: str, args: tuple[Any, ...], options: dict[str, Any], mode: str
-) -> None:
+@pytest.mark.parametrize(("backend", "kind", "mode"), TOGETHER, indirect=["backend"])
+def test_gradients_of_each_sample_through_a_block(backend: None, kind: str, mode: str) -> None:
+    name, args, options = BLOCKS[kind]
     block = getattr(reference, name)(*args, **options, use_checkpoint=mode == "full")
     fused = getattr(kernels, name)(*args, **options, checkpoint=mode)
     with torch.no_grad():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 
@@ -35,6 +37,7 @@ assert "triton" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_everything_but_the_triton_path() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False

@@ -79,7 +79,7 @@ def test_a_hidden_timestep_block_is_an_error_that_names_the_child(wrap, name):
         seq(torch.tensor(1.0), torch.tensor(5.0))
 
 
-def test_a_block_hidden_after_construction_is_found_too():
+def test_a_block_hidden_after_construction_is_found():
     seq = TimestepEmbedSequential(AddEmbedding())
     assert seq(torch.tensor(1.0), torch.tensor(5.0)).item() == 6
     seq[0] = Wrapper(seq[0])

@@ -17,10 +17,31 @@ from resblock_bench.kernels import blocks
 from resblock_bench.kernels.dispatch import Backend
 
 
-
 def echo(argument: bytes, channel: Channel) -> bytes:
     channel.announce("echoing")
     return argument + str(os.getpid()).encode()
+
+
+def converse(argument: bytes, channel: Channel) -> bytes:
+    """Every message comes back in capitals, until the end."""
+    channel.announce("conversing")
+    heard = 0
+    while argument != b"end":
+        channel.send(argument.upper())
+        heard, argument = heard + 1, channel.receive()
+    return f"{heard} heard".encode()
+
+
+def tell_group(argument: bytes, channel: Channel) -> bytes:
+    """Write the number of the own group, say so, and wait."""
+    Path(argument.decode()).write_text(str(os.getpgid(0)))
+    channel.send(b"written")
+    return channel.receive()
+
+
+def parent(argument: bytes, channel: Channel) -> bytes:
+    """The number of the server that the process was forked from."""
+    return str(os.getppid()).encode()
 
 
 def environment(argument: bytes, channel: Channel) -> bytes:

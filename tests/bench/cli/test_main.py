@@ -1,14 +1,18 @@
+import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from resblock_bench.bench.grid.presets import PRESETS_FILE
 from resblock_bench.bench.measure import devices
 from resblock_bench.bench.runs.folder import read_run
 
@@ -16,6 +20,7 @@ TINY = ("-a", "channels=32", "-a", "resolution=8", "-a", "batch=1")
 TINY += ("--samples", "6", "--threads", "1")
 
 
+@pytest.mark.slow
 def test_the_smoke_preset_runs_from_end_to_end(run_cli: Callable, tmp_path: Path) -> None:
     done = run_cli("run", "--preset", "smoke", "--threads", 1, "--output", tmp_path / "run")
     assert done.code == 0, done.err
@@ -94,7 +99,7 @@ def test_a_dry_run_predicts_and_writes_nothing(
     done = run_cli("run", *TINY, "-a", "checkpoint=none,full", "--dry-run")
     assert done.code == 0
     assert list(tmp_path.iterdir()) == []
-    assert "4 cell(s)" in done.out
+    assert "4 cells;" in done.out
     assert "predicted to need" in done.out
 
 
@@ -116,7 +121,7 @@ def test_a_cell_that_cannot_be_predicted_is_named_and_does_not_end_the_list(
     done = run_cli("list", "-a", "channels=32", "-a", "impl=reference,unpredictable")
     assert done.code == 0
     assert "no prediction for unpredictable (1 cell): RuntimeError: no fake kernel" in done.out
-    assert "2 cell(s)" in done.out
+    assert "2 cells;" in done.out
 
 
 def test_list_shows_every_choice(run_cli: Callable) -> None:
@@ -137,7 +142,7 @@ def test_list_with_a_selection_shows_its_cells(run_cli: Callable) -> None:
     out = run_cli("list", "-a", "model=iddpm-cifar10-uncond", "-a", "resolution=4").out
     assert "256 4² b8 p=0.3" in out
     assert "512→256 4² b8 p=0.3" in out
-    assert "4 cell(s)" in out
+    assert "4 cells;" in out
 
 
 def test_env_shows_the_machine(run_cli: Callable) -> None:
@@ -255,6 +260,7 @@ def _in_a_shell(redirection: str, *arguments: str, **variables: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_what_the_output_cannot_encode_is_replaced() -> None:
     done = _in_a_shell("", "list", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
@@ -262,6 +268,7 @@ def test_what_the_output_cannot_encode_is_replaced() -> None:
     assert "presets" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_output_is_one_sentence_and_3() -> None:
     done = _in_a_shell(">/dev/full", "list")
@@ -277,3 +284,70 @@ def test_closed_streams_are_no_obstacle(tmp_path: Path, closed: str) -> None:
     done = _in_a_shell(closed, "run", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert [row.status for row in read_run(tmp_path / "run").rows] == ["ok"]
+
+
+def test_the_version_is_shown_without_a_verb(run_cli: Callable) -> None:
+    done = run_cli("--version")
+    assert done.code == 0
+    assert done.out.splitlines()[0] == f"resblock-bench {metadata.version('resblock-bench')}"
+    assert f"torch {torch.__version__}" in done.out
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given(
+    run_cli: Callable, tmp_path: Path
+) -> None:
+    done = run_cli(
+        "run", *TINY, "-a", "mode=inference,forward", "--time-budget", "1ms", "--timeout", "4m",
+        "--format", "csv", "--no-plots", "--output", tmp_path / "my run",
+    )  # fmt: skip
+    again = (
+        "go on with: resblock-bench run --time-budget 1ms --timeout 4m --format csv --no-plots "
+        f"--resume --output '{tmp_path / 'my run'}'"
+    )
+    assert again in done.out
+    words = shlex.split(again.partition("resblock-bench ")[2])
+    assert run_cli(*words).code in (0, 3)
+
+
+def test_a_copied_preset_runs(run_cli: Callable, tmp_path: Path) -> None:
+    done = run_cli("run", "--config", PRESETS_FILE, "--preset", "smoke", "--dry-run")
+    assert done.code == 0
+    assert "6 cell(s)" in done.out
+
+
+@pytest.mark.parametrize("words", [["plot", "x\udcff"], ["run", "--output", "\udc80"]])
+def test_names_that_no_file_can_hold_are_refused(run_cli: Callable, words: list[str]) -> None:
+    done = run_cli(*words)
+    assert done.code == 2
+    assert "is not text in UTF-8" in done.err
+
+
+def test_a_folder_that_is_no_more_is_said(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run_cli("list")
+    assert done.code == 2
+    assert "the current folder is no more" in done.err
+
+
+def test_an_error_of_the_machine_is_a_sentence(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/media/cd")
+
+    monkeypatch.setattr("resblock_bench.bench.cli.listing.choices", fail)
+    done = run_cli("list")
+    assert done.code == 3
+    assert done.err == (
+        "resblock-bench: ended before it was done: /media/cd: Read-only file system\n"
+    )
+
+
+def test_what_a_refusal_quotes_steers_no_terminal(run_cli: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "\x1b[31mred"
+    done = run_cli("plot", folder)
+    assert f"{tmp_path}/[31mred is not a run folder" in done.err

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from support.comparing import FAST, UNDISTURBED, checked, plan_of
 from support.sweeps import TINY, spawned
@@ -24,8 +26,8 @@ from resblock_bench.bench.compare.source_tree import (
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import check
-from resblock_bench.bench.lockstep import side
 from resblock_bench.bench.machine.scratch import SUFFIX
+from resblock_bench.bench.measure.origin import Origin
 
 pytestmark = pytest.mark.slow
 
@@ -256,15 +258,18 @@ def test_modules_of_the_repository_come_from_the_folders_that_were_named(tmp_pat
         monkeypatch.setitem(sys.modules, name, module)
 
     before = set(sys.modules)
-    root, folders = str(tmp_path), [str(tmp_path / "src")]
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "my_gate.py").touch()
+    origin = Origin([str(src)], str(tmp_path), time.time() + 60)
     imported("my_gate", "src/my_gate.py")
     imported("dependency", "venv/site-packages/dependency.py")
-    side._refuse_strays(["my_gate"], before, root, folders)
+    origin.hold(["my_gate"], before)
     imported("my_kernels", "lib/my_kernels.py")
     with pytest.raises(RuntimeError, match=r"my_kernels was imported from .*lib"):
-        side._refuse_strays(["my_gate"], before, root, folders)
+        origin.hold(["my_gate"], before)
     with pytest.raises(RuntimeError, match=r"my_gate was imported from .*, not from other"):
-        side._refuse_strays(["my_gate"], sys.modules, root, ["other"])
+        replace(origin, folders=["other"]).hold(["my_gate"], sys.modules)
 
 
 def test_what_every_round_imports_must_not_change(tmp_path, monkeypatch):
@@ -274,9 +279,9 @@ def test_what_every_round_imports_must_not_change(tmp_path, monkeypatch):
     before = set(sys.modules)
     monkeypatch.setitem(sys.modules, "my_gate", module)
     changed = (tmp_path / "my_gate.py").stat().st_mtime
-    side._refuse_changed(before, [str(tmp_path)], changed)
+    Origin([str(tmp_path)], "", changed).hold(["my_gate"], before)
     with pytest.raises(RuntimeError, match=r"my_gate\.py changed meanwhile"):
-        side._refuse_changed(before, [str(tmp_path)], changed - 1)
+        Origin([str(tmp_path)], "", changed - 1).hold(["my_gate"], before)
 
 
 def test_a_working_tree_that_cannot_be_imported_is_no_regression(tmp_path):

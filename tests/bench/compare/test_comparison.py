@@ -113,6 +113,14 @@ def test_too_few_valid_rounds_are_no_verdict(compare):
     assert len(machine.order) == ATTEMPTS * STAGES[-1]
 
 
+@pytest.mark.parametrize("valid", range(STAGES[0]))
+def test_four_valid_rounds_or_fewer_are_no_verdict_however_clear(compare, valid):
+    disturbed = a_round(1.5, disturbances=["hot"])
+    items, machine = compare(lambda count: 1.5 if count <= valid else disturbed, noise=0.001)
+    assert words(items) == ["AMBIGUOUS"]
+    assert len(machine.order) == ATTEMPTS * STAGES[-1]
+
+
 def test_a_crash_ends_the_rounds_of_its_cell_alone(compare):
     error = RoundError("crashed", "head: killed")
     items, machine = compare(lambda n: error if n == 2 else 1.0, 1.0)

@@ -27,14 +27,14 @@ from resblock_bench.bench.compare.calibration import (
     tolerance_of,
 )
 from resblock_bench.bench.compare.stored import Stored
-from resblock_bench.bench.compare.verdict import Tolerance
+from resblock_bench.bench.compare.verdict import Estimate, Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.lockstep.rounds import RoundRule
 from resblock_bench.bench.measure.cell import row_of
 from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.telemetry import Reading
-from resblock_bench.bench.records import cell_name
+from resblock_bench.bench.records import Ratio, cell_name
 from resblock_bench.bench.runs.folder import create_run
 
 REFERENCE = TINY
@@ -48,6 +48,15 @@ def environment(found):
     return replace(found, machine="here")
 
 
+def ratio_in(medians, cell):
+    """To the reference in the same mode, known to a thousandth."""
+    reference = medians.get(replace(cell, impl="reference"))
+    if reference is None:
+        return None
+    value = reference / medians[cell]
+    return Ratio(value=value, low=value * 0.999, high=value * 1.001)
+
+
 @pytest.fixture
 def run_of(tmp_path, environment, make_task):
     """Write a run folder: the median of each cell, None where it has no row; fields of its tasks
@@ -59,7 +68,14 @@ def run_of(tmp_path, environment, make_task):
         tasks = [replace(make_task(), cell=cell, environment=environment) for cell in medians]
         tasks = [replace(task, **changes) for task in tasks]
         rows = [
-            row_of(task, "ok", median_ms=medians[task.cell], conditions=conditions)
+            row_of(
+                task,
+                "ok",
+                median_ms=medians[task.cell],
+                rounds=[5] * 20,
+                ratio=ratio_in(medians, task.cell),
+                conditions=conditions,
+            )
             for task in tasks
             if medians[task.cell] is not None
         ]
@@ -175,6 +191,7 @@ def stored(environment, **changes):
         environment=environment,
         expected=[REFERENCE, FUSED],
         median_ms={REFERENCE: 10.0, FUSED: 10.0},
+        ratios={FUSED: Estimate(0.0, 0.001, 19, 10.0, 10.0)},
         missing={},
         disturbed={},
         contract={},
@@ -230,7 +247,7 @@ def test_relative_sees_the_ratio_and_not_the_machine(run_of, compared):
 
 def test_each_run_is_judged_by_its_own_calibration(environment, calibration):
     """One machine before and after a new driver: what was calibrated holds for one of them."""
-    wide = replace(calibration, cells=[replace(calibration.cells[0], spread=0.2)])
+    wide = replace(calibration, cells=[replace(calibration.cells[0], pair_spread=0.2)])
     runs = [stored(environment, median_ms={REFERENCE: 10.0, FUSED: 8.0}) for _ in range(2)]
     tolerance = calibration.tolerance
     errors = []
@@ -251,6 +268,38 @@ def test_fused_against_reference_within_one(run_of, calibrated, tmp_path):
     assert item.verdict.word == "FAST"
     with pytest.raises(InvalidError, match="has no fused cell"):
         compare.of_variants(run_of("b", {REFERENCE: 20.0}), tmp_path)
+
+
+def test_ratios_are_those_of_the_rounds_and_not_of_the_medians(environment, calibration):
+    """The variants of a block went through the same; the medians of two cells did not."""
+    run = stored(
+        environment,
+        median_ms={REFERENCE: 10.0, FUSED: 20.0},
+        ratios={FUSED: Estimate(math.log(0.8), 0.001, 19, 10.0, 8.0)},
+    )
+    (item,) = compare_stored.within(run, calibration.tolerance, calibration)
+    assert (item.verdict.word, item.verdict.ratio) == ("FAST", pytest.approx(0.8))
+    (item,) = compare_stored.relative(run, run, calibration.tolerance, calibration, calibration)
+    assert item.verdict.word == "SAME"
+    assert item.base == item.head == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("ratios", [{}, {REFERENCE: Estimate(0.0, 0.0, 19, 10.0, 10.0)}])
+def test_what_took_no_turns_with_its_reference_has_no_verdict(environment, calibration, ratios):
+    run = stored(environment, ratios=ratios)
+    for items in (
+        compare_stored.within(run, calibration.tolerance, calibration),
+        compare_stored.relative(run, run, calibration.tolerance, calibration, calibration),
+    ):
+        assert [item.verdict.word for item in items] == ["AMBIGUOUS"]
+
+
+def test_a_stored_ratio_keeps_its_interval(run_of):
+    folder = run_of("a", {REFERENCE: 20.0, FUSED: 15.0})
+    estimate = compare_stored.load(folder).ratios[FUSED]
+    assert estimate.mean == pytest.approx(math.log(0.75))
+    assert estimate.error == pytest.approx(0.001 / 1.96, rel=1e-3)
+    assert (estimate.freedom, estimate.base_ms, estimate.head_ms) == (19, pytest.approx(20), 15.0)
 
 
 def test_what_is_no_run_folder_is_said(run_of, compared, tmp_path):

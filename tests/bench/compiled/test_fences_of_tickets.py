@@ -7,7 +7,6 @@ architecture. That the orders suffice is the model's part (tests/kernels/test_ti
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 
@@ -15,11 +14,13 @@ pytest.importorskip("triton")
 
 from support import compiled_text
 from support.compiled_text import Compiled, Statement, statements
+from support.kept_workers import KeptWorkers
+from support.norms import norm
 
 from resblock_bench.bench.compiled import sass as sass_text
-from resblock_bench.bench.compiled.norms import Direction, Norm, launch_of
+from resblock_bench.bench.compiled.norms import Direction, launch_of
 from resblock_bench.bench.compiled.sass import Sass, opcode
-from resblock_bench.bench.machine.workers import Job, Worker
+from resblock_bench.bench.machine.workers import Job
 from resblock_bench.kernels.tiers import Tier
 
 pytestmark = pytest.mark.slow
@@ -30,21 +31,6 @@ BACKWARD = {
     "p_partial_s1", "p_partial_s2", "p_partial_s3", "p_group_s1", "p_group_s2", "p_c1", "p_c2",
     *OF_SAMPLES,
 }  # fmt: skip
-
-
-def norm(**changes: Any) -> Norm:
-    fields: dict[str, Any] = {
-        "batch": 8,
-        "channels": 128,
-        "positions": 1024,
-        "groups": 32,
-        "dtype": "bf16",
-        "layout": "nchw",
-        "modulation": "scale_shift",
-        "bias_folded": True,
-        "dropout": 0.0,
-    }
-    return Norm(**fields | changes)
 
 
 # Warps of None: as many as the rules choose.
@@ -64,14 +50,20 @@ CASES = [
 
 @pytest.mark.parametrize(("direction", "arch", "layout", "tier", "warps"), CASES)
 def test_fences(
-    compiler: Worker, direction: Direction, arch: int, layout: str, tier: Tier, warps: int | None
+    kept_workers: KeptWorkers,
+    direction: Direction,
+    arch: int,
+    layout: str,
+    tier: Tier,
+    warps: int | None,
 ) -> None:
-    n = norm(layout=layout, positions=64 if tier == "A" else 256 if warps == 1 else 1024)
+    positions = 64 if tier == "A" else 256 if warps == 1 else 1024
+    n = norm(channels=128, layout=layout, positions=positions)
     launch = launch_of(n, direction, arch, tier)
     if warps is not None:
         launch = launch._replace(num_warps=warps)
-    compiler.begin(Job(False, compiled_text.compiled, (n, direction, launch, arch)))
-    code = compiler.answer().get()
+    job = Job(False, compiled_text.compiled, (n, direction, launch, arch))
+    code = kept_workers.ask(job).get()
     # Arrivals at a unit's word: of its sums, and of who folded them; in the backward at a slab's.
     shared, arrivals = OF_SAMPLES, 1
     if launch.split:

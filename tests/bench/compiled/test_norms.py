@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 pytest.importorskip("triton")
+
+from support.kept_workers import KeptWorkers
+from support.norms import norm
 
 from resblock_bench.bench.compiled import norms as norm_cost
 from resblock_bench.bench.compiled.machine_code import KernelCode
@@ -18,25 +19,10 @@ from resblock_bench.bench.compiled.norms import (
     kernels_of,
     launch_of,
 )
-from resblock_bench.bench.machine.workers import Job, Worker
+from resblock_bench.bench.machine.workers import Job
 from resblock_bench.kernels.tiers import Choice, Launch, Machine, Tier, shape
 
 pytestmark = pytest.mark.slow
-
-
-def norm(**changes: Any) -> Norm:
-    fields: dict[str, Any] = {
-        "batch": 8,
-        "channels": 256,
-        "positions": 1024,
-        "groups": 32,
-        "dtype": "bf16",
-        "layout": "nchw",
-        "modulation": "scale_shift",
-        "bias_folded": True,
-        "dropout": 0.0,
-    }
-    return Norm(**fields | changes)
 
 
 def counted(n: Norm, direction: Direction, tier: Tier | None = None) -> norm_cost.Traffic:
@@ -131,14 +117,11 @@ def test_many_parts_count_as_two_smaller_numbers_of_them_say(direction: Directio
 
 
 def compiled(
-    worker: Worker, n: Norm, direction: Direction, launch: Launch, arch: int
+    workers: KeptWorkers, n: Norm, direction: Direction, launch: Launch, arch: int
 ) -> list[KernelCode]:
     how = (n, direction, launch)
-    codes = []
-    for name in kernels_of(*how):
-        worker.begin(Job(False, compile_kernel, (*how, arch, name)))
-        codes.append(worker.answer().get())
-    return codes
+    jobs = [Job(False, compile_kernel, (*how, arch, name)) for name in kernels_of(*how)]
+    return [workers.ask(job).get() for job in jobs]
 
 
 CASES = [
@@ -155,11 +138,11 @@ CASES = [
 @pytest.mark.parametrize(
     ("arch", "n", "tier"), CASES, ids=[f"{a}-{n.layout}-{n.dtype}-{t}" for a, n, t in CASES]
 )
-def test_machine_code(compiler: Worker, arch: int, n: Norm, tier: Tier | None) -> None:
+def test_machine_code(kept_workers: KeptWorkers, arch: int, n: Norm, tier: Tier | None) -> None:
     """It compiles (which the interpreter does not show), spills nothing, moves 128 bits a time."""
     for direction in norm_cost.DIRECTIONS:
         launch = launch_of(n, direction, arch, tier)
-        kernels = compiled(compiler, n, direction, launch, arch)
+        kernels = compiled(kept_workers, n, direction, launch, arch)
         names = [kernel.kernel for kernel in kernels]
         # One launch a direction, whatever the tier.
         assert len(names) == 1 and kernels[0].launches == 1
@@ -175,10 +158,10 @@ def test_machine_code(compiler: Worker, arch: int, n: Norm, tier: Tier | None) -
                 assert set(code.main_loads) | set(code.main_stores) == {128} or n.dropout
 
 
-def test_each_loop_has_its_own_instructions(compiler: Worker) -> None:
+def test_each_loop_has_its_own_instructions(kept_workers: KeptWorkers) -> None:
     """Tier B forward has two: statistics without exponentials, then output with them."""
     n = norm(positions=4096)
-    (whole,) = compiled(compiler, n, "forward", launch_of(n, "forward", 90, "B"), 90)
+    (whole,) = compiled(kept_workers, n, "forward", launch_of(n, "forward", 90, "B"), 90)
     statistics, output = whole.code.loops
     assert statistics["mufu"] < 1 < output["mufu"]
     assert statistics["total"] < output["total"]

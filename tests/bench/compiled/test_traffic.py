@@ -365,7 +365,7 @@ def test_a_kernel_in_place() -> None:
     assert seen(counter) == {("p_x/p_y", "read"), ("p_x/p_y", "write")}
 
 
-def test_expanded_and_empty_tensors_are_arguments_too() -> None:
+def test_expanded_and_empty_tensors_may_be_arguments() -> None:
     row = torch.zeros(32).expand(4, 32)
     with counting() as counter:
         rows_kernel[(4,)](row, torch.zeros(4, 32), torch.empty(4, 32), 0, BLOCK=32)

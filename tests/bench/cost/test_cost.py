@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from resblock_bench.bench.machine import workers
-from resblock_bench.bench.machine.workers import Answer, Job, Worker
-
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _started_workers(
-    monkeypatch: pytest.MonkeyPatch, compiler: Worker, interpreter: Worker
-) -> None:
-    """A fresh worker imports for seconds, and here each would get a kernel or two."""
-
-    def run(
-        jobs: Iterable[Job], workers: int, environ: Mapping[str, str] | None = None
-    ) -> Generator[tuple[Job, Answer], None, None]:
-        for job in dict.fromkeys(jobs):
-            worker = interpreter if job.interpret else compiler
-            worker.begin(job)
-            yield job, worker.answer()
-
-    monkeypatch.setattr(workers, "run", run)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_workers")]
 
 
 SMALL = ["-a", "channels=32", "-a", "resolution=4", "-a", "batch=2", "-a", "layout=nchw"]
@@ -94,7 +74,13 @@ def test_a_tier_is_costed_where_it_holds(run_cli: Callable) -> None:
         (["--json", "absent/cost.json"], "absent/cost.json cannot be written (No such file"),
         (["--json", "."], ". cannot be written (Is a directory): name another file"),
         (["-a", "resolution=512", "--tier", "A"], "holds none of the 4 norms: tier A holds 16384"),
-        (["-a", "dims=1"], "no channels-last layout for one spatial dimension"),
+        (["-a", "impl=compiled"], "impl changes nothing of what the fused kernels"),
+        (["--arch", ""], "is no list of architectures"),
+        (["--arch", "²"], "is no list of architectures"),
+        (
+            ["-a", "dims=1", "-a", "layout=nhwc"],
+            "no channels-last layout for one spatial dimension",
+        ),
     ],
 )
 def test_bad_requests_are_one_sentence_and_2(

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import torch
 import torch.nn.functional as F
+from support.norms import norm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,21 +35,6 @@ GROUP_NORM = {
     ],
 }
 NO_KERNEL = ("aten.promote_types.default", "aten.ones_like.default")
-
-
-def norm(**changes: Any) -> Norm:
-    fields: dict[str, Any] = {
-        "batch": 8,
-        "channels": 256,
-        "positions": 4096,
-        "groups": 32,
-        "dtype": "bf16",
-        "layout": "nchw",
-        "modulation": "scale_shift",
-        "bias_folded": True,
-        "dropout": 0.0,
-    }
-    return Norm(**fields | changes)
 
 
 class Recorder(TorchDispatchMode):

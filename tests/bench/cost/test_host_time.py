@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from support import process_functions
+from support.kept_workers import KeptWorkers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from resblock_bench.bench.cost.host_time import SHAPE, SMALLEST, eager_call, eager_kernels, inputs
-from resblock_bench.bench.machine.workers import Job, Worker
+from resblock_bench.bench.machine.workers import Job
 from resblock_bench.bench.records import DType
 
 pytestmark = pytest.mark.slow
@@ -61,14 +62,9 @@ def test_eagers_kernels_are_those_of_its_operators(dtype: DType) -> None:
     assert tuple(counts) == eager_kernels(dtype)
 
 
-def test_it_is_measured_without_a_gpu() -> None:
+def test_the_time_of_a_call_is_measured_without_a_gpu(kept_workers: KeptWorkers) -> None:
     """Launches are counted, and times are of what ran: both include the autograd of each."""
-    worker = Worker(interpret=False)
-    try:
-        worker.begin(Job(False, process_functions.host_time, ()))
-        found = worker.answer().get()
-    finally:
-        worker.kill()
+    found = kept_workers.ask(Job(False, process_functions.host_time, ())).get()
     assert (found.ours.forward_kernels, found.ours.backward_kernels) == (1, 1)
     for span in (found.ours, found.eager):
         assert span.forward_us > 0 and span.backward_us > 0

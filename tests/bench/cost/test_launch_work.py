@@ -9,12 +9,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+from support.norms import norm
+
 from resblock_bench.bench.compiled.kernel_key import compile_key
 from resblock_bench.bench.compiled.machine_code import KernelCode, MachineCode
 from resblock_bench.bench.compiled.norms import (
     LEAST_PASSES,
     Direction,
-    Norm,
     Traffic,
     count_traffic,
     kernels_of,
@@ -30,21 +31,6 @@ from resblock_bench.kernels.tiers import Launch, Tier
 from resblock_bench.reference import PUBLISHED, resblock_sites
 
 pytestmark = pytest.mark.slow
-
-
-def norm(**changes: Any) -> Norm:
-    fields: dict[str, Any] = {
-        "batch": 8,
-        "channels": 256,
-        "positions": 65536,
-        "groups": 32,
-        "dtype": "bf16",
-        "layout": "nchw",
-        "modulation": "scale_shift",
-        "bias_folded": True,
-        "dropout": 0.0,
-    }
-    return Norm(**fields | changes)
 
 
 def code(kernel: str, launches: int, programs: int, *loops: tuple[float, float]) -> KernelCode:
@@ -102,6 +88,7 @@ def traffic(requested: float, dram: float, floor: int, efficiency: float = 1.0) 
     )
 
 
+LARGE = norm(positions=65536)
 IMAGE = 8 * 256 * 65536 * 2
 SPLIT = [code("backward: split", 1, 2048, (18, 2), (19, 2))]
 
@@ -118,14 +105,14 @@ def moved(works: Sequence[LaunchWork]) -> list[tuple[float, float, float]]:
 
 
 def test_the_last_tier_reads_again_from_memory() -> None:
-    works = launch_work(norm(), "backward", launch("D"), traffic(5, 5, 3), SPLIT)
+    works = launch_work(LARGE, "backward", launch("D"), traffic(5, 5, 3), SPLIT)
     assert moved(works) == [(4, 1.25, 0)]
 
 
 def test_one_program_a_unit_does_all_of_it() -> None:
     whole = [code("forward: whole", 1, 256, (8, 0), (16, 2))]
     shape = launch("B", slab=8, block_c=8, block_hw=512, tiles=128)
-    (work,) = launch_work(norm(), "forward", shape, traffic(3, 2, 2), whole)
+    (work,) = launch_work(LARGE, "forward", shape, traffic(3, 2, 2), whole)
     assert moved([work]) == [(1, 1.25, 1)]
     (part,) = work.parts
     assert part.instructions == pytest.approx((8 + 16) * IMAGE / 2)
@@ -134,7 +121,7 @@ def test_one_program_a_unit_does_all_of_it() -> None:
 
 def test_a_launch_with_tickets_has_two_kinds_of_programs() -> None:
     """As many sums as apply programs, and the counted bytes divided among them."""
-    (work,) = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3), SPLIT)
+    (work,) = launch_work(LARGE, "backward", launch("C"), traffic(5, 3, 3), SPLIT)
     assert moved([work]) == [(2, 1.25, 2)]
     sums, apply = work.parts
     assert (sums.programs, apply.programs) == (1024, 1024)
@@ -151,7 +138,7 @@ def test_a_launch_with_tickets_has_two_kinds_of_programs() -> None:
 def test_padded_lanes_execute_and_load_nothing() -> None:
     """A slab of six channels in tiles of four: a quarter of the lanes has no channel."""
     shape = launch("D", slab=6, block_c=4, block_hw=1024, tiles=64)
-    n = norm(channels=192)
+    n = norm(channels=192, positions=65536)
     kernels = [code("forward: split", 1, 1024, (8, 0), (16, 2))]
     (work,) = launch_work(n, "forward", shape, traffic(3, 3, 2), kernels)
     part, _ = work.parts
@@ -172,13 +159,13 @@ def test_positions_past_the_end_load_nothing() -> None:
 
 
 def test_sectors_fetched_in_part_count_whole() -> None:
-    works = launch_work(norm(), "backward", launch("C"), traffic(5, 3, 3, efficiency=0.5), SPLIT)
+    works = launch_work(LARGE, "backward", launch("C"), traffic(5, 3, 3, efficiency=0.5), SPLIT)
     assert moved(works) == [(4, 2.25, 4)]
     assert works[0].parts[0].in_flight_bytes == 2 * 2 * 2 * 2048 * 2
 
 
 def predicted(kernels: list[KernelCode], **how: Any) -> Any:
-    return predict(norm(), "backward", 90, launch("C"), traffic(5, 3, 3), kernels, **how)
+    return predict(LARGE, "backward", 90, launch("C"), traffic(5, 3, 3), kernels, **how)
 
 
 def test_the_floor_is_the_least_bytes_at_copy_bandwidth() -> None:

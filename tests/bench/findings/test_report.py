@@ -92,7 +92,15 @@ def test_a_case_with_two_findings_is_one_case_with_the_worst() -> None:
 
 def test_junit_survives_what_xml_cannot_hold() -> None:
     (error,) = junit(report_of([finding("invalid", text="\x1b[31m <boom> \ud800")])).iter("error")
-    assert error.text == "invalid: ?[31m <boom> ?"
+    assert error.text == "invalid: [31m <boom> \ufffd"
+
+
+def test_a_title_is_no_markup_and_fits_every_format() -> None:
+    report = msgspec.structs.replace(report_of([]), title="[/] \x1b[31m \ud800")
+    assert "[/] \x1b[31m" in shown(report)  # this console is a plain one
+    assert junit(report).get("name") == "[/] [31m \ufffd"
+    assert FORMATS["md"](report).startswith("### \\[/\\] \\[31m \ufffd")
+    assert "[/] [31m \ufffd" in FORMATS["table"](report)
 
 
 def test_markdown_is_a_table_and_a_list() -> None:

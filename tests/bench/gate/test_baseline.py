@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,60 @@ def test_show(save: Callable, run_cli: Callable, tmp_path: Path) -> None:
     empty = run_cli("baseline", "show", "--pins", tmp_path / "absent")
     assert empty.code == 3
     assert "holds no pin" in empty.out
+
+
+def test_names_that_show_takes_are_shown_whole(
+    save: Callable, run_cli: Callable, tmp_path: Path
+) -> None:
+    long = "64x256x1024-bf16-nhwc-scale_shift-" + "dropout" * 6
+    save(part_of({long: FOUND["a"]}), "a reason that needs more room than a line has " * 3)
+    done = run_cli("baseline", "show", "--pins", tmp_path / "pins")
+    assert long in done.out
+    assert run_cli("baseline", "show", long, "--pins", tmp_path / "pins").code == 0
+    assert max(map(len, done.out.splitlines())) <= 100
+
+
+def test_a_reason_steers_no_terminal_and_is_kept(
+    save: Callable, run_cli: Callable, tmp_path: Path
+) -> None:
+    save(part_of(FOUND), "why \x1b]0;x\x07[/] \u202e")
+    for words in ((), ("a",)):
+        out = run_cli("baseline", "show", *words, "--pins", tmp_path / "pins").out
+        assert "why ]0;x[/]" in out
+        assert not set(out) & set("\x1b\x07\u202e")
+    assert contents(tmp_path)["a"]["saves"][0]["reason"] == "why \x1b]0;x\x07[/] \u202e"
+
+
+def test_pins_are_saved_through_no_link(save: Callable, tmp_path: Path) -> None:
+    theirs, pins = tmp_path / "theirs", tmp_path / "pins"
+    theirs.mkdir()
+    pins.mkdir()
+    (pins / "memory").symlink_to(theirs)
+    done = save(part_of(FOUND))
+    assert done.code == 2
+    assert "pins cannot be written (memory is a link)" in done.err
+    assert not list(theirs.iterdir())
+    (pins / "memory").unlink()
+    (pins / "memory").mkdir()
+    (pins / "memory" / "a.json.tmp").symlink_to(theirs / "a")
+    assert save(part_of(FOUND)).code == 0
+    assert not list(theirs.iterdir())
+
+
+def test_where_there_is_no_pin_the_command_names_the_folder(
+    run_cli: Callable, with_part: Callable, tmp_path: Path
+) -> None:
+    with_part(part_of(FOUND))
+    out = run_cli("baseline", "show", "--pins", tmp_path / "my pins").out
+    assert f"resblock-bench baseline save --memory --pins '{tmp_path / 'my pins'}' --reason" in out
+
+
+def test_a_pin_that_is_a_pipe_is_named(save: Callable, run_cli: Callable, tmp_path: Path) -> None:
+    save(part_of(FOUND))
+    os.mkfifo(tmp_path / "pins" / "memory" / "z.json")
+    done = run_cli("baseline", "show", "--pins", tmp_path / "pins")
+    assert done.code == 3
+    assert "z.json cannot be read (it is a pipe, not a file)" in done.err
 
 
 def test_diff_shows_what_changed_and_judges_nothing(

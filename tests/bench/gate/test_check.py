@@ -144,12 +144,21 @@ def test_what_cannot_be_done_is_said_and_fails_where_it_was_asked_for(
     assert "to compare the time with: add --base REV" in " ".join(done.out.split())
 
 
-def test_the_advice_names_the_parts(checked: Callable) -> None:
+def test_the_advice_names_the_parts_and_the_pins(
+    checked: Callable, run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     _, _, out = checked(part_of(changed("x", bytes=99)))
-    assert (
-        "better or changed on purpose: save with resblock-bench baseline save --memory --reason"
-        in out
-    )
+    save = "changed on purpose: save with resblock-bench baseline save --memory"
+    assert f"{save} --pins {tmp_path} --reason '…'" in out
+    # Copied into a shell, it names what was named.
+    spaced = tmp_path / "my pins"
+    write_pins(spaced, part_of(AS_PINNED), AS_PINNED, "to begin with", None)
+    out = run_cli("check", "--pins", spaced).out
+    assert f"--pins '{spaced}' --reason" in out
+    # Without --pins they are those of the repository around.
+    monkeypatch.chdir(tmp_path)
+    write_pins(tmp_path / "results/pins", part_of(AS_PINNED), AS_PINNED, "to begin with", None)
+    assert f"{save} --reason" in run_cli("check").out
 
 
 def test_a_report_alone_on_the_standard_output(

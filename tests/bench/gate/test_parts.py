@@ -97,6 +97,7 @@ def test_a_lower_peak_asks_to_be_saved(
     assert "baseline save --memory --reason" in out
 
 
+@pytest.mark.usefixtures("shared_workers")
 def test_each_path_in_a_process_and_one_that_crashes(
     make_cell: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_each_path_in_a_process_and_one_that_crashes(
         assert more - figures["saved_for_backward_bytes"] == 2 * 4 * 2 * 32 * 8 * 8
 
 
+@pytest.mark.usefixtures("shared_workers")
 def test_the_pins_of_memory_hold() -> None:
     pins = read_pins(ROOT / PINS, "memory")
     cells = list(check_memory.cells())

@@ -14,14 +14,16 @@ import pytest
 pytest.importorskip("triton")
 
 from rich.console import Console
+from support.kept_workers import KeptWorkers
 
 from resblock_bench.bench.compiled import cases as kernel_cases
 from resblock_bench.bench.gate import check, pins
 from resblock_bench.bench.gate import static as check_static
 from resblock_bench.bench.gate.pins import Entries, Found, PinFile
 from resblock_bench.bench.gate.static import PART
+from resblock_bench.bench.machine import workers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_workers")]
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,11 +33,13 @@ def point(value: str, name: str = "seeded") -> metadata.EntryPoint:
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
+def found(kept_workers: KeptWorkers) -> Found:
     """The cases of static_kernels.py, measured as those of another package are."""
-    items, wrong = check_static.case_items([point("support.static_kernels:cases")])
-    assert not wrong
-    return check_static.measure_items(items, Console(quiet=True))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(workers, "run", kept_workers.run)
+        items, wrong = check_static.case_items([point("support.static_kernels:cases")])
+        assert not wrong
+        return check_static.measure_items(items, Console(quiet=True))
 
 
 def pinned(root: Path, **subjects: Entries) -> dict[str, PinFile]:

@@ -56,6 +56,12 @@ def test_arguments_become_a_selection() -> None:
         ("resolution=[16:128:x1]", "does not ascend"),
         ("resolution=[16:128:+0]", "does not ascend"),
         ("resolution=8]", "does not take"),
+        ("channels=[32:99999999999:+32]", "does not take '99999999999'.*to 16777216"),
+        ("batch=[1:200000:+1]", "200,000 values.*100,000 cells: widen the step"),
+        (f"batch=[1:{'9' * 5000}:+1]", "is not a range"),
+        ("batch=16777217", "integers from 1 to 16777216"),
+        (f"batch={'9' * 5000}", "does not take '9{60}…'"),
+        (f"dtype={'9' * 5000}", "'9{60}…'"),
     ],
     ids=lambda value: value if "=" in value or value == "dtype" else "",
 )

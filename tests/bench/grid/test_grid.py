@@ -118,3 +118,15 @@ def test_several_models_follow_one_another() -> None:
 def test_what_a_model_does_not_have_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(f"model=iddpm-cifar10-uncond {text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch=[1:400:+1] resolution=[1:400:+1]", "320,000 combinations.*100,000 cells"),
+        ("batch=16777216 resolution=16777216", "which no tensor holds: give a smaller batch"),
+    ],
+)
+def test_what_nobody_can_measure_is_no_plan(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(text)

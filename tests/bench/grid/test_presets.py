@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import msgspec
@@ -5,7 +6,7 @@ import pytest
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.grid import plan
-from resblock_bench.bench.grid.presets import choose, load, named, presets
+from resblock_bench.bench.grid.presets import PRESETS_FILE, choose, load, named, presets
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
 
 
@@ -106,9 +107,77 @@ def test_nothing_given_is_the_preset_of_the_device(device: str) -> None:
     assert choose([], None, None, device) == presets()[device]  # type: ignore[arg-type]
 
 
-def test_two_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one source"):
-        choose([], "cpu", tmp_path / "x.toml", "cpu")
+NAMED = """
+[mine]
+device = "cpu"
+[mine.settings]
+max_time = "2s"
+[[mine.grid]]
+batch = 3
+"""
+
+
+def test_a_preset_that_was_copied_is_read(tmp_path: Path) -> None:
+    preset = choose([], None, written(tmp_path, NAMED), "cuda")
+    assert (preset.name, preset.device, preset.grids) == ("mine", "cpu", ({"batch": (3,)},))
+    assert preset.settings.max_time == "2s"
+
+
+def test_of_several_sweeps_in_a_file_one_is_named_or_the_device_s_is_taken(tmp_path: Path) -> None:
+    assert choose([], None, PRESETS_FILE, "cpu") == named("cpu")
+    assert choose(["batch=3"], "smoke", PRESETS_FILE, "cpu") == named("smoke").overridden(
+        {"batch": (3,)}
+    )
+    path = written(tmp_path, NAMED + NAMED.replace("mine", "other"))
+    with pytest.raises(UsageError, match="holds 2 sweeps: name one with --preset: mine, other"):
+        choose([], None, path, "cpu")
+    with pytest.raises(UsageError, match="unknown preset 'cpu': it is one of mine, other"):
+        choose([], "cpu", path, "cpu")
+
+
+def test_what_is_wrong_with_a_named_sweep_names_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "[mine]\ndescription = 'no grid'\n")
+    with pytest.raises(UsageError, match=r"sweep.toml: mine: .*missing required field `grid`"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = " + b"9" * 5000, "is not valid TOML: Exceeds the limit"),
+        (b"a = " + b"[" * 100_000, "is not valid TOML: maximum recursion depth"),
+        (b"\xff\xfe", "is not valid TOML: 'utf-8' codec"),
+        (b"#" * (2**20 + 1), "it has more than 1 MiB"),
+        (b"[settings]\nwarmup = ''\n[[grid]]\nbatch = 1", "settings: '' is not a duration"),
+        (b"", "missing required field `grid`"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_a_sentence(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_bytes(b"\xef\xbb\xbf[[grid]]\nbatch = 1\n")
+    assert load(path).grids == ({"batch": (1,)},)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sweep.toml")
+    with pytest.raises(UsageError, match="it is a pipe, not a file"):
+        load(tmp_path / "sweep.toml")
+
+
+def test_the_example_of_the_docs_is_a_sweep(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "measuring.md").read_text(encoding="utf-8")
+    example = text.partition("```toml\n[decoder]")[2].partition("```")[0]
+    preset = load(written(tmp_path, f"[decoder]{example}"))
+    assert plan(preset.grids)
 
 
 def test_an_unknown_preset_is_refused() -> None:

@@ -16,6 +16,7 @@ from gate_rates import spinning
 from msgspec.structs import replace
 from rich.console import Console
 from support.comparing import FAST, UNDISTURBED, a_round, checked, plan_of
+from support.parties import Scripted
 
 from resblock_bench.bench.compare import calibrate, calibration, compare, comparison
 from resblock_bench.bench.compare.calibration import calibration_file
@@ -24,16 +25,10 @@ from resblock_bench.bench.compare.verdict import DEFAULT_TOLERANCE, Verdict
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
 from resblock_bench.bench.gate import timing as check_timing
-from resblock_bench.bench.lockstep import rounds
-from resblock_bench.bench.lockstep.rounds import (
-    RoundError,
-    RoundRule,
-    Taken,
-    measure_pair,
-    take_bursts,
-)
-from resblock_bench.bench.lockstep.sides import Side, SideError
-from resblock_bench.bench.lockstep.testbed import opened
+from resblock_bench.bench.lockstep.party import Ended
+from resblock_bench.bench.lockstep.rounds import RoundError, RoundRule, measure_pair
+from resblock_bench.bench.lockstep.testbed import Side, opened
+from resblock_bench.bench.measure.cell import row_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +56,7 @@ def test_a_round_of_two_sides(bed):
     base, head = bed.sides
     assert base.code == head.code
     task = tasks_of(bed, "undisturbed")[0]
-    taken = measure_pair(task, bed.truth(task), base, head, FAST, random.Random(0))
+    taken = measure_pair(task, base, head, FAST, random.Random(0))
     assert min(taken.base_samples, taken.head_samples) >= FAST.bursts
     assert taken.base_ms > 0 < taken.head_ms
     assert taken.disturbances == []
@@ -79,7 +74,7 @@ def test_a_round_of_two_sides(bed):
 def test_what_goes_wrong_on_a_side_ends_the_round(bed, impl, status, reason):
     (task,) = tasks_of(bed, impl)
     with pytest.raises(RoundError) as caught:
-        measure_pair(task, bed.truth(task), *bed.sides, FAST, random.Random(0))
+        measure_pair(task, *bed.sides, FAST, random.Random(0))
     assert caught.value.status == status
     assert reason in str(caught.value)
     assert "\0" not in str(caught.value)
@@ -88,10 +83,10 @@ def test_what_goes_wrong_on_a_side_ends_the_round(bed, impl, status, reason):
 def test_a_side_that_starts_anew_is_the_same_code(bed, monkeypatch):
     task = tasks_of(bed, "undisturbed")[0]
     base, head = bed.sides
-    head.kill()
+    head._server.close()
     monkeypatch.setattr(head, "code", "as it was before")
     with pytest.raises(RoundError, match="B: its files changed meanwhile") as caught:
-        measure_pair(task, bed.truth(task), base, head, FAST, random.Random(0))
+        measure_pair(task, base, head, FAST, random.Random(0))
     assert (caught.value.status, caught.value.at_base) == ("crashed", False)
 
 
@@ -100,38 +95,36 @@ def test_nor_may_the_code_of_another_repository_change_before_a_new_start(bed, t
     shutil.copytree(Path(__file__).parents[2] / "faults", packages)
     task = tasks_of(bed, "undisturbed")[0]
     task = replace(task, cell=replace(task.cell, impl="printing"))
-    (tmp_path / "side").mkdir()
-    side = Side("head", [packages], tmp_path / "side", limit_s=60.0, root=tmp_path)
+    side = Side("head", [packages], tmp_path, bed)
     try:
-        side.wait()
-        side.open(task, bed.truth(task))
-        side.end()
+        side.start()
+        first = side.begin(task)
+        first.open()
+        first.kill()
         (packages / "faulty_blocks.py").touch()
-        side.kill()
-        with pytest.raises(SideError, match=r"faulty_blocks\.py changed meanwhile"):
-            side.open(task, bed.truth(task))
+        side._server.close()
+        with pytest.raises(Ended, match=r"faulty_blocks\.py changed meanwhile"):
+            side.begin(task).open()
     finally:
-        side.kill()
+        side.close()
 
 
+@pytest.mark.parametrize("step", ["open", "read 1", "burst 2", "read 2", "finish"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_whoever_fails_at_a_reading_is_blamed(bed, monkeypatch, number):
-    task, side = tasks_of(bed, "undisturbed")[0], bed.sides[number]
-
-    def read():
-        raise SideError(side, "crashed", "gone")
-
-    monkeypatch.setattr(side, "read", read)
-    with pytest.raises(RoundError, match=f"{side.name}: gone") as caught:
-        measure_pair(task, bed.truth(task), *bed.sides, FAST, random.Random(0))
-    assert caught.value.at_base == (number == 0)
+def test_whoever_fails_is_blamed(make_task, number, step):
+    sides = Scripts(make_task()), Scripts(make_task())
+    sides[number].ends = {step: "crashed"}
+    with pytest.raises(RoundError, match=f"ended at {step}") as caught:
+        measure_pair(sides[0].task, *sides, FAST, random.Random(0))
+    assert (caught.value.status, caught.value.at_base) == ("crashed", number == 0)
+    assert "kill" in {name for name, _ in sides[1 - number].events} or step == "finish"
 
 
 def compared(bed, tasks, rule=FAST):
     draw = random.Random(0)
 
     def measure(task):
-        return measure_pair(task, bed.truth(task), *bed.sides, rule, draw)
+        return measure_pair(task, *bed.sides, rule, draw)
 
     items = Comparison(tasks, measure, DEFAULT_TOLERANCE, draw).carry_out()
     outcome = compare.ComparisonOutcome("A/A", items, DEFAULT_TOLERANCE, [], [])
@@ -313,31 +306,41 @@ def test_a_cell_that_breaks_is_not_calibrated(stage, bed, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("*.json"))
 
 
-class Failing:
-    """A side whose cell is wrong."""
+class Scripts:
+    """A side whose parties are made up."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, task, samples=lambda number: [10.0], **ends):
+        self.name, self.task, self.samples, self.ends = "side", task, samples, ends
+        self.events, self.begins = [], None
 
-    def open(self, task, truth):
-        raise SideError(self, "wrong", "is wrong")
-
-    def abandon(self):
-        pass
+    def begin(self, task):
+        if self.begins is not None:
+            raise Ended(row_of(task, self.begins, "no truth"))
+        return Scripted(task, self.samples, self.ends, self.events)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wrong_head_is_told_even_where_the_base_is_wrong(seed):
-    sides = Failing("base"), Failing("head")
-    with pytest.raises(RoundError, match="head: is wrong") as error:
-        take_bursts(None, Path(), sides, FAST, random.Random(seed))
+def test_a_wrong_head_is_told_even_where_the_base_is_wrong(make_task, seed):
+    sides = [Scripts(make_task(), open="wrong") for _ in range(2)]
+    sides[0].name, sides[1].name = "base", "head"
+    with pytest.raises(RoundError, match="head: ended at open") as error:
+        measure_pair(sides[0].task, *sides, FAST, random.Random(seed))
     assert not error.value.at_base
+    assert [name for name, _ in sides[0].events] == ["open"], "it is not waited for"
 
 
-def test_a_slower_side_is_not_slower_still_for_its_fewer_samples(monkeypatch):
+def test_without_a_truth_there_is_no_round(make_task):
+    sides = [Scripts(make_task()) for _ in range(2)]
+    for side in sides:
+        side.begins = "oom"
+    with pytest.raises(RoundError, match="no truth") as error:
+        measure_pair(sides[0].task, *sides, FAST, random.Random(0))
+    assert error.value.status == "oom"
+
+
+def test_a_slower_side_is_not_slower_still_for_its_fewer_samples(make_task):
     base, head = [1.2, 1.0, 1.0, 1.0], [1.05 * ms for ms in (1.2, 1.0)]
-    taken = Taken([[base] * 3, [head] * 3], [], [])
-    monkeypatch.setattr(rounds, "take_bursts", lambda *arguments: taken)
-    found = measure_pair(None, None, None, None, FAST, None)
+    sides = [Scripts(make_task(), lambda number, ms=ms: ms) for ms in (base, head)]
+    found = measure_pair(sides[0].task, *sides, FAST, random.Random(0))
     assert found.log_ratio == pytest.approx(math.log(1.05))
     assert (found.base_samples, found.head_samples) == (12, 6)

@@ -1,10 +1,12 @@
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from resblock_bench.bench.checkout import source_state
+from resblock_bench.bench.checkout import is_checkout, source_state
 from resblock_bench.bench.machine import environment
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.proc import cgroup_quota, usable_cpus
@@ -90,14 +92,63 @@ def test_no_more_threads_than_the_quota_grants(
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"),
-    [("box", "box"), ("my box/../x", "my-box-..-x"), ("..", "unnamed"), ("a:b", "a-b")],
+    "name", ["box", "amd-epyc-2cpu", "node1.cluster", "gpu_0", "机器", "電腦", "maße-ñ"]
 )
-def test_the_machine_s_name_is_safe_as_a_folder(
-    monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+def test_a_machine_s_name_is_its_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("RESBLOCK_BENCH_MACHINE", name)
+    assert machine_name() == name
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("my box/../x", "my-box-..-x-"),
+        ("..", "unnamed-"),
+        (".", "unnamed-"),
+        (".hidden", "hidden-"),
+        ("a:b", "a-b-"),
+        ("a b", "a-b-"),
+        ("\x1b[31mred", "31mred-"),
+        ("a\n", "a-"),
+        ("x" * 300, "x" * 50 + "-"),
+        ("机" * 100, "机" * 50 + "-"),
+        ("box\udcff", "box-"),
+        ("box\udcfe", "box-"),
+    ],
+)
+def test_a_name_that_is_no_folder_s_is_told_apart_by_a_digest(
+    monkeypatch: pytest.MonkeyPatch, name: str, begin: str
 ) -> None:
     monkeypatch.setenv("RESBLOCK_BENCH_MACHINE", name)
-    assert machine_name() == folder
+    found = machine_name()
+    assert found.startswith(begin)
+    assert len(found) == len(begin) + 8
+    assert len(found.encode()) <= 255
+    assert found == machine_name()
+
+
+def test_two_machines_never_have_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a b", "a:b", "a-b", "a/b", ".", "..", "...", "机器", "電腦", "机 器", "机/器"]
+    names += ["box\udcff", "box\udcfe", "box"]
+    folders = set()
+    for name in names:
+        monkeypatch.setenv("RESBLOCK_BENCH_MACHINE", name)
+        folders.add(machine_name())
+    assert len(folders) == len(names)
+
+
+def test_one_name_written_in_two_ways_is_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESBLOCK_BENCH_MACHINE", "cafe\u0301")
+    composed = machine_name()
+    monkeypatch.setenv("RESBLOCK_BENCH_MACHINE", "caf\u00e9")
+    assert machine_name() == composed == "caf\u00e9"
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", ".x", "a\n", "\x1b[0m", "x" * 201])
+def test_a_stored_name_that_leads_elsewhere_is_refused(found: Environment, name: str) -> None:
+    data = msgspec.json.encode(msgspec.structs.replace(found, machine=name))
+    with pytest.raises(msgspec.ValidationError, match="machine"):
+        msgspec.json.decode(data, type=Environment)
 
 
 def test_what_is_gathered_survives_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +156,14 @@ def test_what_is_gathered_survives_json(monkeypatch: pytest.MonkeyPatch) -> None
     assert msgspec.json.decode(msgspec.json.encode(found), type=Environment) == found
     assert found.threads == 2
     assert found.versions["resblock-bench"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_a_folder_with_a_strange_pyproject_is_no_checkout(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "pyproject.toml")
+    assert not is_checkout(tmp_path)
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from support import process_functions as functions
 
+from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine import process
 from resblock_bench.bench.machine.process import (
     OUTPUT_BYTES,
     Ending,
     Processes,
     ProcessesClosed,
+    Server,
 )
 
 pytestmark = pytest.mark.slow
@@ -164,43 +166,133 @@ def test_closing_ends_a_process_that_is_just_starting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_an_interrupt_at_any_point_of_a_start_is_quiet(tmp_path: Path, number: str) -> None:
-    """The server and the new process print a traceback when the one that asked leaves halfway."""
+    """Of a process whose start was left halfway nobody would know, and it would go on."""
     note = tmp_path / "group"
     code = f"""
-import signal, sys
-from multiprocessing import reduction, forkserver
+import signal, socket, subprocess
 from support import process_functions as functions
-from resblock_bench.bench.machine.process import Processes
+from resblock_bench.bench.machine.process import Process, Processes, Server
 from resblock_bench.bench.terminal import terminable
 
 def interrupted(function):
-    def call(*arguments):
+    def call(*arguments, **options):
         signal.raise_signal(signal.{number})
-        return function(*arguments)
+        return function(*arguments, **options)
     return call
 
-processes = Processes()
-processes.run(functions.echo, b"")
-for module, name in ((reduction, "sendfds"), (forkserver, "read_signed")):
+server = Server()
+processes = Processes(server)
+for module, name in (
+    (subprocess, "Popen"), (socket.socket, "recv"), (socket, "send_fds"), (Process, "_told")
+):
     whole = getattr(module, name)
     setattr(module, name, interrupted(whole))
     try:
         with terminable():
             processes.run(functions.hang, {str(note)!r}.encode())
     except KeyboardInterrupt:
-        print("interrupted")
+        print(name, len(processes._running), server.up)
     setattr(module, name, whole)
 processes.close()
+server.close()
 """
+    paths = [str(Path(functions.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(functions.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
-    assert done.stdout == "interrupted\n" * 2
+    told = ["Popen 0 False", "recv 0 False", "send_fds 1 True", "_told 2 True"]
+    assert done.stdout.splitlines() == told
     assert done.stderr == ""
-    if note.exists():
-        assert died(int(note.read_text()))
+    assert not note.exists()
+
+
+def test_a_process_is_talked_with_until_it_replies(processes: Processes) -> None:
+    process = processes.start(functions.converse, b"first")
+    said = [process.receive(60)]
+    for word in (b"second", b"end"):
+        process.send(word)
+        said.append(process.receive(60))
+    assert said == [b"FIRST", b"SECOND", None]
+    ending = process.finish(60)
+    assert (ending.reply, ending.exit_code, ending.phase) == (b"2 heard", 0, "conversing")
+
+
+def test_who_says_nothing_in_time_may_still_be_heard(processes: Processes) -> None:
+    process = processes.start(functions.converse, b"")
+    assert process.receive(60) == b""
+    assert process.receive(0.05) is None
+    process.send(b"later")
+    assert process.receive(60) == b"LATER"
+    assert process.finish(0.05).problem(0.05)[0] == "timeout"
+
+
+def test_a_message_of_megabytes_comes_whole(processes: Processes) -> None:
+    process = processes.start(functions.converse, b"x")
+    process.send(b"m" * 3_000_000)
+    assert [len(process.receive(60) or b"") for _ in range(2)] == [1, 3_000_000]
+    process.send(b"end")
+    assert process.finish(60).reply == b"2 heard"
+
+
+def test_who_has_died_is_not_waited_for(processes: Processes) -> None:
+    process = processes.start(functions.converse, b"x")
+    process.kill()
+    while process.receive() is not None:
+        pass
+    process.send(b"nobody hears this")
+    assert process.finish().exit_code == -signal.SIGKILL
+    again = process.finish()
+    assert (again.reply, again.exit_code) == (None, -signal.SIGKILL)
+
+
+def test_a_process_that_waits_ends_with_who_started_it(tmp_path: Path) -> None:
+    """However the latter dies."""
+    code = f"""
+import os, signal
+from support import process_functions as functions
+from resblock_bench.bench.machine.process import Processes
+
+process = Processes().start(functions.tell_group, {str(tmp_path / "group")!r}.encode())
+assert process.receive() == b"written"
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    paths = [str(Path(functions.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert died(int((tmp_path / "group").read_text()))
+
+
+def test_a_server_that_was_killed_is_started_anew() -> None:
+    server = Server()
+    made = Processes(server)
+    try:
+        first = made.run(functions.parent, b"").reply
+        process = made.start(functions.converse, b"x")
+        assert process.receive(60) == b"X"
+        os.kill(int(first or b""), signal.SIGKILL)
+        ending = process.finish(60)
+        assert (ending.reply, ending.exit_code) == (None, -signal.SIGKILL)
+        second = made.run(functions.parent, b"").reply
+        assert second is not None
+        assert second != first
+        server.close()
+        assert not server.up
+        assert made.run(functions.parent, b"").reply not in (None, first, second)
+    finally:
+        made.close()
+        server.close()
+
+
+def test_a_server_has_the_paths_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('no good')\n")
+    server = Server([tmp_path])
+    with pytest.raises(InvalidError, match=r"cannot be imported: mend(.|\n)*no good"):
+        Processes(server).run(functions.echo, b"")
+    assert not server.up
 
 
 @pytest.mark.parametrize(

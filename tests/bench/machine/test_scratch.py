@@ -8,14 +8,14 @@ from pathlib import Path
 from resblock_bench.bench.machine.scratch import scratch_folder
 
 
-def test_it_is_there_and_gone() -> None:
+def test_a_scratch_folder_is_there_and_gone() -> None:
     with scratch_folder() as folder:
         (folder / "truth").write_bytes(b"1")
         assert folder.is_dir()
     assert not folder.exists()
 
 
-def test_it_is_gone_after_a_kill() -> None:
+def test_a_scratch_folder_is_gone_after_a_kill() -> None:
     """Also where what the process has started lives on."""
     code = (
         "import subprocess, sys, time\n"

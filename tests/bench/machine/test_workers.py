@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from support.sweeps import children_of, wait_for_death
 
-from resblock_bench.bench.machine.workers import Job, JobFailed, WorkerDied, run
+from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.machine import workers
+from resblock_bench.bench.machine.answers import answers
+from resblock_bench.bench.machine.workers import Job, JobFailed, MachineFailed, WorkerDied, run
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +34,10 @@ def started() -> Callable[[], set[BaseProcess]]:
     return lambda: set(multiprocessing.active_children()) - before
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_process_is_of_one_kind(workers: int, started: Callable[[], set[BaseProcess]]) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_process_is_of_one_kind(count: int, started: Callable[[], set[BaseProcess]]) -> None:
     wanted = [Job(False, os.getenv, INTERPRET), Job(True, os.getenv, INTERPRET)]
-    found = dict(run([*wanted, *wanted], workers))
+    found = dict(run([*wanted, *wanted], count))
     assert {job.interpret: answer.get() for job, answer in found.items()} == {False: "0", True: "1"}
     assert not started()
 
@@ -48,6 +55,16 @@ def test_whoever_fails_fails_alone() -> None:
         found[failing].get()
     with pytest.raises(JobFailed):
         found[absent].get()
+
+
+def test_what_the_operating_system_refuses_is_the_machine_s_and_said_once() -> None:
+    refused = [Job(False, os.listdir, (f"/absent/{i}",)) for i in range(3)]
+    with pytest.raises(InvalidError, match=r"listing: this machine cannot do it \(FileNotFound"):
+        list(answers(refused, Console(quiet=True), "listing"))
+    # A job's own error is that of the job.
+    failing = Job(False, int, ("seven",))
+    ((_, answer),) = answers([failing], Console(quiet=True), "counting")
+    assert not isinstance(answer.error, MachineFailed)
 
 
 def test_whoever_stops_asking_ends_the_processes(
@@ -94,12 +111,25 @@ def test_a_process_whose_asker_is_killed_before_it_is_up_begins_nothing() -> Non
 
 
 def test_whoever_takes_too_long_is_ended_alone(
-    started: Callable[[], set[BaseProcess]],
+    started: Callable[[], set[BaseProcess]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel whose programs wait for each other never ends where they run one after another."""
+    passed = 0.0
+
+    def wait(connections: list[Connection], timeout: float) -> list[Connection]:
+        """At first as if the whole time limit had passed."""
+        nonlocal passed
+        if passed:
+            return multiprocessing.connection.wait(connections, timeout)
+        passed = timeout
+        return []
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed)
+    monkeypatch.setattr(workers, "wait", wait)
+    monkeypatch.setattr(workers, "time", clock)
     waiting, good = Job(True, time.sleep, (3600,)), Job(True, abs, (-1,))
-    found = dict(run([waiting, good], 1, limit_s=20.0))
+    found = dict(run([waiting, good], 1))
     assert found[good].get() == 1
-    with pytest.raises(WorkerDied, match="stopped after the time limit of 20"):
+    with pytest.raises(WorkerDied, match="stopped after the time limit of 5m00s"):
         found[waiting].get()
     assert not started()

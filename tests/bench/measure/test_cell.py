@@ -1,3 +1,4 @@
+import itertools
 import re
 import statistics
 from collections.abc import Callable
@@ -5,11 +6,15 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import torch
+from support.orders import SIX, Given
 from torch import Tensor, nn
 
 from resblock_bench.bench.measure import cell as measuring
+from resblock_bench.bench.measure import orders
 from resblock_bench.bench.measure.cell import Task, contract_of, id_of
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.stats import median_interval
+from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Cell, Row, cell_id
 
 
@@ -25,7 +30,7 @@ def test_a_row_is_self_describing(
     assert row.started_at.endswith("+00:00")
 
 
-def test_its_numbers_follow_from_its_samples(measure: Callable[..., Row]) -> None:
+def test_the_numbers_of_a_row_follow_from_its_samples(measure: Callable[..., Row]) -> None:
     row = measure(batch=3)
     assert row.samples_ms is not None
     assert len(row.samples_ms) == 6
@@ -43,6 +48,58 @@ def test_the_contract_says_what_the_mode_s_step_contains(
     assert "no_grad" in steps["inference"]
     assert "backward" not in steps["forward"]
     assert "backward(cotangent)" in steps["train"]
+
+
+def test_a_cell_takes_its_turns_as_ordered(
+    make_task: Callable[..., Task],
+    measure_task: Callable[..., Row],
+    add_implementation: Callable[..., None],
+) -> None:
+    seen: list[float] = []
+
+    def around(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        seen.append(float(emb.double().sum()))
+        out: Tensor = module(x, emb)
+        return out
+
+    add_implementation("seen", around)
+    began: list[int] = []
+    given = [orders.Read(), orders.Burst(60.0, 3), orders.Redraw(), orders.Burst(0.0)]
+    given += [orders.Burst(60.0, 2), orders.Read(), orders.Finish("time")]
+    channel = Given(given, lambda order: began.append(len(seen)))
+    row = measure_task(make_task(impl="seen", mode="inference"), channel)
+    assert (row.status, row.rounds, row.stop_rule) == ("ok", [3, 1, 2], "time")
+    assert [type(answer).__name__ for answer in channel.answers] == [
+        "Ready", "Counters", "Samples", "Ready", "Samples", "Samples", "Counters",
+    ]  # fmt: skip
+    told = [a.samples_ms for a in channel.answers if isinstance(a, orders.Samples)]
+    assert [ms for burst in told for ms in burst] == row.samples_ms
+    assert channel.phases == ["check", "memory", "timing", "last check"]
+    # After others' turns a step of several in a burst comes before those that count.
+    steps = [after - before for before, after in itertools.pairwise(began)]
+    assert steps == [0, 3, 0, 2, 2, 0]
+    assert len(set(seen[began[1] :])) == len(seen[began[1] :])  # never the same inputs twice
+
+
+def test_who_waits_for_a_turn_takes_no_time(
+    make_task: Callable[..., Task],
+    measure_task: Callable[..., Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor does who waits to be told what to measure."""
+    now_s = [0.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now_s[0])
+
+    def wait(order: object) -> None:
+        now_s[0] += 100.0
+        channel.waited_s += 100.0
+        now_s[0] += 0.5  # its turn
+
+    channel = Given(SIX, wait)
+    channel.waited_s = 1e6
+    row = measure_task(make_task(mode="inference"), channel)
+    assert row.status == "ok", row.reason
+    assert row.wall_s == pytest.approx(0.5 * len(SIX))
 
 
 def test_multiplicity_is_recorded_and_no_part_of_the_identity(
@@ -87,7 +144,7 @@ def test_what_was_measured_before_an_exception_stays_in_the_row(
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("the timer broke")
 
-    monkeypatch.setattr(measuring, "time_fn", fail)
+    monkeypatch.setattr(measuring, "Sampler", fail)
     row = measure(mode="inference")
     assert row.status == "failed"
     assert (row.reason or "").startswith("RuntimeError: the timer broke (line")
@@ -165,5 +222,35 @@ def test_the_id_is_stable_between_processes_and_releases(make_cell: Callable[...
         step="step",
         precision="precision",
         inputs="inputs",
+        turns="turns",
     )
-    assert (SCHEMA_VERSION, cell_id(make_cell(), contract, "code")) == (2, "07d945c95032e4da")
+    assert (SCHEMA_VERSION, cell_id(make_cell(), contract, "code")) == (3, "2927d53f6dc7bbf3")
+
+
+def test_results_that_are_not_finite_are_said_to_be_so(
+    measure: Callable[..., Row], add_implementation: Callable[..., None]
+) -> None:
+    add_implementation("infinite", lambda module, x, emb: module(x, emb) / 0)
+    row = measure(impl="infinite", mode="inference")
+    assert row.status == "wrong"
+    assert "relative error NaN or infinite is above its limit" in str(row.reason)
+
+
+def test_a_norm_over_a_single_value_is_refused_as_pytorch_does(
+    make_cell: Callable[..., Cell],
+) -> None:
+    single = make_cell(resolution=1, batch=1)
+    assert "norm over a single value" in str(unsupported(single))
+    down = msgspec.structs.replace(single, resolution=2, updown="down")
+    assert "norm over a single value" in str(unsupported(down))
+    for fine in ({"batch": 2}, {"resolution": 2}, {"channels": 64, "out_channels": 64}):
+        cell = msgspec.structs.replace(single, **fine)
+        assert unsupported(cell) is None
+        block = IMPLEMENTATIONS["reference"].build(cell)
+        block(
+            torch.ones(cell.batch, cell.channels, *[cell.resolution] * 2),
+            torch.ones(cell.batch, 16),
+        )
+    block = IMPLEMENTATIONS["reference"].build(single)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.ones(1, 32, 1, 1), torch.ones(1, 16))

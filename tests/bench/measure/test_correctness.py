@@ -29,7 +29,7 @@ def test_the_truth_is_the_reference_in_float64(make_cell: MakeCell) -> None:
     x, emb = inputs.x.double().requires_grad_(), inputs.emb.double().requires_grad_()
     out = block(x, emb)
     torch.autograd.backward(out, inputs.cotangent.double())
-    truth = compute_truth(cell, CPU, 0).tensors
+    truth = compute_truth(cell, CPU, 0, 0).tensors
     expected = {"out": out.detach(), "grad x": x.grad, "grad emb": emb.grad}
     expected |= {f"grad {name}": p.grad for name, p in block.named_parameters()}
     assert truth.keys() == expected.keys()
@@ -41,9 +41,9 @@ def test_the_truth_in_parts_is_the_truth(
     make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = make_cell(batch=5, channels=64)
-    whole = compute_truth(cell, CPU, 0).tensors
+    whole = compute_truth(cell, CPU, 0, 0).tensors
     monkeypatch.setattr(correctness, "_PART_ELEMENTS", 2 * 64 * 8 * 8)
-    parts = compute_truth(cell, CPU, 0).tensors
+    parts = compute_truth(cell, CPU, 0, 0).tensors
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-11, atol=1e-12, msg=name)
 
@@ -53,7 +53,7 @@ def test_where_eager_does_not_fit_its_error_is_found_in_parts(
 ) -> None:
     """A block that needs less memory may fit where eager does not, and still needs a limit."""
     cell = make_cell(batch=4, channels=64)
-    whole = compute_truth(cell, CPU, 0)
+    whole = compute_truth(cell, CPU, 0, 0)
 
     class Tight(Workload):
         def results(self) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def test_where_eager_does_not_fit_its_error_is_found_in_parts(
 
     monkeypatch.setattr(correctness, "Workload", Tight)
     monkeypatch.setattr(correctness, "_PART_ELEMENTS", 2 * 64 * 8 * 8)
-    parts = compute_truth(cell, CPU, 0)
+    parts = compute_truth(cell, CPU, 0, 0)
     assert parts.limits == pytest.approx(whole.limits, rel=0.5)
     assert parts.limits["out"] > 0
 
@@ -71,7 +71,7 @@ def test_where_eager_does_not_fit_its_error_is_found_in_parts(
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_limits_are_twice_the_eager_error_or_the_floor(make_cell: MakeCell, dtype: str) -> None:
     cell = make_cell(dtype=dtype, channels=64)
-    truth = compute_truth(cell, CPU, 0)
+    truth = compute_truth(cell, CPU, 0, 0)
     eager = relative_errors(results(cell), truth.tensors, truth.scales)
     floor = {"fp32": 4 * 2**-23, "bf16": 2**-7, "fp16": 2**-10}[dtype]
     assert truth.limits == {name: max(2 * error, floor) for name, error in eager.items()}
@@ -79,7 +79,7 @@ def test_limits_are_twice_the_eager_error_or_the_floor(make_cell: MakeCell, dtyp
 
 
 def test_an_error_at_its_limit_passes_and_just_above_fails(make_cell: MakeCell) -> None:
-    truth = compute_truth(make_cell(mode="inference"), CPU, 0)
+    truth = compute_truth(make_cell(mode="inference"), CPU, 0, 0)
     exact = truth.tensors["out"]
     limit = truth.limits["out"]
     assert check({"out": exact * (1 + 0.999 * limit)}, truth)[0]
@@ -92,7 +92,7 @@ def test_an_error_at_its_limit_passes_and_just_above_fails(make_cell: MakeCell) 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_wrong_and_worst(make_cell: MakeCell, bad: float) -> None:
     cell = make_cell()
-    truth = compute_truth(cell, CPU, 0)
+    truth = compute_truth(cell, CPU, 0, 0)
     found = results(cell)
     found["grad emb"][0, 0] = bad
     right, record = check(found, truth)
@@ -102,7 +102,7 @@ def test_what_is_not_finite_is_wrong_and_worst(make_cell: MakeCell, bad: float) 
 
 def test_a_missing_or_misshapen_result_is_wrong(make_cell: MakeCell) -> None:
     cell = make_cell()
-    truth = compute_truth(cell, CPU, 0)
+    truth = compute_truth(cell, CPU, 0, 0)
     found = results(cell)
     assert check(found, truth)[0]
     assert not check({**found, "grad emb": found["grad emb"][:1]}, truth)[0]
@@ -113,7 +113,7 @@ def test_a_missing_or_misshapen_result_is_wrong(make_cell: MakeCell) -> None:
 def test_a_vanishing_gradient_is_held_against_the_typical_one(make_cell: MakeCell) -> None:
     """With one channel a group the norm cancels the bias before it: its true gradient is 0."""
     cell = make_cell(channels=32, out_channels=32, conditioning="scale_shift")
-    truth = compute_truth(cell, CPU, 0)
+    truth = compute_truth(cell, CPU, 0, 0)
     name = "grad in_layers.2.bias"
     assert truth.tensors[name].norm() < 1e-9 * truth.scales[name]
     assert check(results(cell), truth)[0]
@@ -192,4 +192,5 @@ def test_dropout_is_off_for_the_check_and_on_for_the_timing(
     assert row.correctness.dropout == 0.0
     # The first step is the cell's own, for its cold memory; what it returns is not checked.
     assert seen[:2] == [0.5, 0.0]
-    assert set(seen[2:]) == {0.5}
+    assert set(seen[2:-1]) == {0.5}
+    assert seen[-1] == 0.0

@@ -1,9 +1,16 @@
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
-from resblock_bench.bench.measure.floor import TOLERANCE, floor_of, impossible
-from resblock_bench.bench.records import Ceilings, Cell
+from resblock_bench.bench.measure.floor import (
+    FEWER_OPERATIONS,
+    TOLERANCE,
+    floor_of,
+    impossible,
+    judged,
+)
+from resblock_bench.bench.records import Ceilings, Cell, Row
 
 MakeCell = Callable[..., Cell]
 CEILINGS = Ceilings(
@@ -78,17 +85,43 @@ def test_the_share_is_that_of_the_longer_time(make_cell: MakeCell) -> None:
 
 
 def test_faster_than_any_copy_is_impossible(make_cell: MakeCell) -> None:
+    """By its fastest sample: one that left work out is enough."""
     floor = floor_of(make_cell(), CEILINGS, None)
     limit_ms = floor.bytes / 4e9 * 1e3 / TOLERANCE
-    assert impossible(floor, CEILINGS, limit_ms * 1.001) is None
-    reason = impossible(floor, CEILINGS, limit_ms * 0.999)
+    assert impossible(floor, CEILINGS, 1.0, limit_ms * 1.001) is None
+    reason = impossible(floor, CEILINGS, 1.0, limit_ms * 0.999)
     assert reason is not None
     assert "218.2 KiB" in reason
     assert "0.0559 ms at its fastest" in reason
 
 
-def test_operations_do_not_make_a_time_impossible(make_cell: MakeCell) -> None:
-    """Winograd's convolutions need fewer than are counted."""
-    floor = floor_of(make_cell(), CEILINGS, None)
-    slow = Ceilings(copy_bytes_per_s=1e9, peak_bytes_per_s=4e9, matrix_flops_per_s={"fp32": 1.0})
-    assert impossible(floor, slow, floor.bytes_ms) is None
+def test_fewer_operations_than_any_convolution_needs_are_impossible(make_cell: MakeCell) -> None:
+    """Winograd's convolutions need fewer than are counted, but not fewer than a quarter."""
+    slow = replace(CEILINGS, matrix_flops_per_s={"fp32": 1e9})
+    floor = floor_of(make_cell(), slow, None)
+    limit_ms = floor.flops_ms / FEWER_OPERATIONS / TOLERANCE
+    assert limit_ms > floor.bytes_ms
+    assert impossible(floor, slow, limit_ms * 1.001, 1.0) is None
+    reason = impossible(floor, slow, limit_ms * 0.999, 1.0)
+    assert reason is not None
+    assert f"{floor.flops_ms:.3g} ms, and 4 times less at its fastest" in reason
+
+
+def test_a_row_is_held_against_ceilings(
+    make_cell: MakeCell, some_row: Callable[[str], Row]
+) -> None:
+    row = some_row("train")
+    floor = floor_of(row.axes, CEILINGS, None)
+    row = replace(row, floor=floor, samples_ms=[1.0], median_ms=1.0)
+    found = judged(row, CEILINGS)
+    assert found.status == "ok"
+    assert found.floor == floor_of(row.axes, CEILINGS, 1.0)
+    # By its median for the operations, by its fastest sample for the bytes.
+    found = judged(replace(row, samples_ms=[0.01, 1.0]), CEILINGS)
+    assert (found.status, found.floor) == ("impossible", floor_of(row.axes, CEILINGS, 1.0))
+    assert "the step left work out, or the clock is wrong" in (found.reason or "")
+    slow = replace(CEILINGS, matrix_flops_per_s={"fp32": 1e8})
+    assert judged(row, slow).status == "impossible"
+    for changes in ({"status": "wrong"}, {"floor": None}, {"samples_ms": None}):
+        changed = replace(row, **changes)
+        assert judged(changed, slow) is changed

@@ -1,11 +1,16 @@
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, could_not_compile
+from resblock_bench.bench.measure.implementations import (
+    IMPLEMENTATIONS,
+    _offered,
+    could_not_compile,
+)
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Row
 
@@ -43,6 +48,20 @@ def test_reference_modes_recompute_what_they_say(
     assert counter.calls["native_group_norm"] == norms
 
 
+@pytest.mark.parametrize("ending", [SystemExit(0), SystemExit("bye"), ImportError("no such")])
+def test_a_foreign_module_ends_nothing_but_itself(
+    monkeypatch: pytest.MonkeyPatch, ending: BaseException
+) -> None:
+    def load(point: metadata.EntryPoint) -> None:
+        raise ending
+
+    monkeypatch.setattr(metadata.EntryPoint, "load", load)
+    offered = _offered(metadata.EntryPoint("mine", "m:x", "resblock_bench.implementations"))
+    reason = offered.unusable("cpu")
+    assert reason is not None
+    assert f"its package cannot be used ({type(ending).__name__}" in reason
+
+
 def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = IMPLEMENTATIONS["compiled"]
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -76,6 +95,7 @@ def test_a_refusal_of_torch_compile_is_not_a_failure(
     assert "cannot trace this" in (row.reason or "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     IMPLEMENTATIONS["compiled"].unusable("cpu") is not None, reason="needs a C++ compiler"
 )

@@ -72,6 +72,7 @@ for cell in msgspec.json.decode(sys.argv[1], type=list[Cell]):
 """
 
 
+@pytest.mark.slow
 def test_fresh_processes_agree_to_the_byte(make_cell: MakeCell) -> None:
     """Two runs, each in an interpreter of its own with its own hash seed and addresses."""
     cells = [make_cell(impl=i, checkpoint=c, channels=64, dropout=0.1) for i, c in VARIANTS]

@@ -94,3 +94,16 @@ def test_a_place_that_cannot_be_written_raises_nothing(happened: list[str], tmp_
     (tmp_path / "file").touch()
     assert dump(tmp_path / "file" / "cell.pickle") is None
     assert dump(tmp_path / "cell.pickle") == tmp_path / "cell.pickle"
+
+
+def test_a_snapshot_is_written_through_no_link(happened: list[str], tmp_path: Path) -> None:
+    theirs, folder = tmp_path / "theirs", tmp_path / "snapshots"
+    folder.mkdir()
+    for name in ("cell.pickle", "cell.pickle.part"):
+        (folder / name).symlink_to(theirs)
+    assert dump(folder / "cell.pickle") == folder / "cell.pickle"
+    assert not theirs.exists()
+    assert not (folder / "cell.pickle").is_symlink()
+    (tmp_path / "link").symlink_to(folder)
+    assert dump(tmp_path / "link" / "other.pickle") is None
+    assert not (folder / "other.pickle").exists()

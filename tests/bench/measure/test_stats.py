@@ -28,7 +28,9 @@ def coverage(rows, median):
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
 @pytest.mark.parametrize("count", [6, 7, 8, 12, 20, 33, 100, 501])
-def test_it_contains_the_interval_for_independent_samples(count: int, confidence: float) -> None:
+def test_a_median_interval_contains_that_for_independent_samples(
+    count: int, confidence: float
+) -> None:
     samples = np.random.default_rng(count).lognormal(size=count)
     theirs = quantile_test(samples, q=0, p=0.5).confidence_interval(confidence)
     ours = median_interval(samples.tolist(), confidence)
@@ -40,7 +42,7 @@ def test_it_contains_the_interval_for_independent_samples(count: int, confidence
         assert theirs.high <= ours[1]
 
 
-def test_in_a_series_that_alternates_it_is_that_interval() -> None:
+def test_in_a_series_that_alternates_the_interval_is_that_for_independent_samples() -> None:
     """The partial sums go nowhere."""
     samples = [value for n in range(20) for value in (10.0 + n, 50.0 - n)]
     theirs = quantile_test(samples, q=0, p=0.5).confidence_interval(0.95)
@@ -77,7 +79,7 @@ def test_the_price_of_not_assuming_independence_is_small() -> None:
 
 
 @pytest.mark.parametrize("phi", [0.5, 0.8])
-def test_correlated_samples_are_covered_too(phi: float) -> None:
+def test_the_interval_covers_correlated_samples(phi: float) -> None:
     assert coverage(correlated(phi, (1000, 200)), 1.0) >= 0.93
     # where the interval for independent samples is far off
     rank = interval_rank(200, 0.95)

@@ -143,6 +143,27 @@ def test_an_empty_run_has_a_heading(run: Run) -> None:
     assert "0 cells: none." in path.read_text()
 
 
+def test_markdown_steers_nothing_and_csv_keeps_what_is_stored(run: Run) -> None:
+    row = msgspec.structs.replace(run.rows[1], reason="\x1b[31mred\x07")
+    export(dataclasses.replace(run, attempts=[row]), ["md", "csv"])
+    assert "1 cell: \\[31mred" in (run.folder / "cells.md").read_text()
+    assert "\x1b[31mred\x07" in (run.folder / "cells.csv").read_text()
+
+
+def test_an_export_into_a_foreign_folder_follows_no_link(run: Run, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    for name in ("cells.csv", "cells.csv.part", "cells.md"):
+        (run.folder / name).symlink_to(theirs)
+    export(run, ["csv", "md"])
+    assert not theirs.exists()
+
+
+def test_an_environment_without_versions_is_exported(run: Run) -> None:
+    bare = msgspec.structs.replace(run.environment, versions={})
+    export(dataclasses.replace(run, environment=bare), ["md"])
+    assert "torch None, triton None" in (run.folder / "cells.md").read_text()
+
+
 def test_a_failed_write_leaves_the_earlier_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = export(run, ["csv"])
     before = path.read_bytes()

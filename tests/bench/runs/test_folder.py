@@ -151,6 +151,14 @@ def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None
     cells.write_text(f"{first}\n{second}\n")
 
 
+def before_lockstep(row: dict[str, object]) -> dict[str, object]:
+    """As it was written when cells were timed one after the other."""
+    later = {"block", "rounds", "ratio", "ratio_to_none"}
+    contract = {k: v for k, v in row["contract"].items() if k != "turns"}  # type: ignore[attr-defined]
+    old = {k: v for k, v in row.items() if k not in later}
+    return {**old, "contract": contract, "schema_version": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,13 +169,24 @@ def damaged(folder: Path, change: Callable[[dict[str, object]], object]) -> None
         (lambda row: {k: v for k, v in row.items() if k != "status"}, "line 2 is damaged.*status"),
         (lambda row: {**row, "status": "great"}, "line 2 is damaged.*great"),
         (lambda row: {**row, "multiplicity": "1"}, "line 2 is damaged.*multiplicity"),
-        (lambda row: {**row, "schema_version": 9}, "line 2 has schema version 9.*reads 2"),
+        (lambda row: {**row, "median_ms": -1.0}, "line 2 is damaged.*median_ms"),
+        (lambda row: {**row, "median_ms": 0}, "line 2 is damaged.*median_ms"),
+        (lambda row: {**row, "ci_low_ms": float("nan")}, "line 2 is damaged"),
+        (lambda row: {**row, "ci_high_ms": float("inf")}, "line 2 is damaged"),
+        (lambda row: {**row, "median_ms": 5e-324}, "line 2 is damaged.*median_ms"),
+        (lambda row: {**row, "graph_median_ms": 1e308}, "line 2 is damaged.*graph_median_ms"),
+        (lambda row: {**row, "samples_ms": [-1.0]}, r"line 2 is damaged.*samples_ms\[0\]"),
+        (lambda row: {**row, "throughput_images_per_s": 0}, "line 2 is damaged.*throughput"),
+        (lambda row: {**row, "attempt": 10**30}, "line 2 is damaged.*attempt"),
+        (lambda row: {**row, "schema_version": 9}, "line 2 has schema version 9.*reads 3"),
+        (lambda row: before_lockstep(row), "line 2 has schema version 2, .*reads 3; read it with"),
         (lambda row: {**row, "axes": {**row["axes"], "batch": 9}}, "line 2 was changed"),
         (lambda row: {**row, "id": "0" * 16}, "line 2 was changed"),
     ],
     ids=[
         "torn", "empty", "not a row", "unknown key", "missing key", "unknown status", "wrong type",
-        "other schema", "edited axis", "edited id",
+        "negative", "zero", "NaN", "infinite", "tiny", "huge", "sample", "throughput", "large",
+        "other schema", "before lockstep", "edited axis", "edited id",
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_named(
@@ -177,6 +196,91 @@ def test_a_damaged_line_is_named(
     with pytest.raises(InvalidError, match=message) as refusal:
         read_run(folder)
     assert str(folder / "cells.jsonl") in str(refusal.value)
+
+
+def test_an_error_that_is_not_among_the_errors_is_damage(folder: Path) -> None:
+    cells = folder / "cells.jsonl"
+    first, second = cells.read_text().splitlines()
+    row = json.loads(first)
+    row["correctness"]["worst"] = "nothing"
+    cells.write_text(f"{json.dumps(row)}\n{second}\n")
+    with pytest.raises(InvalidError, match=r"line 1 is damaged .worst is 'nothing'"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("name", ["cells.jsonl", "plan.json", "environment.json"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(os.mkfifo, "a pipe"), (os.mkdir, "a folder"), (lambda p: p.symlink_to("/dev/zero"), "a dev")],
+    ids=["pipe", "folder", "device"],
+)
+def test_what_is_no_file_is_not_read(
+    folder: Path, name: str, make: Callable[[Path], None], kind: str
+) -> None:
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(UsageError, match=f"{name} cannot be read .it is {kind}"):
+        read_run(folder)
+
+
+def test_more_than_the_most_is_not_read(folder: Path) -> None:
+    with (folder / "plan.json").open("ab") as file:
+        file.truncate(2**26 + 1)  # sparse: it takes no room
+    with pytest.raises(UsageError, match=r"plan\.json cannot be read .it has more than 64 MiB"):
+        read_run(folder)
+
+
+def test_a_row_that_nests_too_deep_is_damage(folder: Path) -> None:
+    (folder / "cells.jsonl").write_text('{"x": ' + "[" * 100_000 + "\n")
+    with pytest.raises(InvalidError, match="line 1 is damaged"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_rows_are_not_appended_through_a_link(
+    folder: Path, tmp_path: Path, plan: Plan, found: Environment, made: bool
+) -> None:
+    theirs = tmp_path / "theirs"
+    if made:
+        (folder / "cells.jsonl").rename(theirs)
+        (folder / "cells.jsonl").symlink_to(theirs)
+        before = theirs.read_bytes()
+        with pytest.raises(UsageError, match=r"cells\.jsonl is a link"), resume_run(folder):
+            pass
+        assert theirs.read_bytes() == before
+        return
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "cells.jsonl").symlink_to(theirs)
+    with pytest.raises(UsageError, match=r"cells\.jsonl is a link"), create_run(new, plan, found):
+        pass
+    assert not theirs.exists()
+
+
+def test_a_run_begins_in_no_pipe(tmp_path: Path, plan: Plan, found: Environment) -> None:
+    os.mkfifo(tmp_path / "cells.jsonl")
+    with pytest.raises(UsageError, match="it is a pipe"), create_run(tmp_path, plan, found):
+        pass
+
+
+def test_links_in_place_of_plan_and_environment_are_replaced(
+    tmp_path: Path, plan: Plan, found: Environment
+) -> None:
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir()
+    for name in ("plan.json", "environment.json"):
+        (run / name).symlink_to(theirs)
+    with create_run(run, plan, found):
+        pass
+    assert not theirs.exists()
+    assert (read_run(run).plan, read_run(run).environment) == (plan, found)
+
+
+def test_a_folder_s_name_that_is_too_long_is_said(plan: Plan, found: Environment) -> None:
+    long = Path("x" * 300)
+    for opening in (create_run(long, plan, found), resume_run(long)):
+        with pytest.raises(UsageError, match=r"cannot be written .File name too long"), opening:
+            pass
 
 
 def test_a_cell_twice_is_damage(folder: Path) -> None:

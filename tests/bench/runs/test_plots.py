@@ -1,7 +1,10 @@
 import dataclasses
+import os
+import shutil
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import msgspec
@@ -10,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Row, Status
 from resblock_bench.bench.runs.dots import QUANTITIES, draw_dots
@@ -231,6 +235,48 @@ def test_the_caption_stays_inside_the_figure(run: Run) -> None:
 
 def supxlabels(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(plt.Text)]
+
+
+def test_figures_in_a_foreign_folder_are_written_through_no_link(run: Run, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    figures = run.folder / "figures"
+    figures.mkdir(parents=True)
+    (figures / "front.png").symlink_to(theirs)
+    os.mkfifo(figures / "front.svg")
+    draw_all(run)
+    assert theirs.read_text() == "theirs"
+    assert all(path.is_file() and not path.is_symlink() for path in figures.iterdir())
+    shutil.rmtree(figures)
+    figures.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UsageError, match=r"figures cannot be written \(figures is a link\)"):
+        draw_all(run)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_names_are_drawn_as_they_are_and_steer_nothing(run: Run) -> None:
+    folder = run.folder.parent / "cost $x_ 100% {a} \\frac 机器"
+    folder.mkdir()
+    name = "\x1b[31mCPU $\\frac \u202e\ud800"  # the second `$` of the caption
+    rows = [msgspec.structs.replace(row, device_name=name) for row in run.rows]
+    paths = draw_all(dataclasses.replace(run, folder=folder, attempts=rows))
+    for path in paths:
+        if path.suffix == ".svg":
+            ElementTree.parse(path)  # no control character is left in it
+            assert "[31mCPU $\\frac \ufffd" in path.read_text(encoding="utf-8")
+
+
+def test_a_figure_that_cannot_be_written_is_named(run: Run) -> None:
+    run.folder.mkdir()
+    (run.folder / "figures").write_text("no folder")
+    with pytest.raises(UsageError, match=r"figures cannot be written \(File exists\): make it"):
+        draw_all(run)
+    (run.folder / "figures").unlink()
+    (run.folder / "figures" / "front.png").mkdir(parents=True)
+    with pytest.raises(UsageError, match="Is a directory"):
+        draw_all(run)
+    assert not list((run.folder / "figures").glob(".*"))
 
 
 def test_nothing_measured_draws_nothing(run: Run) -> None:

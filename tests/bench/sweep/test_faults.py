@@ -20,6 +20,7 @@ from support.sweeps import (
     wait_for_rows,
 )
 
+from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.records import Row
 from resblock_bench.bench.runs.folder import read_run
 
@@ -60,6 +61,55 @@ def test_a_cell_that_breaks_is_a_row_and_ends_nothing_else(
     assert reason in (rows[impl].reason or "")
     assert rows[impl].samples_ms is None
     assert reason in done.out.replace("\n", " ")
+
+
+LOST = {
+    "late_crash": ("crashed", "killed by SIGSEGV, in its phase 'timing'"),
+    "late_raise": ("failed", "RuntimeError: illegal access [of memory] (line"),
+    "late_oom": ("oom", "MemoryError: no more"),
+    "late_hang": ("timeout", "time limit of 8.0s, in its phase 'timing'"),
+    "cached": ("wrong", "with other inputs than at first, out: relative error"),
+    "slow_clock": ("impossible", "its own is not to be trusted"),
+    "segfaulting": ("crashed", "killed by SIGSEGV, in its phase 'check'"),
+    "wrong": ("wrong", "above its limit"),
+}
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
+    """The rows of one block, most of whose variants are lost on the way."""
+    folder = tmp_path_factory.mktemp("block") / "run"
+    impls = ",".join(["reference", *LOST, "fused"])
+    arguments = ["run", *TINY, *QUICK, "-a", f"impl={impls}", "--timeout", "8s"]
+    with pytest.raises(SystemExit) as ending:
+        cli.main([*arguments, "--output", str(folder)])
+    assert ending.value.code == 5
+    return rows_of(folder)
+
+
+@pytest.mark.parametrize("impl", LOST)
+def test_a_variant_that_is_lost_says_why(block: dict[str, Row], impl: str) -> None:
+    status, reason = LOST[impl]
+    row = block[impl]
+    assert row.status == status, row.reason
+    assert reason in (row.reason or "")
+    assert (row.ratio, row.ratio_to_none) == (None, None)
+
+
+def test_the_others_of_its_block_stand_with_their_ratios(block: dict[str, Row]) -> None:
+    reference, fused = block["reference"], block["fused"]
+    assert (reference.status, fused.status) == ("ok", "ok")
+    assert reference.block == fused.block is not None
+    for row in (reference, fused):
+        assert row.rounds == [1] * 6
+        assert row.ratio is not None
+        assert row.ratio == row.ratio_to_none
+        assert row.ratio.low is not None
+        assert row.ratio.high is not None
+        assert row.ratio.low <= row.ratio.value <= row.ratio.high
+    assert reference.ratio is not None
+    assert (reference.ratio.value, reference.ratio.low, reference.ratio.high) == (1.0, 1.0, 1.0)
+    assert reference.conditions == fused.conditions
 
 
 def test_a_cell_that_hangs_is_ended(sweep: Callable) -> None:
@@ -106,7 +156,8 @@ def test_larger_cells_than_one_that_ran_out_of_memory_are_skipped(
     run_cli(*selection, "-a", "batch=1,2", *again, "--ignore-oom-record")
     found = {(row.axes.impl, row.axes.batch): row for row in read_run(tmp_path / "run").rows}
     assert (found["greedy", 2].status, found["greedy", 2].attempt) == ("oom", 2)
-    assert found["reference", 2].attempt == 1
+    assert found["reference", 2].attempt == 2, "its block was measured whole"
+    assert found["greedy", 1].attempt == 2
 
 
 @pytest.mark.parametrize("impl", ["unimportable", "mistyped"])

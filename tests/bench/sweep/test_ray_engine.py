@@ -2,14 +2,13 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from multiprocessing import spawn
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -23,7 +22,7 @@ from resblock_bench.bench.records import Row
 from resblock_bench.bench.sweep import ray_node
 from resblock_bench.bench.sweep.engines import LocalEngine
 from resblock_bench.bench.sweep.ray_engine import RAY_SETTINGS, RayEngine, choose_accelerator, room
-from resblock_bench.bench.sweep.schedule import run_tasks
+from resblock_bench.bench.sweep.schedule import blocks_of, run_blocks
 
 os.environ.update(RAY_SETTINGS)
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 VARYING = {
     "samples_ms", "median_ms", "ci_low_ms", "ci_high_ms", "outliers", "throughput_images_per_s",
-    "warmup_s", "conditions", "floor", "started_at", "wall_s", "overhead_s",
+    "warmup_s", "block", "conditions", "floor", "started_at", "wall_s", "overhead_s",
     "memory_limit_bytes",
 }  # fmt: skip
 
@@ -126,7 +125,8 @@ def test_a_sweep_survives_the_loss_of_a_node(
     engine = connect()
     assert engine.lanes == 4, "three CPUs, and one to wait"
     calls = count_calls(engine, monkeypatch)
-    tasks = [make_task(batch=1), make_task(batch=2), make_task(impl="killed")]
+    tasks = [make_task(batch=1), make_task(batch=2), make_task(impl="killed", batch=3)]
+    tasks.append(make_task(batch=3))
 
     raylet = cluster.doomed.all_processes["raylet"][0].process.pid
 
@@ -136,20 +136,21 @@ def test_a_sweep_survives_the_loss_of_a_node(
 
     loss = threading.Thread(target=lose_a_node)
     loss.start()
-    rows = {row.id: row for row in run_tasks(tasks, engine, oom=None)}
+    rows = {row.id: row for row in run_blocks(blocks_of(tasks), engine, oom=None)}
     loss.join()
     assert "".join(capfd.readouterr()) == "", "Ray keeps its reports to itself"
-    assert len(calls) == len(tasks) + 1, "the lost cell once more, the killed one not"
+    assert len(calls) == 3 + 1, "the lost block once more, the one with a killed cell not"
     assert list(rows) and set(rows) == {id_of(task) for task in tasks}
     killed = rows[id_of(tasks[2])]
     assert killed.status == "crashed"
     assert killed.reason == "killed by SIGKILL, in its phase 'check'"
     assert engine.lanes == 3
     with closing(LocalEngine("cpu", threads=1, limit_s=600)) as local:
-        for task in tasks[:2]:
+        for task in (*tasks[:2], tasks[3]):
             row = rows[id_of(task)]
             assert row.status == "ok"
-            assert unchanging(row) == unchanging(local.submit(task).result())
+            (own,) = local.submit([task]).result()
+            assert unchanging(row) == unchanging(own)
 
 
 def test_closing_ends_the_cells_and_leaves_nothing(
@@ -161,7 +162,7 @@ def test_closing_ends_the_cells_and_leaves_nothing(
     engine = connect()
     # A node that another test has killed leaves its folder.
     before, left = cells(), folders()
-    running = engine.submit(make_task(impl="hanging"))
+    running = engine.submit([make_task(impl="hanging")])
     wait_for(lambda: cells() - before and any(any(new.iterdir()) for new in folders() - left))
     engine.close()
     assert running.done() and running.exception() is not None
@@ -172,7 +173,7 @@ def test_closing_ends_the_cells_and_leaves_nothing(
 
 def cells() -> set[int]:
     """Processes of cells, and the servers they are forked from."""
-    return processes(b"multiprocessing.forkserver")
+    return processes(b"resblock_bench.bench.machine.server")
 
 
 def processes(part: bytes) -> set[int]:
@@ -234,7 +235,7 @@ def answer(
 
         monkeypatch.setattr(offline, "_call", call)
         task = make_task()
-        row = offline.submit(task).result()
+        (row,) = offline.submit([task]).result()
         assert not left
         assert row.id == id_of(task)
         assert row.host == row.device_name == "unknown"
@@ -273,6 +274,14 @@ def test_no_ray_and_no_cluster_are_said(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(ray, "init", nowhere)
         with pytest.raises(UsageError, match=r"could not find any.*ray start --head"):
             RayEngine("cpu", threads=1, limit_s=60)
+    with monkeypatch.context() as patch, socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # listens to nobody
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        patch.setattr(ray, "init", lambda **options: pytest.fail("Ray waits for minutes"))
+        for named in (address, f"ray://{address}", "127.0.0.1:99999"):
+            patch.setenv("RAY_ADDRESS", named)
+            with pytest.raises(UsageError, match=rf"{named}.*ray start --head"):
+                RayEngine("cpu", threads=1, limit_s=60)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"install resblock-bench\[ray\]"):
         RayEngine("cpu", threads=1, limit_s=60)
@@ -314,22 +323,12 @@ def test_a_node_reports_itself(make_task: Callable[..., Task]) -> None:
     """What the run's environment says of another machine, its ceilings too, is not this node's."""
     task = make_task()
     there = replace(task.environment, cpu="another", versions={"torch": "1.0"}, commit="0" * 40)
-    job = ray_node.NodeJob(
-        code_fingerprint(), 60.0, msgspec.Raw(msgspec.json.encode(replace(task, environment=there)))
-    )
-    row = msgspec.json.decode(ray_node.measure_on_node(msgspec.json.encode(job)), type=Row)
+    block = [replace(each, environment=there) for each in (make_task(impl="fused"), task)]
+    job = ray_node.NodeJob(code_fingerprint(), 60.0, msgspec.Raw(msgspec.json.encode(block)))
+    rows = msgspec.json.decode(ray_node.measure_on_node(msgspec.json.encode(job)), type=list[Row])
+    assert [row.axes for row in rows] == [task.cell for task in block]
+    assert len({row.block for row in rows}) == 1
+    row = rows[1]
     assert row.status == "ok"
     assert (row.versions, row.commit) == (task.environment.versions, task.environment.commit)
     assert row.device_name == task.environment.cpu
-
-
-def test_a_cell_does_not_import_the_main_module_of_the_worker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    worker = ModuleType("__main__")
-    worker.__file__ = __file__
-    monkeypatch.setitem(sys.modules, "__main__", worker)
-    assert [name for name in spawn.get_preparation_data("") if "init_main" in name]
-    with ray_node._without_main_module():
-        assert not [name for name in spawn.get_preparation_data("") if "init_main" in name]
-    assert sys.modules["__main__"] is worker

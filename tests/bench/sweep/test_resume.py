@@ -29,11 +29,12 @@ def test_what_failed_is_tried_again_on_request_only(run_cli: Callable, tmp_path:
     assert (folder / "cells.jsonl").read_bytes() == before
     done = run_cli("run", "--no-plots", "--output", folder, "--resume", "--retry-failed")
     assert done.code == 3
-    assert "1 cells on" in done.out
+    assert "2 cells on" in done.out, "with its reference, whose rounds it has to share"
     after = (folder / "cells.jsonl").read_bytes()
     assert after.startswith(before)
-    assert after.count(b"\n") == before.count(b"\n") + 1
-    assert (rows_of(folder)["raising"].attempt, len(read_run(folder).rows)) == (2, 2)
+    assert after.count(b"\n") == before.count(b"\n") + 2
+    rows = rows_of(folder)
+    assert {name: row.attempt for name, row in rows.items()} == {"reference": 2, "raising": 2}
 
 
 def test_kill_9_at_a_random_cell_then_resume(run_cli: Callable, tmp_path: Path) -> None:
@@ -128,9 +129,11 @@ def test_a_truncated_last_line_is_reported_and_repaired(run_cli: Callable, finis
     done = run_cli("run", "--no-plots", "--resume", "--output", finished)
     assert done.code == 0
     assert "the half-written last line" in done.out
-    assert "1 cells on" in done.out
+    assert "2 cells on" in done.out, "what is left of a block says nothing of a new row"
     assert cells.read_bytes().startswith(content.splitlines(keepends=True)[0])
-    assert len(read_run(finished).rows) == 2
+    rows = read_run(finished).rows
+    assert sorted(row.attempt for row in rows) == [1, 2]
+    assert len({row.block for row in rows}) == 1
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(run_cli: Callable, finished: Path) -> None:
@@ -198,6 +201,9 @@ def test_resuming_with_other_options_is_refused(run_cli: Callable, finished: Pat
     done = run_cli("run", *TINY, *QUICK, "--seed", 7, "--resume", "--output", finished)
     assert done.code == 2
     assert "begun with seed 0, and 7 was asked for" in done.err
+    done = run_cli("run", *TINY, *QUICK, "--max-time", "2s", "--resume", "--output", finished)
+    assert done.code == 2
+    assert "begun with max_time_s 3.0, and 2.0 was asked for" in done.err
 
 
 def test_the_same_command_with_resume_adds_cells(run_cli: Callable, finished: Path) -> None:
@@ -308,7 +314,7 @@ def test_a_refused_folder_is_not_even_repaired(run_cli: Callable, finished: Path
 def test_a_dry_run_of_a_resumption_shows_the_cells_of_the_run(
     run_cli: Callable, finished: Path
 ) -> None:
-    assert "2 cell(s)" in run_cli("run", "--resume", "--dry-run", "--output", finished).out
+    assert "2 cells;" in run_cli("run", "--resume", "--dry-run", "--output", finished).out
 
 
 def test_a_table_that_cannot_be_written_is_no_loss(run_cli: Callable, finished: Path) -> None:
