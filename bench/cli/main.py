@@ -344,11 +344,14 @@ def plan(
         typer.Option(metavar="24GiB", help="Of the device. Default: 16, 24, 40, 80 and 141 GiB."),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every number here, too.")
+        Path | None,
+        typer.Option("--json", parser=path, metavar="FILE", help="Write every number here, too."),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw the peak over the batch, with the devices."),
+        typer.Option(
+            parser=path, metavar="FILE.png", help="Draw the peak over the batch, with the devices."
+        ),
     ] = None,
     published: Annotated[
         bool,

@@ -26,7 +26,7 @@ from resblock_bench.reference import PUBLISHED
 
 from .plans import DEVICES, Planner, PlanRequest, variant_title
 from .subject import Subject
-from .training import Setup, published_precision
+from .training import Recipe, published_precision
 from .variant import VariantPlan
 
 SCHEMA_VERSION = 1
@@ -59,7 +59,7 @@ class EqualMemoryTable(Record, frozen=True, kw_only=True):
     def largest(self, model: str, impl: str, checkpoint: str, device_bytes: int) -> int | None:
         """A model's largest batch in a variant, or None where that is not planned."""
         for row in self.rows:
-            if (row.model, row.plan.setup.impl, row.plan.setup.checkpoint) == (
+            if (row.model, row.plan.recipe.impl, row.plan.recipe.checkpoint) == (
                 model, impl, checkpoint,
             ):  # fmt: skip
                 return row.largest[self.devices.index(device_bytes)]
@@ -77,11 +77,11 @@ def request_as_trained(model: str) -> PlanRequest:
     )
 
 
-def wanted() -> Iterator[tuple[str, Setup]]:
+def wanted() -> Iterator[tuple[str, Recipe]]:
     """All variants, model by model."""
     for model in PUBLISHED:
-        for setup in request_as_trained(model).setups():
-            yield model, setup
+        for recipe in request_as_trained(model).recipes():
+            yield model, recipe
 
 
 def begun(json: Path | None) -> EqualMemoryTable:
@@ -119,24 +119,24 @@ def completed(
     table: EqualMemoryTable, json: Path | None, progress: Console
 ) -> tuple[EqualMemoryTable, bool]:
     """The table with what was missing, and whether an interrupt came before its end."""
-    have = {(row.model, row.plan.setup) for row in table.rows}
+    have = {(row.model, row.plan.recipe) for row in table.rows}
     missing = [item for item in wanted() if item not in have]
     try:
         with closing(Processes()) as processes, TaskProgress(progress, len(missing)) as bar:
-            for model, setup in missing:
-                name = f"{model} {variant_title(setup)}"
+            for model, recipe in missing:
+                name = f"{model} {variant_title(recipe)}"
                 bar.begin(name)
                 planner = Planner(request_as_trained(model).subject, _BATCH, DEVICES, processes)
-                plan = planner.plan(setup)
+                plan = planner.plan(recipe)
                 if plan is None:
-                    problem = planner.replies[setup].problem or ""
+                    problem = planner.replies[recipe].problem or ""
                     table = structs.replace(table, problems={**table.problems, name: problem})
                 else:
                     largest = [plan.largest_batch(capacity) for capacity in DEVICES]
                     row = EqualMemoryRow(model=model, plan=plan, largest=largest)
                     table = structs.replace(table, rows=_ordered([*table.rows, row]))
                 if json is not None:
-                    files.write(json, files.as_json(table), _ADVICE)
+                    files.write(json, files.as_json(table), _ADVICE, named=True)
                 bar.finish(name)
     except KeyboardInterrupt:
         return table, True
@@ -145,4 +145,4 @@ def completed(
 
 def _ordered(rows: list[EqualMemoryRow]) -> list[EqualMemoryRow]:
     order = {item: number for number, item in enumerate(wanted())}
-    return sorted(rows, key=lambda row: order.get((row.model, row.plan.setup), len(order)))
+    return sorted(rows, key=lambda row: order.get((row.model, row.plan.recipe), len(order)))

@@ -42,8 +42,8 @@ def draw_peaks(found: MemoryPlan) -> Figure:
             ax.plot(
                 batches,
                 ys,
-                color=COLOURS[plan.setup.impl],
-                linestyle=_LINES[plan.setup.checkpoint],
+                color=COLOURS[plan.recipe.impl],
+                linestyle=_LINES[plan.recipe.checkpoint],
             )
         for capacity in found.devices:
             ax.axhline(capacity / GIB, color=GREY, linewidth=0.8)
@@ -63,9 +63,9 @@ def draw_peaks(found: MemoryPlan) -> Figure:
                 Line2D(
                     [],
                     [],
-                    color=COLOURS[plan.setup.impl],
-                    linestyle=_LINES[plan.setup.checkpoint],
-                    label=f"{plan.setup.impl}, {MODE_TITLES[plan.setup.checkpoint]}",
+                    color=COLOURS[plan.recipe.impl],
+                    linestyle=_LINES[plan.recipe.checkpoint],
+                    label=f"{plan.recipe.impl}, {MODE_TITLES[plan.recipe.checkpoint]}",
                 )
                 for plan in found.variants
             ],
@@ -85,14 +85,14 @@ def draw_equal_memory(table: EqualMemoryTable) -> Figure:
             ax.set_title(capacity_name(capacity))
             sizes = [1]
             for row in table.rows:
-                images, setup = row.largest[number], row.plan.setup
+                images, recipe = row.largest[number], row.plan.recipe
                 if images:
                     sizes.append(images)
                     ax.plot(
                         images,
                         models.index(row.model),
-                        marker=MODE_MARKERS[setup.checkpoint],
-                        color=COLOURS[setup.impl],
+                        marker=MODE_MARKERS[recipe.checkpoint],
+                        color=COLOURS[recipe.impl],
                         linestyle="",
                         markersize=5,
                         alpha=0.8,
@@ -103,7 +103,7 @@ def draw_equal_memory(table: EqualMemoryTable) -> Figure:
         panels[0].set_yticks(range(len(models)), models)
         panels[0].invert_yaxis()
         panels[0].set_xlabel("largest batch (no marker: not one image)")
-        shown = dict.fromkeys((r.plan.setup.impl, r.plan.setup.checkpoint) for r in table.rows)
+        shown = dict.fromkeys((r.plan.recipe.impl, r.plan.recipe.checkpoint) for r in table.rows)
         handles = [
             handle(f"{impl}, {MODE_TITLES[mode]}", COLOURS[impl], MODE_MARKERS[mode])
             for impl, mode in shown
@@ -127,7 +127,7 @@ def _finish(figure: Figure, title: str, handles: list[Line2D], note: str) -> Non
 
 def save(figure: Figure, path: Path, advice: str) -> None:
     """As PNG or SVG, by the path's name. Raises UsageError where it cannot be written."""
-    with files.explained(path, advice), files.whole(path) as file:
+    with files.explained(path, advice), files.whole(path, named=True) as file:
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(file, format=path.suffix[1:], dpi=160, metadata=metadata)
     plt.close(figure)

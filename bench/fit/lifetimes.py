@@ -44,6 +44,12 @@ Purpose = Literal[
                   and what checkpoints compute again
 """
 Phase = Literal["forward", "backward", "optimizer", "ema"]
+MOST_BYTES = 2**48
+"""Of one storage: of thousands of larger ones the sum would not fit 64 bits."""
+
+
+class TooLargeError(Exception):
+    """A storage of more than MOST_BYTES."""
 
 
 class Peak(Struct, frozen=True):
@@ -157,6 +163,8 @@ class Lifetimes(TorchDispatchMode):
         address = storage._cdata
         if address in self._alive:
             return self._alive[address][0]
+        if storage.nbytes() > MOST_BYTES:
+            raise TooLargeError
         number = len(self._sizes)
         self._sizes.append(storage.nbytes())
         self._places.append(self._place())

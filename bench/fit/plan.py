@@ -58,7 +58,7 @@ def request_of(
     for path in (json, plot):
         if path is not None:
             with files.explained(path, _ADVICE):
-                files.check_writable(path)
+                files.check_writable(path, named=True)
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot} is no PNG or SVG by its name: end it in .png or .svg")
     published: Precision = "fp32" if subject.config is None else published_precision(subject.config)
@@ -89,7 +89,7 @@ def carry_out(request: PlanRequest, console: Console, progress: Console) -> int:
         else:
             console.print(part)
     if request.json is not None:
-        files.write(request.json, files.as_json(found), _ADVICE)
+        files.write(request.json, files.as_json(found), _ADVICE, named=True)
         say(console, f"json: {request.json}")
     if request.plot is not None and found.variants:
         save(draw_peaks(found), request.plot, _ADVICE)
@@ -112,7 +112,7 @@ def carry_out_published(
     for path in (json, plot):
         if path is not None:
             with files.explained(path, _ADVICE):
-                files.check_writable(path, parents=True)
+                files.check_writable(path, named=True)
     table, ended = completed(begun(json), json, progress)
     for line in shown_equal_memory(table):
         if isinstance(line, str):

@@ -33,7 +33,7 @@ from resblock_bench.bench.progress import TaskProgress
 from resblock_bench.bench.records import Checkpoint, Record
 
 from .subject import Subject
-from .training import Impl, Optimizer, Precision, Setup
+from .training import Impl, Optimizer, Precision, Recipe
 from .variant import VariantJob, VariantPlan, VariantReply, plan_variant
 
 GIB = 2**30
@@ -70,8 +70,8 @@ class PlanRequest:
     def devices(self) -> list[int]:
         return list(DEVICES) if self.device_bytes is None else [self.device_bytes]
 
-    def setup(self, impl: Impl, checkpoint: Checkpoint) -> Setup:
-        return Setup(
+    def recipe(self, impl: Impl, checkpoint: Checkpoint) -> Recipe:
+        return Recipe(
             impl=impl,
             checkpoint=checkpoint,
             precision=self.precision,
@@ -81,8 +81,8 @@ class PlanRequest:
             accumulate=self.at_once < self.batch,
         )
 
-    def setups(self) -> list[Setup]:
-        return [self.setup(*pair) for pair in itertools.product(self.impls, self.checkpoints)]
+    def recipes(self) -> list[Recipe]:
+        return [self.recipe(*pair) for pair in itertools.product(self.impls, self.checkpoints)]
 
 
 class Change(Struct, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ class Change(Struct, frozen=True, kw_only=True):
 
     device_bytes: int
     what: str | None
-    setup: Setup | None = None
+    recipe: Recipe | None = None
     images: int | None = None
     peak_bytes: int | None = None
 
@@ -102,7 +102,7 @@ class Change(Struct, frozen=True, kw_only=True):
 class Failure(Struct, frozen=True):
     """A variant without a plan, and why."""
 
-    setup: Setup
+    recipe: Recipe
     problem: str
 
 
@@ -134,16 +134,16 @@ class Planner:
     ) -> None:
         self._subject, self._batch, self._devices = subject, batch, list(devices)
         self._processes = processes
-        self.replies: dict[Setup, VariantReply] = {}
+        self.replies: dict[Recipe, VariantReply] = {}
 
-    def plan(self, setup: Setup) -> VariantPlan | None:
+    def plan(self, recipe: Recipe) -> VariantPlan | None:
         """A variant's plan, or None where its step fails."""
-        if setup not in self.replies:
+        if recipe not in self.replies:
             job = VariantJob(
-                subject=self._subject, setup=setup, batch=self._batch, capacities=self._devices
+                subject=self._subject, recipe=recipe, batch=self._batch, capacities=self._devices
             )
-            self.replies[setup] = self._reply(job)
-        return self.replies[setup].plan
+            self.replies[recipe] = self._reply(job)
+        return self.replies[recipe].plan
 
     def _reply(self, job: VariantJob) -> VariantReply:
         ending = self._processes.run(plan_variant, msgspec.json.encode(job), limit_s=_LIMIT_S)
@@ -154,22 +154,22 @@ class Planner:
 
 def memory_plan(request: PlanRequest, progress: Console) -> MemoryPlan:
     """All variants, then the cheapest change for each device; what there is after an interrupt."""
-    setups, changes, interrupted = request.setups(), [], False
+    recipes, changes, interrupted = request.recipes(), [], False
     with closing(Processes()) as processes:
         planner = Planner(request.subject, request.at_once, request.devices, processes)
         try:
-            with TaskProgress(progress, len(setups)) as bar:
-                for setup in setups:
-                    name = variant_title(setup)
+            with TaskProgress(progress, len(recipes)) as bar:
+                for recipe in recipes:
+                    name = variant_title(recipe)
                     bar.begin(name)
-                    planner.plan(setup)
+                    planner.plan(recipe)
                     bar.finish(name)
             for device_bytes in request.devices:
                 changes.append(cheapest_change(request, device_bytes, planner.plan))
         except KeyboardInterrupt:
             interrupted = True
     commit, dirty = source_state(package_folder("bench"))
-    replies = [(setup, planner.replies[setup]) for setup in setups if setup in planner.replies]
+    replies = [(recipe, planner.replies[recipe]) for recipe in recipes if recipe in planner.replies]
     return MemoryPlan(
         subject=request.subject,
         batch=request.batch,
@@ -186,14 +186,14 @@ def memory_plan(request: PlanRequest, progress: Console) -> MemoryPlan:
 
 
 def cheapest_change(
-    request: PlanRequest, device_bytes: int, plan: Callable[[Setup], VariantPlan | None]
+    request: PlanRequest, device_bytes: int, plan: Callable[[Recipe], VariantPlan | None]
 ) -> Change:
     """The first of the changes that makes the batch fit; `plan` gives a variant's plan."""
     at_once = request.at_once
-    for what, setup, split in changes_in_order(request):
+    for what, recipe, split in changes_in_order(request):
         if split and at_once == 1:
             continue
-        found = plan(setup)
+        found = plan(recipe)
         if found is None:
             continue
         images = at_once
@@ -204,21 +204,21 @@ def cheapest_change(
             return Change(
                 device_bytes=device_bytes,
                 what=what,
-                setup=setup,
+                recipe=recipe,
                 images=images,
                 peak_bytes=found.peak_at(images),
             )
     return Change(device_bytes=device_bytes, what=None)
 
 
-def changes_in_order(request: PlanRequest) -> Iterator[tuple[str, Setup, bool]]:
+def changes_in_order(request: PlanRequest) -> Iterator[tuple[str, Recipe, bool]]:
     """What, how it is trained then, and whether in microbatches; the least speed lost first."""
-    yield "", request.setup("reference", "none"), False
-    fused = [request.setup("fused", checkpoint) for checkpoint in CHECKPOINTS]
+    yield "", request.recipe("reference", "none"), False
+    fused = [request.recipe("fused", checkpoint) for checkpoint in CHECKPOINTS]
     if request.subject.config is not None and not request.recompute_attention:
         fused.insert(2, structs.replace(fused[1], recompute_attention=True))
-    for setup in fused:
-        yield _words(setup, request), setup, False
+    for recipe in fused:
+        yield _words(recipe, request), recipe, False
     changes: list[tuple[str, dict[str, Any]]] = [("", {})]
     if request.ema:
         changes.append((", the moving average in main memory", {"ema": False}))
@@ -226,19 +226,19 @@ def changes_in_order(request: PlanRequest) -> Iterator[tuple[str, Setup, bool]]:
         text, fields = changes[-1]
         changes.append((f"{text}, autocast to bf16", {**fields, "precision": "bf16"}))
     for text, fields in changes:
-        for setup in fused[1:]:
-            changed = structs.replace(setup, **fields, accumulate=True)
-            yield f"{_words(setup, request)}{text}, microbatches", changed, True
+        for recipe in fused[1:]:
+            changed = structs.replace(recipe, **fields, accumulate=True)
+            yield f"{_words(recipe, request)}{text}, microbatches", changed, True
 
 
-def variant_title(setup: Setup) -> str:
-    return f"{setup.impl} {setup.checkpoint}"
+def variant_title(recipe: Recipe) -> str:
+    return f"{recipe.impl} {recipe.checkpoint}"
 
 
-def _words(setup: Setup, request: PlanRequest) -> str:
+def _words(recipe: Recipe, request: PlanRequest) -> str:
     words = "fused"
-    if setup.checkpoint != "none":
-        words += f", {setup.checkpoint} checkpointing"
-    if setup.recompute_attention and not request.recompute_attention:
+    if recipe.checkpoint != "none":
+        words += f", {recipe.checkpoint} checkpointing"
+    if recipe.recompute_attention and not request.recompute_attention:
         words += ", attention computed again"
     return words

@@ -11,7 +11,7 @@ from .equal_memory import EqualMemoryTable
 from .lifetimes import Purpose
 from .peaks import MOST_IMAGES
 from .plans import GIB, Change, MemoryPlan, PlanRequest, variant_title
-from .training import Setup, autocast_dtype
+from .training import Recipe, autocast_dtype
 from .variant import VariantPlan
 
 _RESIDENT: dict[Purpose, str] = {
@@ -36,7 +36,7 @@ def shown(found: MemoryPlan, request: PlanRequest) -> Iterator[Table | str]:
         yield _always(found.variants[0])
         yield from (_at_the_peak(plan) for plan in found.variants)
     for failure in found.failures:
-        yield f"{variant_title(failure.setup)}: {failure.problem}"
+        yield f"{variant_title(failure.recipe)}: {failure.problem}"
     for change in found.changes:
         yield sentence(found, change)
     if found.variants:
@@ -50,7 +50,7 @@ def title(found: MemoryPlan, request: PlanRequest) -> str:
     parts = [f"{found.subject.name}: a training step of {found.batch} images"]
     if found.images_a_pass < found.batch:
         parts.append(f"{found.images_a_pass} at a time")
-    parts.append(precision_words(found, request.setup("reference", "none")))
+    parts.append(precision_words(found, request.recipe("reference", "none")))
     parts.append("AdamW" if request.optimizer == "adamw" else "no optimizer")
     if request.recompute_attention:
         parts.append("attention computed again")
@@ -59,12 +59,12 @@ def title(found: MemoryPlan, request: PlanRequest) -> str:
     return ", ".join(parts)
 
 
-def precision_words(found: MemoryPlan, setup: Setup) -> str:
-    if setup.precision == "fp32":
+def precision_words(found: MemoryPlan, recipe: Recipe) -> str:
+    if recipe.precision == "fp32":
         return "fp32"
-    if autocast_dtype(found.subject, setup.precision) is not None:
-        return f"autocast to {setup.precision}"
-    return f"{setup.precision} with float32 masters" if setup.optimizer != "none" else "fp16"
+    if autocast_dtype(found.subject, recipe.precision) is not None:
+        return f"autocast to {recipe.precision}"
+    return f"{recipe.precision} with float32 masters" if recipe.optimizer != "none" else "fp16"
 
 
 def _memory(found: MemoryPlan) -> Table:
@@ -79,7 +79,7 @@ def _memory(found: MemoryPlan) -> Table:
     for plan in found.variants:
         kinds = (plan.peak.kinds.get(k, 0) for k in ("gradients", "activations", "temporaries"))
         table.add_row(
-            Text(variant_title(plan.setup)),
+            Text(variant_title(plan.recipe)),
             format_mib(plan.peak.bytes),
             *(format_mib(count) if count else "–" for count in kinds),
             *(batch_words(plan.largest_batch(capacity)) for capacity in found.devices),
@@ -113,7 +113,7 @@ def _at_the_peak(plan: VariantPlan) -> str:
         f"{place or 'the model itself'} {format_bytes(count)}"
         for place, count in list(peak.places.items())[:_MOST_PLACES]
     ]
-    text = f"{variant_title(plan.setup)} has its peak in the {peak.phase}{where}"
+    text = f"{variant_title(plan.recipe)} has its peak in the {peak.phase}{where}"
     return f"{text}; most is held by {', '.join(held)}" if held else text
 
 
@@ -140,9 +140,9 @@ def shown_equal_memory(found: EqualMemoryTable) -> Iterator[Table | str]:
     before = ""
     for row in found.rows:
         if row.model != before:
-            table.add_row(f"{row.model} {row.plan.setup.precision}", style="bold")
+            table.add_row(f"{row.model} {row.plan.recipe.precision}", style="bold")
             before = row.model
-        table.add_row(f"  {variant_title(row.plan.setup)}", *map(batch_words, row.largest))
+        table.add_row(f"  {variant_title(row.plan.recipe)}", *map(batch_words, row.largest))
     yield table
     yield from (f"{name}: {problem}" for name, problem in found.problems.items())
     yield NOTE

@@ -20,6 +20,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, unknown
 from resblock_bench.bench.grid.axes import parse_arguments
 from resblock_bench.bench.grid.grid import plan
@@ -91,22 +92,21 @@ def read_subject(given: str | None, axes: Sequence[str]) -> Subject:
 
 def _read_config(path: Path) -> UNetConfig:
     try:
-        with path.open("rb") as file:
-            content = file.read(_FILE_BYTES + 1)
+        content = files.read(path, _FILE_BYTES)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from None
-    if len(content) > _FILE_BYTES:
-        raise UsageError(f"{path} has more than 1 MiB: no description of a model is so long")
     try:
         table = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of tomllib, and of Python's own limits
         raise UsageError(f"{path} is not valid TOML: {error}; mend that line") from None
-    fields = [field.name for field in dataclasses.fields(UNetConfig)]
+    fields = dataclasses.fields(UNetConfig)
     for key in table:
-        if key not in fields:
-            raise UsageError(f"{path}: {unknown('key', key, fields)}")
+        if key not in [field.name for field in fields]:
+            raise unknown(f"key in {path}:", key, [field.name for field in fields])
+    # The checks of a config read all of its fields, which msgspec sets only where they are given.
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     try:
-        return msgspec.convert(table, UNetConfig)
+        return msgspec.convert({**defaults, **table}, UNetConfig)
     except msgspec.ValidationError as error:
         problem = str(error).replace("Object missing", "the file lacks").replace("`$.", "`")
         raise UsageError(f"{path}: {problem}; mend that field") from None

@@ -41,7 +41,7 @@ Impl = Literal["reference", "fused"]
 Optimizer = Literal["adamw", "none"]
 
 
-class Setup(Struct, frozen=True, kw_only=True):
+class Recipe(Struct, frozen=True, kw_only=True):
     """How a subject is trained.
 
     recompute_attention   in the backward, as ADM's code does in every mode, and "full" in any case
@@ -63,23 +63,23 @@ class Training:
     Real where it is made and run as it is, fake within a FakeTensorMode.
     """
 
-    def __init__(self, subject: Subject, setup: Setup) -> None:
-        self.subject, self.setup = subject, setup
+    def __init__(self, subject: Subject, recipe: Recipe) -> None:
+        self.subject, self.recipe = subject, recipe
         # On fake tensors a model cannot be converted to float16; on meta tensors it can.
         with unset_fake_temporarily(), torch.device("meta"):
-            self.model = _model(subject, setup)
+            self.model = _model(subject, recipe)
             shapes = {name: (t.shape, t.dtype) for name, t in self.model.state_dict().items()}
         # Assigned, since fake parameters cannot be converted in place.
         state = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         self.model.load_state_dict(state, assign=True)
         self.parameters = list(self.model.parameters())
         self.masters: list[Tensor] = []
-        if setup.optimizer != "none" and any(p.dtype != torch.float32 for p in self.parameters):
+        if recipe.optimizer != "none" and any(p.dtype != torch.float32 for p in self.parameters):
             self.masters = [_copy(p).requires_grad_() for p in self.parameters]
         self._trained = self.masters or self.parameters
-        self.ema = [_copy(p) for p in self._trained] if setup.ema else []
+        self.ema = [_copy(p) for p in self._trained] if recipe.ema else []
         self.optimizer: torch.optim.Optimizer | None = None
-        if setup.optimizer == "adamw":
+        if recipe.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(self._trained, fused=True)
             for p in self._trained:
                 p.grad = torch.zeros_like(p)
@@ -99,7 +99,7 @@ class Training:
         watch.label("ema", *self.ema)
         watch.label("inputs", *inputs.values())
         with watch:
-            for _ in range(2 if self.setup.accumulate else 1):
+            for _ in range(2 if self.recipe.accumulate else 1):
                 with self._autocast(), watch.phase("forward"):
                     loss = self._loss(inputs)
                 with watch.phase("backward"):
@@ -132,13 +132,13 @@ class Training:
             p.grad = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = autocast_dtype(self.subject, self.setup.precision)
+        dtype = autocast_dtype(self.subject, self.recipe.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     def _inputs(self, batch: int) -> StepInputs:
         if self.subject.config is not None:
             return draw_inputs(self.subject.config, batch)
-        return _block_inputs(self.subject, batch, self.setup.precision)
+        return _block_inputs(self.subject, batch, self.recipe.precision)
 
     def _loss(self, inputs: StepInputs) -> Tensor:
         arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
@@ -161,21 +161,21 @@ def autocast_dtype(subject: Subject, precision: Precision) -> torch.dtype | None
     return DTYPES[precision] if precision == "bf16" or (precision == "fp16" and edm) else None
 
 
-def _model(subject: Subject, setup: Setup) -> nn.Module:
-    in_fp16 = setup.precision == "fp16" and autocast_dtype(subject, setup.precision) is None
+def _model(subject: Subject, recipe: Recipe) -> nn.Module:
+    in_fp16 = recipe.precision == "fp16" and autocast_dtype(subject, recipe.precision) is None
     if subject.config is not None:
-        model = build(subject.config, use_checkpoint=setup.checkpoint == "full", use_fp16=in_fp16)
-        if setup.impl == "fused":
-            fuse_(model, "selective" if setup.checkpoint == "selective" else None)
+        model = build(subject.config, use_checkpoint=recipe.checkpoint == "full", use_fp16=in_fp16)
+        if recipe.impl == "fused":
+            fuse_(model, "selective" if recipe.checkpoint == "selective" else None)
     else:
-        cell = _cell_of(subject, impl=setup.impl, checkpoint=setup.checkpoint)
-        model = IMPLEMENTATIONS[setup.impl].build(cell)
+        cell = _cell_of(subject, impl=recipe.impl, checkpoint=recipe.checkpoint)
+        model = IMPLEMENTATIONS[recipe.impl].build(cell)
         if in_fp16:
             cast_convolutions([model], torch.float16)
-    keeps_convolutions = setup.impl == "reference" and setup.checkpoint == "selective"
+    keeps_convolutions = recipe.impl == "reference" and recipe.checkpoint == "selective"
     for module in model.modules():
         if isinstance(module, AttentionBlock):
-            module.use_checkpoint |= setup.recompute_attention
+            module.use_checkpoint |= recipe.recompute_attention
         elif isinstance(module, ResBlock | EDMBlock) and keeps_convolutions:
             vars(module)["forward"] = keeping_convolutions(module.forward)
     return model

@@ -27,10 +27,10 @@ from resblock_bench.kernels.dispatch import (
     triton_installed,
 )
 
-from .lifetimes import Peak
+from .lifetimes import Peak, TooLargeError
 from .peaks import Piece, UnlikeStepsError, largest_batch, peak_at, pieces
 from .subject import Subject
-from .training import Setup, Training
+from .training import Recipe, Training
 
 
 class VariantJob(Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ class VariantJob(Struct, frozen=True, kw_only=True):
     """
 
     subject: Subject
-    setup: Setup
+    recipe: Recipe
     batch: int
     capacities: list[int]
 
@@ -55,7 +55,7 @@ class VariantPlan(Struct, frozen=True, kw_only=True):
     cpu_s, resident_bytes   what the planning itself took
     """
 
-    setup: Setup
+    recipe: Recipe
     batch: int
     peak: Peak
     pieces: list[Piece]
@@ -95,7 +95,7 @@ def plan_variant(argument: bytes, channel: Channel) -> bytes:
 def variant_plan(job: VariantJob) -> VariantPlan:
     """The plan of a variant, on fake tensors."""
     with FakeTensorMode(), as_on_a_gpu():
-        training = Training(job.subject, job.setup)
+        training = Training(job.subject, job.recipe)
         asked = training.watch(job.batch)
         # PyTorch treats a batch of one as a case of its own in some operators.
         first = max(job.batch, 2)
@@ -110,7 +110,7 @@ def variant_plan(job: VariantJob) -> VariantPlan:
         )
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return VariantPlan(
-        setup=job.setup,
+        recipe=job.recipe,
         batch=job.batch,
         peak=asked.peak(),
         pieces=found,
@@ -133,10 +133,11 @@ def _problem(error: Exception, job: VariantJob) -> str:
             f"{_line_of(error)} asks for a number in a tensor, and a step that is planned computes "
             "none: let it do without, or measure it with 'run'"
         )
-    if isinstance(error, RuntimeError) and "overflow" in str(error):
+    overflow = isinstance(error, RuntimeError) and "overflow" in str(error)  # PyTorch's own
+    if overflow or isinstance(error, TooLargeError):
         return (
-            f"{job.subject.name} at {job.batch} images has a tensor of more than 2^63 bytes: give "
-            "a smaller --batch or image"
+            f"{job.subject.name} at {job.batch} images has a tensor of more than 256 TiB: give a "
+            "smaller --batch or image"
         )
     if isinstance(error, UnlikeStepsError):
         return str(error)
