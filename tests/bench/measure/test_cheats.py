@@ -8,14 +8,18 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from support.orders import FINISH, Given
 from torch import Tensor, nn
 
+from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure import orders
 from resblock_bench.bench.measure.cell import Task
+from resblock_bench.bench.measure.correctness import Truth
+from resblock_bench.bench.measure.truth_file import read_truth
 from resblock_bench.bench.records import Row
 
 Around = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -173,27 +177,35 @@ def test_nothing_that_depends_on_an_input_can_be_kept_for_the_next_step(
     assert len(set(timed)) == 4
 
 
-@pytest.fixture
-def later() -> Iterator[Callable[[Callable[[], object]], None]]:
+class Later:
     """Does something 20 ms later, in another thread."""
-    threads: list[threading.Thread] = []
 
-    def start(work: Callable[[], object]) -> None:
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+
+    def __call__(self, work: Callable[[], object]) -> None:
         def run() -> None:
             time.sleep(0.02)
             # What counts the memory of a step does not expect work in another thread.
             with torch.no_grad(), contextlib.suppress(Exception):
                 work()
 
-        threads.append(threading.Thread(target=run))
-        threads[-1].start()
+        self.threads.append(threading.Thread(target=run))
+        self.threads[-1].start()
 
-    yield start
-    for thread in threads:
-        thread.join()
+    def wait(self) -> None:
+        for thread in self.threads:
+            thread.join()
 
 
-def test_what_is_not_waited_for_is_not_there(cheat: Callable[..., Row], later: Callable) -> None:
+@pytest.fixture
+def later() -> Iterator[Later]:
+    made = Later()
+    yield made
+    made.wait()
+
+
+def test_what_is_not_waited_for_is_not_there(cheat: Callable[..., Row], later: Later) -> None:
     """The result comes later, in memory that is there already."""
 
     def around(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
@@ -205,9 +217,15 @@ def test_what_is_not_waited_for_is_not_there(cheat: Callable[..., Row], later: C
 
 
 def test_nor_where_it_was_there_in_time_for_the_first_check(
-    cheat: Callable[..., Row], later: Callable
+    cheat: Callable[..., Row], later: Later, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waited for until it is timed: the memory holds what was right before."""
+    """Nor where it is there by the time that the last results are looked at."""
+
+    def read_slowly(path: Path) -> Truth:
+        later.wait()
+        return read_truth(path)
+
+    monkeypatch.setattr(measuring, "read_truth", read_slowly)
     count = [0]
     buffers: list[Tensor] = []
 
@@ -219,7 +237,8 @@ def test_nor_where_it_was_there_in_time_for_the_first_check(
             later(lambda: buffers[0].copy_(module(x, emb)))
         return buffers[0]
 
-    row = cheat(around, mode="inference")
+    # Others' turns are long enough for what was begun in the last one.
+    row = cheat(around, lambda order: later.wait(), mode="inference")
     assert row.status == "wrong"
     assert (row.reason or "").startswith("with other inputs than at first")
 
