@@ -56,7 +56,7 @@ def test_a_block_by_its_axes() -> None:
         ("dropout = 'x'", "Expected `float`, got `str` - at `dropout`"),
         ("family = 'vit'", "Invalid enum value 'vit'"),
         ("num_classes = 100000000", "num_classes is 100000000, and at most"),
-        ("attention_resolutions = [7]", "attention_resolutions"),
+        ("attention_resolutions = [5]", "attention_resolutions"),
         ("image_size = 17\nattention_resolutions = []", "multiples of 2"),
         ("image_size = 16384", "image_size is 16384, and at most 8192"),
         ("channel_mult = [1, 100000]", "3200000 channels"),
