@@ -73,9 +73,13 @@ def write(path: Path, content: bytes, advice: str, *, named: bool = False) -> No
 
 def make_folder(path: Path) -> None:
     """A folder inside one that may be somebody else's. Raises OSError where it is a link."""
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, f"{path.name} is a link")
+    _refuse_link(path)
     path.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, f"{folder.name} is a link")
 
 
 def as_json(content: msgspec.Struct, indent: int = 1) -> bytes:
@@ -98,6 +102,8 @@ def check_writable(path: Path, *, named: bool = False, parents: bool = False) ->
     if target.is_dir() and not target.is_symlink():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     folder = target.parent
+    if parents:
+        _refuse_link(folder)
     while parents and not os.path.lexists(folder):
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder) as file:

@@ -22,8 +22,8 @@ _DIGITS = 9  # of a number of threads
 app = typer.Typer(
     name="resblock-bench",
     help="Measure and compare diffusion U-Net residual blocks.",
-    epilog="Exit codes: 0 fine, 1 regression, 2 usage, 3 incomplete or invalid, 4 inconclusive, "
-    "5 wrong results.",
+    epilog="Exit codes: 0 fine, 1 regression (plan: does not fit), 2 usage, 3 incomplete or "
+    "invalid, 4 inconclusive, 5 wrong results.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

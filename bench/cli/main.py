@@ -299,6 +299,102 @@ def cost(
 
 
 @app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A published model (see 'resblock-bench list'), or a TOML file of a UNetConfig.",
+        ),
+    ] = None,
+    axis: AxisOption = None,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 8,
+    microbatch: Annotated[
+        int | None, typer.Option(help="Images a pass, whose gradients are summed up.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="published|fp32|bf16|fp16",
+            help="As the model was trained; bf16 is autocast, fp16 ADM's mode with masters.",
+        ),
+    ] = "published",
+    optimizer: Annotated[
+        str, typer.Option(metavar="adamw|none", help="Its states, and their step.")
+    ] = "adamw",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="With a moving average of the weights.")
+    ] = False,
+    recompute_attention: Annotated[
+        bool,
+        typer.Option(
+            "--recompute-attention",
+            help="In every checkpoint mode, as ADM's code does; full always does.",
+        ),
+    ] = False,
+    impl: Annotated[
+        str | None, typer.Option(metavar="reference,fused", help="Plan these only.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="none,selective,full", help="Plan these only.")
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(metavar="24GiB", help="Of the device. Default: 16, 24, 40, 80 and 141 GiB."),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", parser=path, metavar="FILE", help="Write every number here, too."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path, metavar="FILE.png", help="Draw the peak over the batch, with the devices."
+        ),
+    ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="The table of all published models instead, as they were trained; with --json it "
+            "is kept there after every variant, and taken up again.",
+        ),
+    ] = False,
+) -> None:
+    """Say whether a training step fits, which batch would, and the cheapest change that helps.
+
+    Of a whole model or a block, on fake tensors: nothing is computed and no GPU is needed. Exit
+    code 1 where none of the planned variants fits into the device, or the largest of the five.
+    """
+    from resblock_bench.bench.fit import plan as planning
+    from resblock_bench.bench.fit.subject import read_subject
+
+    console, progress = result_console(), progress_console()
+    if published:
+        own = ("model", "axis", "batch", "microbatch", "dtype", "optimizer", "ema")
+        why = "is fixed by --published, which plans every model as it was trained: leave it out"
+        others = ("recompute_attention", "impl", "checkpoint", "device_memory")
+        refuse(context, (*own, *others), why)
+        raise typer.Exit(planning.carry_out_published(json, plot, console, progress))
+    request = planning.request_of(
+        read_subject(model, axis or []),
+        batch=batch,
+        dtype=dtype,
+        optimizer=optimizer,
+        ema=ema,
+        recompute_attention=recompute_attention,
+        microbatch=microbatch,
+        impl=impl,
+        checkpoint=checkpoint,
+        device_memory=device_memory,
+        json=json,
+        plot=plot,
+    )
+    raise typer.Exit(planning.carry_out(request, console, progress))
+
+
+@app.command()
 def tune(
     axis: AxisOption = None,
     output: Annotated[

@@ -84,20 +84,23 @@ def _keep_convolutions(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     return policy.PREFER_RECOMPUTE
 
 
-def _wrap_reference(module: nn.Module, cell: Cell) -> BlockCall:
-    if cell.checkpoint != "selective":
-        return module
+def keeping_convolutions(call: BlockCall) -> BlockCall:
+    """The call with selective checkpointing: it keeps what convolutions return."""
     contexts = functools.partial(
         torch_checkpoint.create_selective_checkpoint_contexts, _keep_convolutions
     )
 
-    def call(x: Tensor, emb: Tensor) -> Tensor:
+    def checkpointed(x: Tensor, emb: Tensor) -> Tensor:
         out: Tensor = torch_checkpoint.checkpoint(
-            module, x, emb, use_reentrant=False, context_fn=contexts
+            call, x, emb, use_reentrant=False, context_fn=contexts
         )
         return out
 
-    return call
+    return checkpointed
+
+
+def _wrap_reference(module: nn.Module, cell: Cell) -> BlockCall:
+    return keeping_convolutions(module) if cell.checkpoint == "selective" else module
 
 
 def _wrap_compiled(module: nn.Module, cell: Cell) -> BlockCall:

@@ -22,6 +22,7 @@ from resblock_bench.bench.units import counted, format_mib, format_ratio
 from .folder import Run
 
 WIDTH = 100
+_LEAST_NAME = 12  # characters of a variant's name that fit any terminal
 HEADINGS = ("block, variant", "images/s", "±", "×ref ±", "floor", "peak MiB", "saved MiB", "error")
 _STYLES: dict[Status, str] = {
     "ok": "",
@@ -48,21 +49,27 @@ def undisturbed(row: Row) -> bool:
     return row.conditions is None or not row.conditions.disturbances
 
 
-def results_table(rows: Sequence[Row]) -> Table:
-    """One section a site, one line a variant."""
+def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
+    """One section a site, one line a variant; of the columns, as many as `width` has room for."""
+    lines = {id(row): variant_line(row) for row in rows}
+    widths = [max(map(len, column)) for column in zip(HEADINGS, *lines.values(), strict=True)][1:]
+    room = [width - _LEAST_NAME - 4]
+    for own in widths:
+        room.append(room[-1] - own - 3)
+    count = max(1, sum(left >= 0 for left in room))
     table = Table(expand=False, pad_edge=False, width=None)
-    table.add_column(HEADINGS[0], min_width=12, max_width=36, overflow="fold")
-    for heading in HEADINGS[1:]:
-        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column(HEADINGS[0], min_width=_LEAST_NAME, max_width=36, overflow="fold")
+    for heading in HEADINGS[1:count]:
+        table.add_column(heading, justify="right", no_wrap=True)
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
         detail = f"{site.dtype} {site.layout} {site.mode}"
-        count = f", {members[0].multiplicity} in the model" if site.model else ""
+        times = f", {members[0].multiplicity} in the model" if site.model else ""
         table.add_section()
         table.add_row(Text(title, style="bold"))
-        table.add_row(Text(f"  {detail}{count}", style="dim"))
+        table.add_row(Text(f"  {detail}{times}", style="dim"))
         for row in members:
-            table.add_row(*map(Text, variant_line(row)), style=_STYLES[row.status])
+            table.add_row(*map(Text, lines[id(row)][:count]), style=_STYLES[row.status])
     return table
 
 

@@ -165,7 +165,7 @@ def _show(console: Console, rows: Sequence[Row], planned: int) -> None:
     """The table of the rows, what went wrong, and the summary."""
     if rows:
         width = min(console.width, table.WIDTH)
-        console.print(table.results_table(rows), width=width)
+        console.print(table.results_table(rows, width), width=width)
     for line in filter(None, [*table.problems(rows), table.disturbed(rows)]):
         say(console, line)
     say(console, table.summary(rows, planned))

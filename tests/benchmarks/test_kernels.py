@@ -89,7 +89,7 @@ class Operator(Workload):
         self.x = inputs.x.requires_grad_()
         self.emb = normal(cell.batch, 2 * C).to(dtype).requires_grad_()
         self.cotangent = inputs.cotangent
-        self._operator = OPERATORS[impl]
+        self._operator, self._generator = OPERATORS[impl], generator
         self.call = lambda x, emb: self._operator(self.problem(x, emb))
 
     def problem(self, x: Tensor, emb: Tensor) -> Problem:

@@ -25,6 +25,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    """What a test draws does not depend on those before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def randomise() -> Callable[..., nn.Module]:
     """Replace every parameter by random numbers: a fresh block is blind to its zeroed branch."""

@@ -92,8 +92,8 @@ def test_16_bit_input_is_normed_in_float32_and_returned_in_its_dtype(oracle, ran
     assert y.dtype == dtype
     assert norm.weight.dtype == norm.bias.dtype == torch.float32
     expected = oracle.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-5)
-    # Nothing but the last rounding may be lost.
-    torch.testing.assert_close(y.double(), expected, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
+    # Nothing but the last rounding may be lost, and what float32 has not of a mean of 100.
+    torch.testing.assert_close(y.double(), expected, rtol=0.51 * torch.finfo(dtype).eps, atol=5e-5)
 
 
 def test_float64_input_keeps_its_precision(oracle):

@@ -26,8 +26,9 @@ def test_the_smoke_preset_runs_from_end_to_end(run_cli: Callable, tmp_path: Path
     assert done.code == 0, done.err
     run = read_run(tmp_path / "run")
     assert [row.status for row in run.rows] == ["ok"] * 6
-    # The trade between speed and memory is drawn of undisturbed blocks only.
-    assert len(list((tmp_path / "run" / "figures").iterdir())) in (4, 6)
+    # The third is of what was not disturbed.
+    figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert figures >= {"throughput.png", "throughput.svg", "memory.png", "memory.svg"}
     assert "6 of 6 cells: 6 ok; " in done.out
     assert str(tmp_path / "run") in done.out
     assert max(len(line) for line in done.out.splitlines() if "│" in line) <= 100
@@ -313,7 +314,7 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(
 def test_a_copied_preset_runs(run_cli: Callable, tmp_path: Path) -> None:
     done = run_cli("run", "--config", PRESETS_FILE, "--preset", "smoke", "--dry-run")
     assert done.code == 0
-    assert "6 cells;" in done.out
+    assert "6 cells" in done.out
 
 
 @pytest.mark.parametrize("words", [["plot", "x\udcff"], ["run", "--output", "\udc80"]])

@@ -21,7 +21,7 @@ from resblock_bench.bench.runs.table import (
 def shown(rows: list[Row], width: int = WIDTH) -> str:
     console = Console(width=width, record=True, force_terminal=False, file=None, quiet=False)
     with console.capture() as capture:
-        console.print(results_table(rows))
+        console.print(results_table(rows, width))
     return capture.get()
 
 

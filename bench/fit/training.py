@@ -1,0 +1,203 @@
+"""A training step: forward, loss, backward, AdamW, moving average, with all that lives between.
+
+Gradients are None before a step. Precisions:
+
+    fp32   everything in float32
+    bf16   autocast to bfloat16 over float32 parameters, whose 16-bit copies autocast keeps until
+           the backward is done
+    fp16   the mode of IDDPM and ADM: convolutions and activations in float16, AdamW on float32
+           masters of all parameters. EDM, which has no such mode, takes autocast to float16
+
+AdamW is the fused one: no temporaries. The loss is the mean squared error in float32, of a
+classifier the cross entropy.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from msgspec import Struct, structs
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from resblock_bench.bench.measure import workload
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, keeping_convolutions
+from resblock_bench.bench.measure.workload import DTYPES
+from resblock_bench.bench.records import Cell, Checkpoint
+from resblock_bench.kernels import fuse_
+from resblock_bench.reference import AttentionBlock, EDMBlock, ResBlock, UNetConfig, build
+from resblock_bench.reference.torso import cast_convolutions
+
+from .lifetimes import Lifetimes
+from .subject import StepInputs, Subject, draw_inputs
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Impl = Literal["reference", "fused"]
+Optimizer = Literal["adamw", "none"]
+
+
+class Recipe(Struct, frozen=True, kw_only=True):
+    """How a subject is trained.
+
+    recompute_attention   in the backward, as ADM's code does in every mode, and "full" in any case
+    accumulate            over a second pass through the model, as with microbatches
+    """
+
+    impl: Impl
+    checkpoint: Checkpoint
+    precision: Precision
+    optimizer: Optimizer = "adamw"
+    ema: bool = False
+    recompute_attention: bool = False
+    accumulate: bool = False
+
+
+class Training:
+    """A model in training; all tensors are zeros.
+
+    Real where it is made and run as it is, fake within a FakeTensorMode.
+    """
+
+    def __init__(self, subject: Subject, recipe: Recipe) -> None:
+        self.subject, self.recipe = subject, recipe
+        # On fake tensors a model cannot be converted to float16; on meta tensors it can.
+        with unset_fake_temporarily(), torch.device("meta"):
+            self.model = _model(subject, recipe)
+            shapes = {name: (t.shape, t.dtype) for name, t in self.model.state_dict().items()}
+        # Assigned, since fake parameters cannot be converted in place.
+        state = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        self.model.load_state_dict(state, assign=True)
+        self.parameters = list(self.model.parameters())
+        self.masters: list[Tensor] = []
+        if recipe.optimizer != "none" and any(p.dtype != torch.float32 for p in self.parameters):
+            self.masters = [_copy(p).requires_grad_() for p in self.parameters]
+        self._trained = self.masters or self.parameters
+        self.ema = [_copy(p) for p in self._trained] if recipe.ema else []
+        self.optimizer: torch.optim.Optimizer | None = None
+        if recipe.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self._trained, fused=True)
+            for p in self._trained:
+                p.grad = torch.zeros_like(p)
+            self.optimizer.step()  # makes its states
+            self._forget()
+
+    def watch(self, batch: int) -> Lifetimes:
+        """One step of so many images, or with `accumulate` two passes of as many."""
+        gc.collect()
+        inputs = self._inputs(batch)
+        watch = Lifetimes(self.model)
+        watch.label("parameters", *self.parameters, *self.model.buffers())
+        watch.label("masters", *self.masters)
+        if self.optimizer is not None:
+            states = (state.values() for state in self.optimizer.state.values())
+            watch.label("optimizer", *(t for values in states for t in values))
+        watch.label("ema", *self.ema)
+        watch.label("inputs", *inputs.values())
+        with watch:
+            for _ in range(2 if self.recipe.accumulate else 1):
+                with self._autocast(), watch.phase("forward"):
+                    loss = self._loss(inputs)
+                with watch.phase("backward"):
+                    torch.autograd.backward(loss)
+                watch.label("gradients", *_gradients(self.parameters))
+                del loss
+            with watch.phase("optimizer"):
+                self._optimise(watch)
+            with watch.phase("ema"), torch.no_grad():
+                for average, p in zip(self.ema, self._trained, strict=False):
+                    average.mul_(0.9999).add_(p, alpha=0.0001)
+        self._forget()
+        return watch
+
+    def _optimise(self, watch: Lifetimes) -> None:
+        if self.optimizer is None:
+            return
+        for p, master in zip(self.parameters, self.masters, strict=False):
+            assert p.grad is not None
+            master.grad = _copy(p.grad)
+        watch.label("gradients", *_gradients(self.masters))
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(self.parameters, self.masters, strict=False):
+                master.grad = None
+                p.copy_(master)
+
+    def _forget(self) -> None:
+        for p in (*self.parameters, *self.masters):
+            p.grad = None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = autocast_dtype(self.subject, self.recipe.precision)
+        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+    def _inputs(self, batch: int) -> StepInputs:
+        if self.subject.config is not None:
+            return draw_inputs(self.subject.config, batch)
+        return _block_inputs(self.subject, batch, self.recipe.precision)
+
+    def _loss(self, inputs: StepInputs) -> Tensor:
+        arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
+        out: Tensor = self.model(**arguments)
+        config = self.subject.config
+        if config is not None and config.family == "encoder":
+            return F.cross_entropy(out.float(), inputs["target"])
+        # As IDDPM writes it. F.mse_loss keeps a storage of the images' size for its one number.
+        return (out.float() - inputs["target"]).square().mean()
+
+
+def published_precision(config: UNetConfig) -> Precision:
+    """In which a published model was trained."""
+    return "fp16" if config.trained_in_fp16 else "fp32"
+
+
+def autocast_dtype(subject: Subject, precision: Precision) -> torch.dtype | None:
+    """What autocast casts to, or None without it."""
+    edm = subject.config is not None and subject.config.family.startswith("edm")
+    return DTYPES[precision] if precision == "bf16" or (precision == "fp16" and edm) else None
+
+
+def _model(subject: Subject, recipe: Recipe) -> nn.Module:
+    in_fp16 = recipe.precision == "fp16" and autocast_dtype(subject, recipe.precision) is None
+    if subject.config is not None:
+        model = build(subject.config, use_checkpoint=recipe.checkpoint == "full", use_fp16=in_fp16)
+        if recipe.impl == "fused":
+            fuse_(model, "selective" if recipe.checkpoint == "selective" else None)
+    else:
+        cell = _cell_of(subject, impl=recipe.impl, checkpoint=recipe.checkpoint)
+        model = IMPLEMENTATIONS[recipe.impl].build(cell)
+        if in_fp16:
+            cast_convolutions([model], torch.float16)
+    keeps_convolutions = recipe.impl == "reference" and recipe.checkpoint == "selective"
+    for module in model.modules():
+        if isinstance(module, AttentionBlock):
+            module.use_checkpoint |= recipe.recompute_attention
+        elif isinstance(module, ResBlock | EDMBlock) and keeps_convolutions:
+            vars(module)["forward"] = keeping_convolutions(module.forward)
+    return model
+
+
+def _block_inputs(subject: Subject, batch: int, precision: Precision) -> StepInputs:
+    drawn = workload.draw_inputs(
+        _cell_of(subject, batch=batch, dtype=precision), torch.device("cpu"), seed=0
+    )
+    x, emb = drawn.x.requires_grad_(), drawn.emb.requires_grad_()
+    return {"x": x, "emb": emb, "target": drawn.cotangent.float()}
+
+
+def _cell_of(subject: Subject, **changes: Any) -> Cell:
+    assert subject.cell is not None
+    return structs.replace(subject.cell, **changes)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In float32, and never the tensor itself."""
+    return tensor.detach().to(torch.float32, copy=True)
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
