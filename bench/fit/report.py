@@ -69,7 +69,7 @@ def precision_words(found: MemoryPlan, recipe: Recipe) -> str:
 
 def _memory(found: MemoryPlan) -> Table:
     title = "MiB at the peak, and the largest batch for a device"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True)
     for heading in ("peak", "gradients", "activations", "temporaries"):
         table.add_column(heading, justify="right", no_wrap=True)
