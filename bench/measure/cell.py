@@ -334,8 +334,8 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
                     workload.redraw()
                     answer = orders.Ready()
                 case orders.Burst(seconds, most):
-                    if bursts and len(bursts[-1]) > 1:
-                        sampler.sample_ms()  # what the others' turns have left is no part of one
+                    # What others' turns have left, and memory that is new, is no part of one.
+                    sampler.sample_ms()
                     before = probe.energy_j()
                     bursts.append(list(islice(sampler.burst(seconds), most)))
                     after = probe.energy_j()

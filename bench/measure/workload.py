@@ -5,7 +5,10 @@ Every implementation of a site gets the same weights and the same inputs, drawn 
 and the embedding in float32.
 """
 
+import ctypes
 import math
+import random
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,9 @@ from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_GAPS = 8
+"""Buffers that lie between what a step allocates, of all sizes up to a mebibyte."""
 
 PRECISION = "convolutions and activations in dtype; norms, linears and embedding in float32"
 INPUTS = "standard normal"
@@ -139,6 +145,8 @@ class Workload:
         self.emb = inputs.emb.detach().requires_grad_(cell.mode != "inference")
         self.cotangent = inputs.cotangent
         self._generator = torch.Generator(device).manual_seed(0)
+        self._places = random.Random(0)
+        self._gaps: list[Tensor] = []
 
     def reset(self) -> None:
         """Drop all gradients, as the contract has them before a step."""
@@ -154,10 +162,26 @@ class Workload:
                 tensor[(0,) * tensor.ndim].normal_(generator=self._generator)
 
     def redraw(self) -> None:
-        """Other inputs in the same memory."""
+        """Other inputs; on a CPU, other places in memory for all that a step touches.
+
+        Where its buffers happen to lie made a step of the same code a tenth slower for as long as
+        its process lived: what is drawn by lot has to be drawn anew.
+        """
+        if self.x.device.type == "cpu":
+            self._move()
         with torch.no_grad():
             for tensor in self._inputs():
                 tensor.normal_(generator=self._generator)
+
+    def _move(self) -> None:
+        self._gaps.clear()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what is free gets other pages when it is used again
+        gaps = self._places
+        self._gaps += [torch.empty(int(2 ** gaps.uniform(4, 18))) for _ in range(_GAPS)]
+        for tensor in (*self._inputs(), *self.block.parameters()):
+            tensor.data = tensor.data.clone()
+            self._gaps.append(torch.empty(int(2 ** gaps.uniform(4, 12))))
 
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.x, self.emb, self.cotangent

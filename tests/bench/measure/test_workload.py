@@ -122,3 +122,15 @@ def test_inputs_of_one_workload_are_not_shared_with_another(make_cell: MakeCell)
     first.step()
     assert first.x.grad is not None
     assert second.x.grad is None
+
+
+def test_a_step_has_other_places_in_memory_after_every_drawing(make_cell: MakeCell) -> None:
+    moving = workload(make_cell(channels=64, out_channels=64, resolution=16))
+    weight = dict(moving.block.named_parameters())["in_layers.2.weight"]
+    before, kept = weight.detach().clone(), set()
+    for _ in range(6):
+        moving.redraw()
+        kept.add((moving.x.data_ptr(), weight.data_ptr(), moving.step().data_ptr()))
+    assert len(kept) > 1
+    assert dict(moving.block.named_parameters())["in_layers.2.weight"] is weight
+    assert torch.equal(weight, before)
