@@ -26,6 +26,8 @@ from .party import Party
 from .turns import Turns
 
 Start = Callable[[Task], Party]
+_LOOK_AGAIN = 1.5
+"""After so many times as many rounds it is asked again whether the precision is reached."""
 
 
 def measure_block(
@@ -115,6 +117,7 @@ def _rounds(
 ) -> StopRule:
     """Take rounds until the rule stops them; says what did."""
     until = clock() + rule.max_time_s * len(turns.bursts)
+    look = BURSTS
     longest = math.ceil(rule.max_samples / BURSTS)
 
     def taken(party: Party) -> int:
@@ -128,8 +131,11 @@ def _rounds(
         if fewest >= rule.min_samples:
             if clock() >= until:
                 return "time"
-            if _precise(turns, rule):
-                return "precision"
+            # An interval that is looked at again and again is narrow by luck sooner or later.
+            if min(map(len, turns.bursts.values())) >= look:
+                if _precise(turns, rule):
+                    return "precision"
+                look = math.ceil(_LOOK_AGAIN * look)
         if len(turns.bursts) == 1 and max(map(len, chain(*turns.bursts.values()))) > 1:
             sleep(rule.gap_s)  # nobody else's turn lets the device cool down
     return "samples"
@@ -137,8 +143,6 @@ def _rounds(
 
 def _precise(turns: Turns, rule: Rule) -> bool:
     """Whether all medians and all ratios are known well enough."""
-    if min(map(len, turns.bursts.values())) < BURSTS:
-        return False
     for party, bursts in turns.bursts.items():
         samples = list(chain(*bursts))
         if stats.relative_half_width(samples, rule.confidence) > rule.rel_half_width:
