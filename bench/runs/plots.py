@@ -55,7 +55,11 @@ def parts(run: Run) -> dict[str, Run]:
     differing = [name for name in _APART if len({getattr(row.axes, name) for row in rows}) > 1]
     found: dict[str, Run] = {}
     for row in rows:
-        end = "".join(f"-{getattr(row.axes, name)}" for name in differing)
+        texts = [f"{getattr(row.axes, name)}" for name in differing]
+        end = "".join(
+            f"-dropout{text}" if name == "dropout" else f"-{text}"
+            for name, text in zip(differing, texts, strict=True)
+        )
         part = found.setdefault(end, dataclasses.replace(run, attempts=[]))
         part.attempts.append(row)
     return found
