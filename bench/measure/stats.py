@@ -94,16 +94,16 @@ def ratio_of(
 ) -> Ratio:
     """How many times as fast as another one is, from the samples of both in each of their rounds.
 
-    The two of a round lie within some tenths of a second, in which machines change little, and the
-    ratios of two rounds are next to independent: the interval is the binomial one.
+    The two of a round lie within some tenths of a second, in which machines change little. The
+    interval is the wider one, as for samples: of equal code the binomial one missed 1 in 11 of 100.
     """
     pairs = zip(other, own, strict=False)  # one may have had samples enough before the other
     logs = [math.log(statistics.median(a) / statistics.median(b)) for a, b in pairs]
-    rank, ordered = interval_rank(len(logs), confidence), sorted(logs)
+    low, high = median_interval(logs, confidence) or (None, None)
     return Ratio(
         value=math.exp(statistics.median(logs)),
-        low=math.exp(ordered[rank - 1]) if rank else None,
-        high=math.exp(ordered[-rank]) if rank else None,
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
     )
 
 
