@@ -22,7 +22,7 @@ from resblock_bench.bench.measure import jobs
 from resblock_bench.bench.measure.cell import CellJob, Task, row_of
 from resblock_bench.bench.measure.origin import Origin
 from resblock_bench.bench.measure.survey import SurveyJob, survey
-from resblock_bench.bench.measure.truth_file import truths_folder
+from resblock_bench.bench.measure.truth_file import LAST, truths_folder
 from resblock_bench.bench.records import Environment
 
 from .party import Ended, Party
@@ -55,8 +55,9 @@ class Side:
         try:
             told = self._told()
         except InvalidError as error:
+            *_, cause = str(error).splitlines()
             raise InvalidError(
-                f"{self.name} cannot be imported, so there is nothing to compare: {error}"
+                f"{self.name} cannot be imported, so there is nothing to compare: {cause}"
             ) from None
         self.code, self.fixed_addresses = told.code, told.fixed_addresses
 
@@ -73,7 +74,9 @@ class Side:
             try:
                 code = self._told().code
             except InvalidError as error:
-                raise Ended(row_of(task, "crashed", str(error))) from None
+                *_, cause = str(error).splitlines()
+                reason = f"{self.name} cannot be imported any more: {cause}"
+                raise Ended(row_of(task, "crashed", reason)) from None
             if code != self.code:
                 reason = "its files changed meanwhile: compare again"
                 raise Ended(row_of(task, "crashed", reason))
@@ -121,7 +124,9 @@ class Testbed:
         Raises Ended where they cannot be.
         """
         folder = truths_folder(self._folder, task.cell, task.seed)
-        if not folder.exists():
+        if not (
+            folder / LAST
+        ).exists():  # written last: a folder alone is of an attempt that failed
             argument = msgspec.json.encode(CellJob(task=task, truths=str(folder)))
             ending = self._processes.run(
                 jobs.compute_site_truths, argument, limit_s=self.limit_s, environment=self.variables

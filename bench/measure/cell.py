@@ -195,11 +195,11 @@ def _steps(job: CellJob, channel: Channel) -> Iterator[Struct]:
     meter = device.meter if job.memory else None
     with recording(device.torch_device, _snapshot_file(task)):
         checked = checked_workload(task, Path(job.truths) / FIRST, device, meter)
+        if job.origin is not None:
+            job.origin.hold(packages_of(task.cell.impl), before)
         yield checked.verdict
         if checked.verdict.status == "wrong":
             return
-        if job.origin is not None:
-            job.origin.hold(packages_of(task.cell.impl), before)
         if job.memory:
             channel.announce("memory")
             yield _needed(task, checked, device)

@@ -58,7 +58,7 @@ def compute_site_truths(argument: bytes, channel: Channel) -> bytes:
         if free is not None:
             limit_memory(free)
         site = checked_cell(site_of(task.cell))
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for name, seed in ((FIRST, task.seed), (LAST, task.seed + LAST_INPUTS)):
             truth = compute_truth(site, device.torch_device, task.seed, seed)
             write_truth(folder / name, truth)
