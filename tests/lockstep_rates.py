@@ -21,6 +21,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.progress import track
+from support.cells import TINY
 
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.measure.cell import Task
@@ -72,22 +73,13 @@ def main(
         with output.open("ab") as file:
             for number in track(range(blocks), console=console):
                 channels, resolution = next(sizes)
-                cell = Cell(
-                    model=None,
-                    dims=2,
-                    resolution=resolution,
+                cell = msgspec.structs.replace(
+                    TINY,
                     channels=channels,
                     out_channels=channels,
+                    resolution=resolution,
                     emb_channels=128,
-                    conditioning="scale_shift",
-                    dropout=0.0,
-                    updown="none",
-                    batch=2,
-                    dtype="fp32",
-                    layout="nchw",
                     mode="inference",
-                    impl="reference",
-                    checkpoint="none",
                 )
                 task = Task(
                     cell=cell,

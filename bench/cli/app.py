@@ -37,12 +37,7 @@ def path(text: str) -> Path:
     if not text.strip():
         raise typer.BadParameter("an empty path names no file and no folder: leave the option out")
     try:
-        text.encode()
         os.lstat(text)
-    except UnicodeEncodeError:
-        raise typer.BadParameter(
-            "it is not UTF-8, in which paths travel between processes: name another"
-        ) from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise typer.BadParameter(f"no file can have this path ({error.strerror})") from None
@@ -91,7 +86,7 @@ BudgetOption = Annotated[
     ),
 ]
 TimeoutOption = Annotated[
-    str, typer.Option(metavar="5m", help="What a round's check or burst may take.")
+    str, typer.Option(metavar="5m", help="What a cell's process may take in a round.")
 ]
 FormatOption = Annotated[str, typer.Option(metavar="table|md|json|junit", help="Of the report.")]
 OutputOption = Annotated[

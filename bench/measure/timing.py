@@ -158,20 +158,17 @@ def time_fn(
     rule: Rule,
     *,
     prepare: Callable[[], object] = lambda: None,
-    warm: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
     clock_mhz: Callable[[], float | None] | None = None,
 ) -> Timing:
     """Sample `step` until the rule stops it; step, prepare, clock and what is raised as in Sampler.
 
-    warm        called once, between the warm-up and the first sample
     clock_mhz   as in Sampler.warm_up
     """
     sampler = Sampler(step, timer, prepare=prepare, clock=clock)
     try:
         warmup = sampler.warm_up(rule, clock_mhz)
-        warm()
         samples, bursts, stop = _series(sampler, rule, sleep)
         return Timing(**asdict(warmup), samples_ms=samples, bursts=bursts, stop_rule=stop)
     finally:
