@@ -19,15 +19,18 @@ from resblock_bench.bench.measure import stats
 from resblock_bench.bench.measure.ceilings import best
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.floor import judged
-from resblock_bench.bench.measure.timing import BURSTS
 from resblock_bench.bench.records import Ceilings, Cell, Ratio, Row, Rule, StopRule
 
 from .party import Party
 from .turns import Turns
 
 Start = Callable[[Task], Party]
-_LOOK_AGAIN = 1.5
-"""After so many times as many rounds it is asked again whether the precision is reached."""
+_FIRST_LOOK, _LOOK_AGAIN = 12, 1.5
+"""The rounds after which it is first asked whether the precision is reached, and after how many
+times as many it is asked again."""
+_ROUNDS = 100
+"""A burst is cut short so that `max_samples` are spread over so many: of two steps on a machine
+that changes all the time, many short looks say more than a few long ones."""
 
 
 def measure_block(
@@ -117,8 +120,8 @@ def _rounds(
 ) -> StopRule:
     """Take rounds until the rule stops them; says what did."""
     until = clock() + rule.max_time_s * len(turns.bursts)
-    look = BURSTS
-    longest = math.ceil(rule.max_samples / BURSTS)
+    look = _FIRST_LOOK
+    longest = math.ceil(rule.max_samples / _ROUNDS)
 
     def taken(party: Party) -> int:
         return sum(map(len, turns.bursts[party]))

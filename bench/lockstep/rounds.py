@@ -8,16 +8,16 @@ All cells take their rounds in turn; disturbed ones are taken again, to a limit.
 """
 
 import itertools
-import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from msgspec import Meta
 
+from resblock_bench.bench.measure import stats
 from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.records import NonNegative, Positive, Record, Row, Status
 
@@ -109,7 +109,7 @@ def measure_pair(
     return Round(
         base_ms=statistics.median(base_ms),
         head_ms=statistics.median(head_ms),
-        log_ratio=statistics.median(map(_log_ratio, bases, heads)),
+        log_ratio=statistics.median(map(stats.log_ratio, heads, bases)),
         base_samples=len(base_ms),
         head_samples=len(head_ms),
         disturbances=found.disturbances,
@@ -122,16 +122,6 @@ def _failed(side: Side, row: Row, *, at_base: bool) -> RoundError:
     if at_base and row.status == "wrong":
         text += " (by the float64 result of the installed reference, the truth for both sides)"
     return RoundError(row.status, text, at_base=at_base)
-
-
-def _log_ratio(base: Sequence[float], head: Sequence[float]) -> float:
-    """Of two bursts, from as many samples of each.
-
-    The first ones run on caches that the other side has filled. Of a slower side fewer samples fit
-    into a burst, among which these would weigh more and make it look slower still.
-    """
-    count = min(len(base), len(head))
-    return math.log(statistics.median(head[:count]) / statistics.median(base[:count]))
 
 
 Measure = Callable[[Task], Round]

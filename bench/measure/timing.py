@@ -52,13 +52,13 @@ DEFAULT_RULE = Rule(
     warmup_max_s=1.0,
     warmup_min_steps=2,
     steady=0.02,
-    burst_s=0.05,
+    burst_s=0.03,
     gap_s=0.05,
     confidence=0.95,
     rel_half_width=0.02,
     min_samples=8,
-    max_samples=1000,
-    max_time_s=3.0,
+    max_samples=4000,
+    max_time_s=3.5,
 )
 
 

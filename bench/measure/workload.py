@@ -26,6 +26,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _GAPS = 8
 """Buffers that lie between what a step allocates, of all sizes up to a mebibyte."""
+_HELD_BYTES = 16 * 2**20
+"""The most that is held besides, written to: a system hands out the pages that it got back last."""
 
 PRECISION = "convolutions and activations in dtype; norms, linears and embedding in float32"
 INPUTS = "standard normal"
@@ -179,6 +181,7 @@ class Workload:
             ctypes.CDLL(None).malloc_trim(0)  # what is free gets other pages when it is used again
         gaps = self._places
         self._gaps += [torch.empty(int(2 ** gaps.uniform(4, 18))) for _ in range(_GAPS)]
+        self._gaps.append(torch.ones(int(gaps.uniform(0, _HELD_BYTES / 4))))
         for tensor in (*self._inputs(), *self.block.parameters()):
             tensor.data = tensor.data.clone()
             self._gaps.append(torch.empty(int(2 ** gaps.uniform(4, 12))))

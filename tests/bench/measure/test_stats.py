@@ -1,13 +1,17 @@
+from itertools import combinations_with_replacement
+
 import numpy as np
 import pytest
-from scipy.stats import binom, quantile_test
+from scipy.stats import binom, quantile_test, wilcoxon
 
 from resblock_bench.bench.measure.stats import (
     interval_rank,
     median_interval,
     outlier_count,
+    ratio_of,
     relative_half_width,
     self_normalised_quantile,
+    signed_rank_interval,
 )
 
 
@@ -141,3 +145,49 @@ def test_a_rank_that_covers_exactly_as_often_as_asked_is_taken() -> None:
     """Both of two samples on one side of the median: 1/4 each way, exactly."""
     assert interval_rank(2, 0.5) == 1
     assert interval_rank(6, 1 - 2 / 64) == 1
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.975])
+@pytest.mark.parametrize("count", [7, 8, 13, 40])
+def test_a_signed_rank_interval_holds_what_the_test_does_not_refuse(
+    count: int, confidence: float
+) -> None:
+    values = np.random.default_rng(count).standard_t(3, size=count) + 0.3
+    center, interval = signed_rank_interval(values.tolist(), confidence)
+    means = sorted((a + b) / 2 for a, b in combinations_with_replacement(values, 2))
+    assert center == pytest.approx(np.median(means))
+    assert interval is not None
+    for bound, outside in zip(interval, (-1, 1), strict=True):
+        for shift, refused in ((1e-9 * outside, True), (-1e-9 * outside, False)):
+            chance = wilcoxon(values - bound - shift, method="exact").pvalue
+            assert (chance <= 1 - confidence) == refused
+
+
+def test_too_few_differences_have_a_center_alone() -> None:
+    assert signed_rank_interval([0.1, 0.2, 0.4], 0.95) == (pytest.approx(0.225), None)
+    assert signed_rank_interval([0.1] * 5, 0.95)[1] is None
+    assert signed_rank_interval([0.1] * 6, 0.95)[1] == (0.1, 0.1)
+
+
+def test_of_very_many_differences_neighbours_are_taken_together() -> None:
+    rng = np.random.default_rng(0)
+    center, interval = signed_rank_interval(rng.normal(1.0, 0.1, 100_000).tolist(), 0.95)
+    assert interval is not None
+    assert interval[0] < 1.0 < interval[1]
+    assert center == pytest.approx(1.0, abs=0.002)
+    assert 0.0004 < interval[1] - interval[0] < 0.0025  # of the mean 0.0012
+
+
+def test_a_ratio_is_that_of_as_many_samples_of_both() -> None:
+    """Of the one that is faster more fit into a burst, and later ones are others."""
+    slow, fast = [[2.0]] * 12, [[1.0, 9.0, 9.0]] * 12
+    ratio = ratio_of(slow, fast, 0.95)
+    assert (ratio.value, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
+    assert ratio_of(fast, slow, 0.95).value == 0.5
+
+
+def test_a_ratio_is_held_with_half_the_error_that_is_asked() -> None:
+    logs = np.random.default_rng(0).normal(0.1, 0.05, 20)
+    ratio = ratio_of([[float(value)] for value in np.exp(logs)], [[1.0]] * 20, 0.95)
+    _, (low, high) = signed_rank_interval(logs.tolist(), 0.975)  # type: ignore[misc]
+    assert (ratio.low, ratio.high) == pytest.approx((np.exp(low), np.exp(high)))
