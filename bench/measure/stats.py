@@ -100,7 +100,10 @@ def log_ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 
 def ratio_of(
-    other: Sequence[Sequence[float]], own: Sequence[Sequence[float]], confidence: float
+    other: Sequence[Sequence[float]],
+    own: Sequence[Sequence[float]],
+    confidence: float,
+    between: float = 0.0,
 ) -> Ratio:
     """How many times as fast as another one is, from the samples of both in each of their rounds.
 
@@ -108,18 +111,18 @@ def ratio_of(
     of them comes first is drawn by lot, so of equal code a round is as likely to say d as -d,
     whatever the machine does. Under that alone the interval of Wilcoxon's signed ranks is exact.
 
-    It is taken at half the error: it is looked at more than once before it ends a measurement, and
-    two processes of the same code differ by about 0.5 % for as long as they live (both measured, in
-    docs/measuring.md).
+    between   standard deviation of the log ratio of two processes of the same code, however many
+              rounds they take: it is added in quadrature, z·between each way
     """
     # One may have had samples enough before the other.
     logs = [-log_ratio(*pair) for pair in zip(own, other, strict=False)]
-    center, interval = signed_rank_interval(logs, (1 + confidence) / 2)
-    low, high = interval or (None, None)
+    center, interval = signed_rank_interval(logs, confidence)
+    if interval is None:
+        return Ratio(value=math.exp(center), low=None, high=None)
+    least = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * between
+    below, above = (math.hypot(bound - center, least) for bound in interval)
     return Ratio(
-        value=math.exp(center),
-        low=None if low is None else math.exp(low),
-        high=None if high is None else math.exp(high),
+        value=math.exp(center), low=math.exp(center - below), high=math.exp(center + above)
     )
 
 

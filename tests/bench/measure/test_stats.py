@@ -186,8 +186,16 @@ def test_a_ratio_is_that_of_as_many_samples_of_both() -> None:
     assert ratio_of(fast, slow, 0.95).value == 0.5
 
 
-def test_a_ratio_is_held_with_half_the_error_that_is_asked() -> None:
+def test_what_processes_differ_by_is_in_a_ratios_interval() -> None:
     logs = np.random.default_rng(0).normal(0.1, 0.05, 20)
-    ratio = ratio_of([[float(value)] for value in np.exp(logs)], [[1.0]] * 20, 0.95)
-    _, (low, high) = signed_rank_interval(logs.tolist(), 0.975)  # type: ignore[misc]
-    assert (ratio.low, ratio.high) == pytest.approx((np.exp(low), np.exp(high)))
+    theirs, own = [[float(value)] for value in np.exp(logs)], [[1.0]] * 20
+    center, (low, high) = signed_rank_interval(logs.tolist(), 0.95)  # type: ignore[misc]
+    alone = ratio_of(theirs, own, 0.95)
+    assert np.log([alone.value, alone.low, alone.high]) == pytest.approx((center, low, high))
+    wider = ratio_of(theirs, own, 0.95, between=0.02)
+    assert wider.value == alone.value
+    reach = np.hypot([low - center, high - center], 1.959964 * 0.02)
+    assert np.log([wider.low, wider.high]) == pytest.approx([center - reach[0], center + reach[1]])
+    assert ratio_of(theirs, own, 0.99, between=9.0).low == pytest.approx(
+        np.exp(center - 2.5758293 * 9)
+    )

@@ -60,10 +60,10 @@ def test_stops_when_the_median_is_known_well_enough() -> None:
     noise = np.random.default_rng(0).lognormal(0, 0.1, 10**4).tolist()
     noisy, _ = timed(iter(noise), burst_s=0.01, max_samples=10**4)
     assert noisy.stop_rule == "precision"
-    assert relative_half_width(noisy.samples_ms, 0.95) <= 0.02
+    assert relative_half_width(noisy.samples_ms, 0.95) <= DEFAULT_RULE.rel_half_width
     before = noisy.samples_ms[: -noisy.bursts[-1]]
     assert len(noisy.bursts) > BURSTS
-    assert relative_half_width(before, 0.95) > 0.02
+    assert relative_half_width(before, 0.95) > DEFAULT_RULE.rel_half_width
 
 
 def test_takes_the_smallest_number_of_samples_whatever_the_rest_says() -> None:
