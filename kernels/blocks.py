@@ -30,11 +30,11 @@ from .resample import Resample
 CheckpointMode = Literal["none", "selective", "full"]
 
 
-class _FusedBlock(reference.TimestepBlock):
-    """What both blocks share: the checkpoint mode, and norm-activation-convolution under it."""
+class FusedBlock:
+    """Mixin of every fused block: the checkpoint mode, and norm-activation-convolution under it."""
 
-    use_checkpoint: bool
-    _selective: bool
+    use_checkpoint: bool = False
+    _selective: bool = False
 
     @property
     def checkpoint(self) -> CheckpointMode:
@@ -114,7 +114,7 @@ class _FusedBlock(reference.TimestepBlock):
         return h, second[1].bias if fold_second else None
 
 
-class ResBlock(_FusedBlock, reference.ResBlock):
+class ResBlock(FusedBlock, reference.ResBlock):
     """`reference.ResBlock` with fused norms; the reference's arguments and state-dict keys.
 
     checkpoint: "none", "selective" or "full", see above; the attribute may be set later.
@@ -145,7 +145,7 @@ class ResBlock(_FusedBlock, reference.ResBlock):
         return _add(self.skip_connection(self.x_upd(x)), h, bias)
 
 
-class EDMBlock(_FusedBlock, reference.EDMBlock):
+class EDMBlock(FusedBlock, reference.EDMBlock):
     """`reference.EDMBlock` with fused norms; the reference's arguments and state-dict keys.
 
     checkpoint: as in `ResBlock`. The attention inside the block is the reference's.
