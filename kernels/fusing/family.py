@@ -5,9 +5,9 @@ none of its own; a `Found` says what it becomes, or why it is left.
 
 A fused module is the same object with another class: a subclass of its own class, made once, in
 which a mixin's methods come first. So it is an instance of whatever it was an instance of, and its
-parameters, hooks, names and whoever refers to it stay. What fusing changes beside the class is a few
-attributes, which are noted on the module; `restore` undoes both. Copies and pickles of it are made by
-its own class's methods and become fused again.
+parameters, hooks, names and whoever refers to it stay. What fusing changes beside the class is a
+few attributes, which are noted on the module; `restore` undoes both. Copies and pickles of it are
+made by its own class's methods and become fused again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from resblock_bench.kernels.alterations import recomputable
 from resblock_bench.kernels.blocks import CheckpointMode
 
 _NOTE = "_before_fusing"
@@ -44,8 +46,7 @@ class Found:
     what        what it becomes, for the report; or why it is left
     parts       modules inside that it computes by itself (or would): nobody else fuses them
     attributes  are set on it
-    inputs      makes inputs of the module for `verify`: tensors in float64 on the CPU, or what else
-                its forward takes
+    inputs      draws inputs of the module for `verify`
     """
 
     mixin: type | None
@@ -61,6 +62,23 @@ Family: TypeAlias = Callable[[nn.Module, Context], "Found | None"]
 def checkpoint_attributes(mode: CheckpointMode) -> dict[str, Any]:
     """What a `FusedBlock` keeps its checkpoint mode in."""
     return {"use_checkpoint": mode == "full", "_selective": mode == "selective"}
+
+
+def describe_block(
+    name: str,
+    mode: CheckpointMode,
+    convolutions: Mapping[str, nn.Module],
+    plain: Callable[[nn.Module], bool] = recomputable,
+) -> str:
+    """What a block becomes, for the report.
+
+    convolutions: by name, those that the block computes by their parameters where they are `plain`.
+    """
+    what = f"{name}, checkpoint {mode}"
+    kept = [f"{n} ({type(c).__name__})" for n, c in convolutions.items() if not plain(c)]
+    if mode == "selective" and kept:
+        what += f", which keeps the input of {' and '.join(kept)}"
+    return what
 
 
 def become(module: nn.Module, mixin: type, attributes: Mapping[str, Any]) -> None:
@@ -103,7 +121,6 @@ def restore(module: nn.Module) -> None:
     module.__class__ = cls
 
 
-@functools.cache
 def fused_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
     """The class `cls` with the mixin's methods; the mixin itself where it is a subclass already.
 
@@ -113,6 +130,13 @@ def fused_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
         return cls
     if issubclass(mixin, cls):
         return mixin
+    pair: Any = (mixin, cls)
+    made: type[nn.Module] = _made(*pair)
+    return made
+
+
+@functools.cache
+def _made(mixin: Any, cls: Any) -> Any:
     body = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -138,8 +162,12 @@ def _build(mixin: type, build: Callable[..., Any], arguments: tuple[Any, ...]) -
     return module
 
 
-def random_tensor(*shape: int) -> Tensor:
-    """Drawn by torch's generator, in float64 on the CPU."""
-    import torch
+def random_like(parameter: Any, *shape: int) -> Tensor:
+    """Drawn on the CPU, in the dtype and on the device of a parameter; in fp32 without one."""
+    drawn = torch.randn(shape, dtype=torch.float64, device="cpu")
+    return drawn.to(parameter) if isinstance(parameter, Tensor) else drawn.float()
 
-    return torch.randn(shape, dtype=torch.float64, device="cpu")
+
+def parameter_of(module: nn.Module) -> Tensor | None:
+    """The largest parameter in it, which says in which dtype it wants its input."""
+    return max(module.parameters(), key=Tensor.numel, default=None)

@@ -51,17 +51,17 @@ class FuseReport:
 def fuse_(
     model: nn.Module, checkpoint: CheckpointMode | None = None, *, verify: bool = False
 ) -> FuseReport:
-    """Replace the residual blocks and group norms of a model, in place.
+    """Fuse the residual blocks and group norms of a model, in place.
 
     Modules change class and stay the same objects: parameters are shared with every optimizer that
     holds them, state-dict keys remain, and each is still an instance of its own class. Known are
-    the blocks of this project, a group norm with the SiLU and the dropout behind it in an
-    nn.Sequential, and group norms alone.
+    the blocks of this project, of improved-diffusion, guided-diffusion and EDM, a group norm with
+    the SiLU and the dropout behind it in an nn.Sequential, and group norms alone.
 
-    What would compute something else is left alone: subclasses, and blocks whose norm, activation,
-    dropout or resampling was replaced or has hooks. With "selective" a convolution that is more
-    than its parameters is called and keeps its input; the report names it. Of blocks of other
-    classes the group norms alone are fused, and the report lists them as left, too.
+    What would compute something else is left alone: blocks whose norm, activation, dropout or
+    resampling was replaced or has hooks, and classes whose forward is another. With "selective" a
+    convolution that is more than its parameters is called and keeps its input; the report names it.
+    Of blocks of other classes the group norms alone are fused, and the report lists them as left.
 
     checkpoint: the mode of every block, or None to leave each as it is (`use_checkpoint` means
     "full"). verify: hold every module that is fused, with dropout off, against a float64 copy of
@@ -73,6 +73,11 @@ def fuse_(
     if checkpoint is not None:
         check_mode(checkpoint)
     arguments.flags("fuse_", verify=verify)
+    if verify and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "fuse_: verify=True needs real weights, and some of the model's are on the meta device;"
+            " load them first, or fuse without verify."
+        )
     report = FuseReport()
     context = Context(model, checkpoint)
     parts: set[nn.Module] = set()  # of what is known already, fused or left

@@ -7,10 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from resblock_bench import reference
-from resblock_bench.kernels.alterations import alteration, called
+from resblock_bench.kernels.alterations import alteration
 from resblock_bench.kernels.blocks import EDMBlock, ResBlock
 
-from .family import Context, Found, checkpoint_attributes, random_tensor, unfused_class
+from .family import (
+    Context,
+    Found,
+    checkpoint_attributes,
+    describe_block,
+    parameter_of,
+    random_like,
+    unfused_class,
+)
 
 _MIXINS: dict[type[nn.Module], type[ResBlock] | type[EDMBlock]] = {
     reference.ResBlock: ResBlock,
@@ -34,9 +42,7 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
         mode = context.mode(module.checkpoint)
     else:
         mode = context.mode("full" if module.use_checkpoint else "none")
-    what = f"{name}, checkpoint {mode}"
-    if mode == "selective" and (kept := called(module)):
-        what += f", which keeps the input of {' and '.join(kept)}"
+    what = describe_block(name, mode, _convolutions(module))
     return Found(mixin, what, _parts(module), checkpoint_attributes(mode), _inputs)
 
 
@@ -47,9 +53,20 @@ def _parts(block: nn.Module) -> list[nn.Module]:
     return [block.norm0, block.norm1]  # type: ignore[list-item]
 
 
+def _convolutions(block: nn.Module) -> dict[str, nn.Module]:
+    if isinstance(block, reference.ResBlock):
+        return {"in_layers.2": block.in_layers[2], "out_layers.3": block.out_layers[3]}
+    return {name: block.get_submodule(name) for name in ("conv0", "conv1")}
+
+
 def _inputs(block: Any) -> tuple[Tensor, Tensor]:
     if isinstance(block, reference.ResBlock):
         channels, size = block.channels, (8,) * block.dims
+        conv, linear = block.in_layers[2], block.emb_layers[1]
     else:
         channels, size = block.in_channels, (8, 8)
-    return random_tensor(2, channels, *size), random_tensor(2, block.emb_channels)
+        conv, linear = block.conv0, block.affine
+    return (
+        random_like(parameter_of(conv), 2, channels, *size),
+        random_like(parameter_of(linear), 2, block.emb_channels),
+    )

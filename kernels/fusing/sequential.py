@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from resblock_bench.kernels.alterations import NORMS, is_exactly
+from resblock_bench.kernels.alterations import CONVOLUTIONS, is_exactly
 from resblock_bench.kernels.modules import normalise
 
-from .family import Context, Found, random_tensor
+from .family import Context, Found, parameter_of, random_like
+from .norm import channels_of, is_norm, is_silu
 
 
 class Run(NamedTuple):
@@ -71,30 +72,42 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
     runs = {at: run for at in range(len(layers)) if (run := _run(layers[at:])) is not None}
     if not runs:
         return None
-    what = ", ".join(f"{at}: " + " + ".join(k.__name__ for k in run.kinds) for at, run in runs.items())
+    what = ", ".join(
+        f"{at}: " + " + ".join(kind.__name__ for kind in run.kinds) for at, run in runs.items()
+    )
     return Found(
         FusedSequential,
         f"{type(module).__name__} with {what} in one",
         parts=[layers[at] for at in runs],
         attributes={"_runs": runs},
-        inputs=lambda m: _inputs(m, runs),
+        inputs=_inputs,
     )
 
 
 def _run(layers: list[nn.Module]) -> Run | None:
     """The one that begins with the first of these layers."""
-    if not is_exactly(layers[0], NORMS):
+    if not is_norm(layers[0]):
         return None
     rest = layers[1:]
     activation = dropout = None
-    if rest and is_exactly(rest[0], (nn.SiLU,)):
+    if rest and is_silu(rest[0]):
         activation = type(rest.pop(0))
     if rest and is_exactly(rest[0], (nn.Dropout,)):
         dropout = type(rest[0])
     return None if activation is dropout is None else Run(type(layers[0]), activation, dropout)
 
 
-def _inputs(sequence: Any, runs: dict[int, Run]) -> tuple[Tensor]:
-    channels = next((m.in_channels for m in sequence if hasattr(m, "in_channels")), None)
-    first: Any = sequence[min(runs)]
-    return (random_tensor(2, channels or first.num_channels, 8, 8),)
+def _inputs(sequence: nn.Module) -> tuple[Tensor]:
+    """Of the sizes that the first layers with parameters say: positions as a convolution wants."""
+    width, dims = None, 0
+    for layer in sequence.modules():
+        if width is None and isinstance(layer, nn.Linear):
+            return (random_like(layer.weight, 2, layer.in_features),)
+        if isinstance(layer, CONVOLUTIONS):
+            dims = dims or len(layer.kernel_size)
+            width = width or layer.in_channels
+        elif width is None and is_norm(layer):
+            width = channels_of(layer)
+    linear = not dims and any(isinstance(layer, nn.Linear) for layer in sequence.modules())
+    shape = (2, width or 1, *(8,) * (0 if linear else dims or 2))
+    return (random_like(parameter_of(sequence), *shape),)

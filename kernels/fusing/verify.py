@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .family import Found, is_fused, restore
+from .norm import no_norm
 
 _ROUNDINGS = 64
 _SEED = 0
@@ -40,13 +41,18 @@ def wrong(module: nn.Module, was: nn.Module, found: Found) -> str | None:
         torch.manual_seed(_SEED)
         inputs = found.inputs(module)
     try:
-        truth = _step(copy.deepcopy(was).double(), inputs, torch.float64)
+        truth = _step(_in_float64(was), inputs, torch.float64)
         usual = _step(was, inputs)
-        fused = _step(copy.deepcopy(module), inputs)
     except Exception as error:  # whatever a module that nobody here wrote raises
         return f"it cannot be verified: {type(error).__name__}: {error}"
+    try:
+        fused = _step(copy.deepcopy(module), inputs)
+    except Exception as error:
+        return f"verified and found wrong: {type(error).__name__}: {error}"
     largest = max(float(t.norm()) for name, t in truth.items() if name != "the output")
     for name, exact in truth.items():
+        if name not in fused:
+            return f"verified and found wrong: {name} is missing"
         least = 0.0 if name == "the output" else _NEGLIGIBLE * largest
         scale = max(float(exact.norm()), least) or 1.0
         limit = max(
@@ -59,23 +65,31 @@ def wrong(module: nn.Module, was: nn.Module, found: Found) -> str | None:
     return None
 
 
+def _in_float64(module: nn.Module) -> nn.Module:
+    """A copy of it. A norm that casts its input to fp32 would not take weights in float64."""
+    module = copy.deepcopy(module).double()
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm) and no_norm(part) is None:
+            part.__class__ = nn.GroupNorm
+    return module
+
+
 def _step(
     module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The output and the gradients of inputs and parameters, by name, of a module in eval mode.
 
-    dtype: of the inputs; None is that of the module's largest parameter.
+    dtype: of the inputs; None leaves them as they are.
     """
     parameters = {name: p.requires_grad_() for name, p in module.named_parameters()}
-    widest = max(parameters.values(), key=Tensor.numel, default=None)
-    device = "cpu" if widest is None else widest.device
-    dtype = dtype or (torch.float32 if widest is None else widest.dtype)
-    leaves = [t.to(device, dtype).requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
+    leaves = [
+        t.to(dtype or t.dtype).requires_grad_() if isinstance(t, Tensor) else t for t in inputs
+    ]
     module.eval()
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         y = module(*leaves)
         generator = torch.Generator().manual_seed(_SEED)
-        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(device, y.dtype)
+        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
         named = parameters | dict(_named(leaves))
         gradients = torch.autograd.grad(y, list(named.values()), dy, allow_unused=True)
     found = {f"the gradient of {n}": g for n, g in zip(named, gradients, strict=True)}
