@@ -92,7 +92,7 @@ class FusedBlock:
     def _residual_branch(
         self,
         x: Tensor,
-        e: Tensor,
+        e: Tensor | None,
         first: tuple[nn.GroupNorm, nn.Module],
         second: tuple[nn.GroupNorm, nn.Module],
         *,
@@ -102,12 +102,16 @@ class FusedBlock:
     ) -> tuple[Tensor, Tensor | None]:
         """conv(norm(conv(norm(x)))) modulated by e, and the last bias if it is still to be added.
 
+        e: the embedding of the block's width, or twice that if it modulates; None without one.
+
         On the GPU a convolution's bias is a pass over its output. There the first one becomes part
         of the add before the second norm, and the second one part of the residual addition.
         """
         kernel, first_bias = self._without_bias(first[1], x)
         h = self._norm_act_conv(x, *first, resample=resample, without_bias=kernel)
-        scale, shift, pre_shift = (*e.chunk(2, dim=1), None) if modulated else (None, None, e)
+        scale, shift, pre_shift = None, None, e
+        if modulated and e is not None:
+            scale, shift, pre_shift = *e.chunk(2, dim=1), None
         if first_bias is not None:
             pre_shift = (
                 first_bias.expand(len(x), -1)

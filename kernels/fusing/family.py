@@ -47,6 +47,8 @@ class Found:
     parts       modules inside that it computes by itself (or would): nobody else fuses them
     attributes  are set on it
     inputs      draws inputs of the module for `verify`
+    held        whether `verify` holds it; False where it only lets a norm that is fused by itself
+                take in the activation behind it
     """
 
     mixin: type | None
@@ -54,6 +56,7 @@ class Found:
     parts: Collection[nn.Module] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[nn.Module], tuple[Any, ...]] | None = None
+    held: bool = True
 
 
 Family: TypeAlias = Callable[[nn.Module, Context], "Found | None"]

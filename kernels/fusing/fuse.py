@@ -92,7 +92,8 @@ def fuse_(
             report.left[name] = found.what
             continue
         before = isinstance(module, found.mixin)
-        was = original(module) if verify and (is_fused(module) or not before) else None
+        hold = verify and found.held and (is_fused(module) or not before)
+        was = original(module) if hold else None
         become(module, found.mixin, found.attributes)
         if was is not None and (why := wrong(module, was, found)) is not None:
             restore(module)
