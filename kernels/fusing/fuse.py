@@ -15,6 +15,7 @@ from resblock_bench.reference import arguments
 
 from . import diffusers, edm, norm, openai, own, sequential
 from .family import Context, Family, Found, become, is_fused, restore
+from .norm import SILUS
 from .verify import original, wrong
 
 FAMILIES: tuple[Family, ...] = (
@@ -132,7 +133,7 @@ def _could_fuse_more(module: nn.Module, *, root: bool) -> bool:
         for layer in layers
     ):
         return False
-    if any(isinstance(layer, nn.SiLU) for layer in layers):
+    if any(isinstance(layer, nn.SiLU) or type(layer).__name__ in SILUS for layer in layers):
         return True
     return not any(type(layer).__module__ == nn.SiLU.__module__ for layer in layers) and any(
         isinstance(layer, CONVOLUTIONS) and max(layer.kernel_size) > 1 for layer in layers

@@ -16,6 +16,8 @@ from .trial import norm_trial, public_attributes, silu_trial
 
 _ATTRIBUTES = {"num_groups", "num_channels", "eps", "affine"}
 _PARAMETERS = {"weight", "bias"}
+SILUS = ("SiLU", "Swish")
+"""What such classes are called."""
 
 
 class FusedNorm:
@@ -55,7 +57,7 @@ def is_silu(module: nn.Module) -> bool:
     if not is_exactly(module, (cls,)):
         return False
     return cls is nn.SiLU or (
-        cls.__name__ in ("SiLU", "Swish")
+        cls.__name__ in SILUS
         and not any(True for _ in module.children())
         and not any(True for _ in module.parameters())
         and not public_attributes(module)

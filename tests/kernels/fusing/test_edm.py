@@ -11,7 +11,7 @@ from support import edm_classes as edm
 from support.parity import check_parity, drawn, randomised, step
 from torch import Tensor, nn
 
-from resblock_bench.kernels import fuse_
+from resblock_bench.kernels import fuse_, prefer
 from resblock_bench.kernels.fusing.edm import FusedEDMBlock
 
 MODES = ["none", "selective", "full"]
@@ -51,6 +51,19 @@ def test_a_block_computes_the_same(name: str, mode: str) -> None:
     check_parity(model, fused, inputs())
     check_parity(model, fused, inputs(), torch.bfloat16)
     check_parity(model, fused, inputs(), autocast=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("name", ["adaptive", "add, scaled", "down, wider", "wide filter"])
+def test_a_block_computes_the_same_in_triton(name: str, mode: str) -> None:
+    """Where the biases of its convolutions are added elsewhere."""
+    pytest.importorskip("triton")
+    model = block(name)
+    fused = copy.deepcopy(model)
+    fuse_(fused, mode)
+    with prefer("triton"):
+        check_parity(model, fused, drawn((2, 16, 4, 4), (2, 12)))
 
 
 def test_selective_keeps_no_activation_of_their_convolutions() -> None:

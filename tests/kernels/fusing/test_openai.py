@@ -10,8 +10,9 @@ import torch
 from support import openai_classes as openai
 from support.parity import check_parity, drawn, randomised, step
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resblock_bench.kernels import fuse_, unfuse_
+from resblock_bench.kernels import fuse_, prefer, unfuse_
 from resblock_bench.kernels.fusing.openai import FusedOpenAIBlock
 
 MODES = ["none", "selective", "full"]
@@ -57,6 +58,19 @@ def test_other_numbers_of_dimensions(
     fused = copy.deepcopy(model)
     assert fuse_(fused, "selective").fused
     check_parity(model, fused, inputs(size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("name", ["scale-shift", "add, wider", "down"])
+def test_a_block_computes_the_same_in_triton(name: str, mode: str) -> None:
+    """Where the biases of its convolutions are added elsewhere."""
+    pytest.importorskip("triton")
+    model = block(name)
+    fused = copy.deepcopy(model)
+    fuse_(fused, mode)
+    with prefer("triton"):
+        check_parity(model, fused, drawn((2, 32, 4, 4), (2, 16)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -260,3 +274,12 @@ def test_recognising_a_class_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     fuse_(model, verify=True)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fusing_under_fake_tensors_tries_real_ones() -> None:
+    class Fresh(openai.ResBlock):
+        pass
+
+    with FakeTensorMode():
+        model = nn.Sequential(Fresh(32, 16, 0.0, up=True), openai.normalization(32), openai.SiLU())
+        assert list(fuse_(model).fused) == ["", "0"]
