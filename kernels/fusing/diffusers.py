@@ -35,6 +35,7 @@ from .family import (
     Context,
     Found,
     checkpoint_attributes,
+    fused_class,
     parameter_of,
     random_like,
     unfused_class,
@@ -53,6 +54,8 @@ _ATTRIBUTES = (
 
 def recognise(module: nn.Module, context: Context) -> Found | None:
     cls = unfused_class(module)
+    if cls is nn.SiLU:
+        return _recognise_silu(module, context)
     known = next((c for c in cls.__mro__ if _known(c)), None)
     if known is None:
         return None
@@ -104,7 +107,7 @@ class FusedResnetBlock2D(FusedBlock):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         # A model that checkpoints its blocks does not want them checkpointed inside, too.
-        full = self.checkpoint == "full" and not _in_checkpoint()
+        full = self.checkpoint == "full" and torch.is_grad_enabled() and not _in_checkpoint()
         return checkpoint(self._fused, (input_tensor, temb, *args), (), full, **kwargs)
 
     def _fused(self, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -255,9 +258,13 @@ def _called(block: Any) -> list[str]:
 
 
 def _inputs(block: Any) -> tuple[Tensor, Tensor | None]:
-    like, linear = parameter_of(block), block.time_emb_proj
+    like = parameter_of(block)
     x = random_like(like, 2, block.norm1.num_channels, 8, 8)
-    return x, None if linear is None else random_like(like, 2, linear.in_features)
+    if block.time_emb_proj is None:
+        return x, None
+    # Of an adapter, too: what it adapts comes first.
+    matrix = next(p for p in block.time_emb_proj.parameters() if p.dim() == 2)
+    return x, random_like(like, 2, matrix.shape[1])
 
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
@@ -278,55 +285,48 @@ def _in_checkpoint() -> bool:
     return False
 
 
-class _FusedEnd:
+class FusedEnd:
     """Mixin of a module whose forward calls a norm and then the SiLU behind it, by their names.
 
-    The norm takes in the activation, and the attribute of the activation's name is then one that
-    changes nothing. The modules themselves stay where they are; which of the two holds is decided
-    anew in every forward, since either may have got hooks or been exchanged.
+    The norm takes in the activation, whose own module then passes its input on. Whether it does is
+    decided anew in every forward, since either may have got hooks or been exchanged.
     """
 
     _names: ClassVar[tuple[str, str]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        norm = getattr(self, self._names[0])
-        if isinstance(norm, GroupNormSiLU):
-            as_built = _altered_end(self, self._names) is None
-            activation: Literal["silu"] | None = "silu" if as_built else None
-            if norm.activation != activation:
-                norm.activation = activation
+        norm, activation = (getattr(self, name) for name in self._names)
+        fused = isinstance(norm, GroupNormSiLU) and isinstance(activation, PassedSiLU)
+        taken = fused and _altered_end(self, self._names) is None
+        if isinstance(norm, GroupNormSiLU) and (norm.activation is not None) is not taken:
+            norm.activation = "silu" if taken else None
+        if isinstance(activation, PassedSiLU) and activation.passes is not taken:
+            activation.passes = taken
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def _behind(self) -> nn.Module:
-        norm, activation = (self._modules[name] for name in self._names)  # type: ignore[attr-defined]
-        taken = isinstance(norm, GroupNormSiLU) and norm.activation is not None
-        return _NOTHING if taken and is_exactly(activation, _SILU) else activation
 
-
-_NOTHING = nn.Identity()
-
-
-class FusedHead(_FusedEnd):
+class FusedHead(FusedEnd):
     """Of whole models, and of the two halves of an autoencoder."""
 
     _names = ("conv_norm_out", "conv_act")
 
-    @property
-    def conv_act(self) -> nn.Module:
-        return self._behind()
 
-
-class FusedSkip(_FusedEnd):
+class FusedSkip(FusedEnd):
     """Of the upward blocks that add an image of every resolution."""
 
     _names = ("skip_norm", "act")
 
-    @property
-    def act(self) -> nn.Module:
-        return self._behind()
+
+class PassedSiLU:
+    """Mixin of the SiLU of such a pair: passes its input on where the norm has taken it in."""
+
+    passes: bool = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.passes else super().forward(input)  # type: ignore[misc]
 
 
-_ENDS: dict[str, type[_FusedEnd]] = {
+_ENDS: dict[str, type[FusedEnd]] = {
     "UNet2DModel": FusedHead,
     "UNet2DConditionModel": FusedHead,
     "Encoder": FusedHead,
@@ -334,30 +334,40 @@ _ENDS: dict[str, type[_FusedEnd]] = {
     "SkipUpBlock2D": FusedSkip,
     "AttnSkipUpBlock2D": FusedSkip,
 }
+_END_NORMS = (GroupNormSiLU, nn.GroupNorm)
+_END_SILUS = (fused_class(PassedSiLU, nn.SiLU), nn.SiLU)
 
 
-def _recognise_end(module: nn.Module, mixin: type[_FusedEnd], context: Context) -> Found | None:
-    norm, activation = mixin._names
-    if module._modules.get(norm) is None or module._modules.get(activation) is None:
+def _recognise_end(module: nn.Module, mixin: type[FusedEnd], context: Context) -> Found | None:
+    norm, activation = (module._modules.get(name) for name in mixin._names)
+    if norm is None or activation is None:
         return None
     name = type(module).__name__
     altered = _altered_end(module, mixin._names)
     if "forward" in vars(module):
         altered = "it has a forward of its own"
-    elif altered is None and _places(context.model, module._modules[norm]) > 1:
-        altered = f"{norm} stands in another place, too"
+    for part, called in zip((norm, activation), mixin._names, strict=True):
+        if altered is None and len(context.owners[part]) > 1:
+            altered = f"{called} stands in another place, too"
     if altered is not None:
         return Found(None, f"{name} has another head than is built: {altered}")
-    return Found(mixin, f"{name} with {norm} and {activation} in one", held=False)
+    what = f"{name} with {' and '.join(mixin._names)} in one"
+    return Found(mixin, what, held=False)
 
 
 def _altered_end(module: Any, names: tuple[str, str]) -> str | None:
-    norm, activation = names
-    for name, kinds in ((norm, (GroupNormSiLU, nn.GroupNorm)), (activation, _SILU)):
+    for name, kinds in zip(names, (_END_NORMS, _END_SILUS), strict=True):
         if (found := replaced(module._modules[name], kinds)) is not None:
             return f"{name} {found}"
     return None
 
 
-def _places(model: nn.Module, module: nn.Module | None) -> int:
-    return sum(m is module for _, m in model.named_modules(remove_duplicate=False))
+def _recognise_silu(module: nn.Module, context: Context) -> Found | None:
+    for owner in context.owners.get(module, ()):
+        mixin = _ENDS.get(type(owner).__name__)
+        if mixin is not None and isinstance(owner, mixin):
+            norm, activation = mixin._names
+            if owner._modules.get(activation) is module:
+                what = f"SiLU that {norm} takes in"
+                return Found(PassedSiLU, what, attributes={"passes": False}, held=False)
+    return None

@@ -37,6 +37,16 @@ class Context:
         """The checkpoint mode of a block that has this one unless another is asked for."""
         return usual if self.checkpoint is None else self.checkpoint
 
+    @functools.cached_property
+    def owners(self) -> dict[nn.Module, list[nn.Module]]:
+        """Of every module in the model those whose child it is, once for each place."""
+        found: dict[nn.Module, list[nn.Module]] = {}
+        for owner in self.model.modules():
+            for child in owner._modules.values():
+                if child is not None:
+                    found.setdefault(child, []).append(owner)
+        return found
+
 
 @dataclass(frozen=True)
 class Found:

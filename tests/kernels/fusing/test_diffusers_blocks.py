@@ -14,6 +14,7 @@ from support.diffusers_models import ResnetBlock2D, block, cast, check, outcome,
 from torch import Tensor, nn
 
 from resblock_bench.kernels import fuse_, prefer, unfuse_
+from resblock_bench.kernels.fusing.diffusers import FusedResnetBlock2D
 
 MODES = ("none", "selective", "full")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -350,6 +351,37 @@ def test_a_mode_may_be_set_later_and_stays_otherwise() -> None:
     assert ours.checkpoint == "selective"
     with pytest.raises(ValueError, match="half"):
         ours.checkpoint = "half"
+
+
+@pytest.mark.parametrize("name", ["scale and shift", "no embedding", "up by FIR", "GELU"])
+def test_a_right_block_is_verified_and_a_wrong_one_given_back(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = block(dropout=0.5, **VARIANTS[name])
+    x = inputs(original.eval())
+    expected = original(*x)
+    report = fuse_(original, "selective", verify=True)
+    assert list(report.fused) == [""] and not report.left
+    unfuse_(original)
+    monkeypatch.setattr(FusedResnetBlock2D, "_norm_act_conv", lambda self, x, *_, **__: x)
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = fuse_(original, "selective", verify=True)
+    assert "found wrong" in report.left[""]
+    assert type(original) is ResnetBlock2D and torch.equal(original(*x), expected)
+
+
+def test_a_block_is_verified_with_an_adapter_on_its_embedding() -> None:
+    class Low(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.lora = base, nn.Linear(12, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.lora(x)
+
+    original = block()
+    original.time_emb_proj = Low(original.time_emb_proj)
+    assert not fuse_(original, verify=True).left
 
 
 @pytest.mark.slow

@@ -164,12 +164,48 @@ def test_every_norm_of_a_unet_is_fused_and_the_head_s_activation_with_its_norm()
         inside = [n for b in blocks(model) for n in (b.norm1, b.norm2)]
         assert set(norms) <= set(inside)
         unfuse_(model)
-        assert model.conv_act is head and type(model.conv_norm_out) is nn.GroupNorm
+        assert model.conv_act is head and type(head) is nn.SiLU
+        assert type(model.conv_norm_out) is nn.GroupNorm
     model = autoencoder()
     fuse_(model)
     model(*of_autoencoder())
     for part in (model.encoder, model.decoder):
         assert part.conv_norm_out.activation == "silu"
+
+
+def test_whole_models_are_verified() -> None:
+    for make in (unet, autoencoder):
+        model = make()
+        report = fuse_(model, "selective", verify=True)
+        assert not report.left
+        assert fuse_(make(), "selective").fused == report.fused
+
+
+@pytest.mark.parametrize("late", ["gelu", "hook", "hook_norm"])
+def test_a_head_that_changes_after_it_was_fused_computes_what_it_is_now(late: str) -> None:
+    original, inputs = unet().eval(), of_unet()
+    ours = copy.deepcopy(original)
+    fuse_(ours)
+    with torch.no_grad():
+        ours(*inputs)
+        for model in (original, ours):
+            {"gelu": gelu, "hook": hook, "hook_norm": hook_norm}[late](model)
+        expected = original(*inputs).sample
+        torch.testing.assert_close(ours(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_whose_norm_is_used_elsewhere_keeps_it_as_it_is() -> None:
+    model = unet().eval()
+    model.norm_of_another = model.conv_norm_out
+    report = fuse_(model)
+    assert "conv_norm_out stands in another place" in report.left[""]
+    with torch.no_grad():
+        model(*of_unet())
+    x = torch.randn(2, 8, 8, 8)
+    expected = nn.functional.group_norm(
+        x, 4, model.conv_norm_out.weight, model.conv_norm_out.bias, model.conv_norm_out.eps
+    )
+    torch.testing.assert_close(model.norm_of_another(x), expected)
 
 
 def test_attention_norms_have_no_activation() -> None:
