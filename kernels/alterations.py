@@ -78,7 +78,12 @@ def kernel_of(conv: nn.Module) -> Kernel | None:
 
 def is_exactly(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether calling it is what its class says: no subclass (parametrizations make one)."""
-    return type(module) in kinds and "forward" not in module.__dict__ and not _hooked(module)
+    return type(module) in kinds and is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nothing but its class says what calling it does."""
+    return "forward" not in module.__dict__ and not _hooked(module)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 Read in this order:
 
     family      what a family of classes is, and how a module becomes fused and what it was again
+    trial       whether a class that nobody here wrote computes what its structure says
     norm        a group norm alone
     sequential  a group norm with the SiLU and the dropout behind it, inside an nn.Sequential
     own         the blocks of this project

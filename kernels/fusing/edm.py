@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.kernels.alterations import is_exactly
+from resblock_bench.kernels.alterations import is_untouched
 from resblock_bench.kernels.blocks import FusedBlock, add
 from resblock_bench.kernels.op import Convolution, Kernel
 from resblock_bench.kernels.resample import Resample
@@ -42,7 +42,11 @@ Direction = Literal["up", "down"]
 
 
 class FusedEDMBlock(FusedBlock):
-    """Mixin of EDM's UNetBlock, which runs as it was where its norms are others than then."""
+    """Mixin of EDM's UNetBlock, which runs as it was where its norms are others than then.
+
+    What it was made of is kept as modules, not as classes: a network of EDM's brings its classes
+    along when it is pickled.
+    """
 
     norm0: nn.GroupNorm
     norm1: nn.GroupNorm
@@ -56,9 +60,9 @@ class FusedEDMBlock(FusedBlock):
     adaptive_scale: bool
     training: bool
 
-    _norm_classes: tuple[type[nn.Module], ...]
-    _plain: tuple[type[nn.Module] | None, ...]
-    """The classes of the convolutions that are their parameters alone."""
+    _norms: tuple[nn.Module, nn.Module]
+    _plain: tuple[nn.Module | None, ...]
+    """Those of conv0 and conv1 that are their parameters alone."""
     _convolution_resamples = True
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -66,8 +70,11 @@ class FusedEDMBlock(FusedBlock):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if not (
-            is_exactly(self.norm0, self._norm_classes[:1])
-            and is_exactly(self.norm1, self._norm_classes[1:])
+            self.norm0 is self._norms[0]
+            and self.norm1 is self._norms[1]
+            and is_untouched(self.norm0)
+            and is_untouched(self.norm1)
+            and self.dropout < 1
         ):
             y: Tensor = super().forward(x, emb)  # type: ignore[misc]
             return y
@@ -85,8 +92,7 @@ class FusedEDMBlock(FusedBlock):
         return self._attend(y) if self.num_heads else y
 
     def _kernel(self, conv: nn.Module, x: Tensor) -> Kernel | None:
-        plain = self._plain[0 if conv is self.conv0 else 1]
-        if plain is None or not is_exactly(conv, (plain,)):
+        if not (conv is self._plain[0] or conv is self._plain[1]) or not is_untouched(conv):
             return None
         weight, bias = cast("tuple[Tensor, Tensor | None]", (conv.weight, conv.bias))
         half = weight.shape[-1] // 2
@@ -125,8 +131,8 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
     convolutions = {"conv0": block.conv0, "conv1": block.conv1}
     attributes = {
         **checkpoint_attributes(mode),
-        "_norm_classes": (type(block.norm0), type(block.norm1)),
-        "_plain": tuple(type(c) if _is_plain(c) else None for c in convolutions.values()),
+        "_norms": (block.norm0, block.norm1),
+        "_plain": tuple(c if _is_plain(c) else None for c in convolutions.values()),
     }
     what = describe_block(name, mode, convolutions, _is_plain)
     return Found(FusedEDMBlock, what, parts, attributes, _inputs)
@@ -146,7 +152,7 @@ def _altered(block: Any, children: set[str]) -> str | None:
 
 def _is_plain(conv: Any) -> bool:
     """Whether a convolution of EDM's class is its parameters alone, after a plain resampling."""
-    if not is_exactly(conv, (type(conv),)) or public_attributes(conv) - _CONVOLUTION:
+    if not is_untouched(conv) or public_attributes(conv) - _CONVOLUTION:
         return False
     if not all(hasattr(conv, name) for name in (*_CONVOLUTION, "weight", "bias")):
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resblock_bench.kernels.alterations import NORMS, is_exactly
+from resblock_bench.kernels.alterations import NORMS, is_untouched
 from resblock_bench.kernels.modules import GroupNormSiLU, normalise
 
 from .family import Context, Found, is_fused, random_like, unfused_class
@@ -48,13 +48,13 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a group norm that the operator computes, and nothing else happens in it."""
-    return is_exactly(module, (type(module),)) and no_norm(module) is None
+    return is_untouched(module) and no_norm(module) is None
 
 
 def is_silu(module: nn.Module) -> bool:
     """Whether it is a SiLU, of whatever class, and nothing else happens in it."""
     cls = type(module)
-    if not is_exactly(module, (cls,)):
+    if not is_untouched(module):
         return False
     return cls is nn.SiLU or (
         cls.__name__ in SILUS

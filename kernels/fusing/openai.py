@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resblock_bench.kernels.alterations import CONVOLUTIONS, Layers, altered_layers, is_exactly
+from resblock_bench.kernels.alterations import (
+    CONVOLUTIONS,
+    Layers,
+    altered_layers,
+    is_exactly,
+    is_untouched,
+)
 from resblock_bench.kernels.blocks import FusedResBlock
 from resblock_bench.kernels.resample import Resample
 from resblock_bench.reference.checkpoint import checkpoint
@@ -54,7 +60,9 @@ class FusedOpenAIBlock(FusedResBlock):
         direction, classes = self._resampling
         if direction is not None and _classes(block.h_upd) != classes:
             return "h_upd was replaced or has hooks"
-        return altered_layers(block, self._layers)
+        if (found := altered_layers(block, self._layers)) is not None:
+            return found
+        return "its dropout is 1" if block.out_layers[2].p == 1 else None
 
     def _direction(self) -> Direction | None:
         return self._resampling[0]
@@ -142,7 +150,7 @@ def _direction(block: Any) -> Direction | None:
 
 def _classes(module: nn.Module) -> list[type[nn.Module]]:
     """Of the module and those in it, without those in which something else happens."""
-    return [type(m) for m in module.modules() if is_exactly(m, (type(m),))]
+    return [type(m) for m in module.modules() if is_untouched(m)]
 
 
 def _dims(block: Any) -> int:

@@ -47,9 +47,10 @@ class FusedSequential:
         at = 0
         while at < len(layers):
             run = self._runs.get(at)
-            end = at + (len(run.kinds) if run is not None else 1)
-            if run is not None and run.holds(layers[at:end]):
-                dropout = layers[end - 1] if run.dropout is not None else None
+            end = min(at + (len(run.kinds) if run is not None else 1), len(layers))
+            dropout = layers[end - 1] if run is not None and run.dropout is not None else None
+            # The operator has no dropout of everything.
+            if run is not None and run.holds(layers[at:end]) and (dropout is None or dropout.p < 1):
                 input = normalise(
                     layers[at],
                     input,

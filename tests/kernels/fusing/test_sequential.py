@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import edm_classes as edm
 from support import openai_classes as openai
 from support.parity import check_parity, drawn, randomised, step
 from torch import Tensor, nn
@@ -141,3 +142,40 @@ def test_an_activation_called_silu_that_is_none_is_called() -> None:
     expected = model(x)
     assert fuse_(model).fused == {"0": "GroupNormSiLU without activation"}
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_head_inside_a_sequence_that_hands_on_an_embedding() -> None:
+    """OpenAI's TimestepEmbedSequential has a forward of its own: of what stands in it directly the
+    norms alone are fused."""
+    norm, silu, conv = openai.normalization(32), openai.SiLU(), nn.Conv2d(32, 3, 3)
+    inner = nn.Sequential(openai.normalization(32), openai.SiLU(), nn.Conv2d(32, 32, 1))
+    block = openai.ResBlock(32, 12, 0.0)
+    model = randomised(openai.TimestepEmbedSequential(block, inner, norm, silu, conv))
+    fused = copy.deepcopy(model)
+    report = fuse_(fused)
+    assert report.fused == {
+        "0": "ResBlock, checkpoint none",
+        "1": "Sequential with 0: GroupNorm32 + SiLU in one",
+        "2": "GroupNormSiLU without activation",
+    }
+    check_parity(model, fused, drawn((2, 32, 6, 6), (2, 12)))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before fusing", "after fusing"])
+def test_a_dropout_of_everything_is_called(after: bool) -> None:
+    for model, dropout, x in (
+        (head(nn.SiLU(), nn.Dropout(0.5)), lambda m: m[2], drawn((2, 16, 6, 6))),
+        (openai.ResBlock(32, 12, 0.5), lambda m: m.out_layers[2], drawn((2, 32, 6, 6), (2, 12))),
+    ):
+        plain = copy.deepcopy(model)
+        dropout(plain).p = 1.0
+        if after:
+            fuse_(model)
+        dropout(model).p = 1.0
+        if not after:
+            fuse_(model)
+        torch.testing.assert_close(model(*x), plain(*x))
+    model = edm.UNetBlock(16, 16, 12, dropout=1.0)
+    x, plain = drawn((2, 16, 6, 6), (2, 12)), copy.deepcopy(model)
+    fuse_(model)
+    torch.testing.assert_close(model(*x), plain(*x))
