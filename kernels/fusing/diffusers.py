@@ -334,8 +334,8 @@ _ENDS: dict[str, type[FusedEnd]] = {
     "SkipUpBlock2D": FusedSkip,
     "AttnSkipUpBlock2D": FusedSkip,
 }
-_END_NORMS = (GroupNormSiLU, nn.GroupNorm)
-_END_SILUS = (fused_class(PassedSiLU, nn.SiLU), nn.SiLU)
+_END_NORMS: tuple[type[nn.Module], ...] = (GroupNormSiLU, nn.GroupNorm)
+_END_SILUS: tuple[type[nn.Module], ...] = (fused_class(PassedSiLU, nn.SiLU), nn.SiLU)
 
 
 def _recognise_end(module: nn.Module, mixin: type[FusedEnd], context: Context) -> Found | None:
