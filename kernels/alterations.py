@@ -7,11 +7,13 @@ stands in the place of what it computes, or has hooks there, would be passed ove
 
 from __future__ import annotations
 
-from typing import TypeAlias, get_args
+from typing import TypeAlias, cast, get_args
 
 from torch import nn
 
 from resblock_bench import reference
+
+from .op import Convolution, Kernel
 
 ConvNd: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # Apart, since torch.compile traces get_args in newer versions only.
@@ -20,8 +22,9 @@ NORMS = (nn.GroupNorm, reference.GroupNorm, reference.GroupNorm32)
 # Tuples, since torch.compile traces a union of types in newer versions only.
 _RESAMPLED = (reference.Upsample, reference.Downsample)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-# By position; None is called, whatever it is.
-_LAYERS: dict[str, tuple[tuple[type[nn.Module], ...] | None, ...]] = {
+Layers: TypeAlias = dict[str, tuple[tuple[type[nn.Module], ...] | None, ...]]
+"""The classes of a block's layers by sequence and position; None is called, whatever it is."""
+_LAYERS: Layers = {
     "in_layers": (NORMS, (nn.SiLU,), None),
     "out_layers": (NORMS, (nn.SiLU,), (nn.Dropout,), None),
 }
@@ -32,31 +35,25 @@ def alteration(block: nn.Module) -> str | None:
     if "_forward" in block.__dict__ or "forward" in block.__dict__:
         return "it has a forward of its own"
     if isinstance(block, reference.ResBlock):
-        for name, kinds in _LAYERS.items():
-            layers = getattr(block, name)
-            if type(layers) is not nn.Sequential or len(layers) != len(kinds):
-                return f"{name} has not the {len(kinds)} layers that the class builds"
-            for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-                if kind is not None and (found := _replaced(layer, kind)) is not None:
-                    return f"{name}.{i} {found}"
-        return _resampling(block.h_upd)
+        return altered_layers(block, _LAYERS) or _resampling(block.h_upd)
     for name in ("norm0", "norm1"):
-        if (found := _replaced(getattr(block, name), NORMS)) is not None:
+        if (found := replaced(getattr(block, name), NORMS)) is not None:
             return f"{name} {found}"
     return None
 
 
-def called(block: nn.Module) -> list[str]:
-    """The convolutions of an unaltered block that are called, and so keep their input."""
-    if isinstance(block, reference.ResBlock):
-        convolutions = {"in_layers.2": block.in_layers[2], "out_layers.3": block.out_layers[3]}
-    else:
-        convolutions = {name: getattr(block, name) for name in ("conv0", "conv1")}
-    return [
-        f"{name} ({type(conv).__name__})"
-        for name, conv in convolutions.items()
-        if not recomputable(conv)
-    ]
+def altered_layers(block: nn.Module, expected: Layers) -> str | None:
+    """The first layer in a block's sequences that is of another class than expected."""
+    for name, kinds in expected.items():
+        layers = getattr(block, name)
+        if type(layers) is not nn.Sequential or len(layers) != len(kinds):
+            return f"{name} has not the {len(kinds)} layers that the class builds"
+        if not is_exactly(layers, (nn.Sequential,)):
+            return f"{name} has hooks or a forward of its own"
+        for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+            if kind is not None and (found := replaced(layer, kind)) is not None:
+                return f"{name}.{i} {found}"
+    return None
 
 
 def recomputable(conv: nn.Module) -> bool:
@@ -68,9 +65,25 @@ def recomputable(conv: nn.Module) -> bool:
     )
 
 
+def kernel_of(conv: nn.Module) -> Kernel | None:
+    """A convolution as its parameters, where it is these alone."""
+    if not recomputable(conv):
+        return None
+    plain = cast(ConvNd, conv)
+    constants = Convolution(
+        plain.stride, cast("tuple[int, ...]", plain.padding), plain.dilation, plain.groups
+    )
+    return Kernel(plain.weight, plain.bias, constants)
+
+
 def is_exactly(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether calling it is what its class says: no subclass (parametrizations make one)."""
-    return type(module) in kinds and "forward" not in module.__dict__ and not _hooked(module)
+    return type(module) in kinds and is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nothing but its class says what calling it does."""
+    return "forward" not in module.__dict__ and not _hooked(module)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -82,7 +95,7 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _replaced(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
+def replaced(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
     if is_exactly(module, kinds):
         return None
     if type(module) not in kinds:

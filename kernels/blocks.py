@@ -21,20 +21,22 @@ from torch import Tensor, nn
 
 from resblock_bench import reference
 
-from .alterations import CONVOLUTIONS, ConvNd, alteration, is_exactly, recomputable
+from .alterations import alteration, kernel_of
 from .dispatch import choose_backend
-from .functional import group_norm_silu, norm_act_conv
-from .op import residual_add
+from .functional import group_norm_silu, norm_act_kernel
+from .op import Kernel, residual_add
 from .resample import Resample
 
 CheckpointMode = Literal["none", "selective", "full"]
 
 
-class _FusedBlock(reference.TimestepBlock):
-    """What both blocks share: the checkpoint mode, and norm-activation-convolution under it."""
+class FusedBlock:
+    """Mixin of every fused block: the checkpoint mode, and norm-activation-convolution under it."""
 
-    use_checkpoint: bool
-    _selective: bool
+    use_checkpoint: bool = False
+    _selective: bool = False
+    _convolution_resamples = False
+    """Whether calling the first convolution resamples, too."""
 
     @property
     def checkpoint(self) -> CheckpointMode:
@@ -48,19 +50,24 @@ class _FusedBlock(reference.TimestepBlock):
         self.use_checkpoint = mode == "full"
         self._selective = mode == "selective"
 
+    def _kernel(self, conv: nn.Module, x: Tensor) -> Kernel | None:
+        """The convolution as its parameters, for input like x, unless it is more than these."""
+        return kernel_of(conv)
+
     def _norm_act_conv(
         self,
         x: Tensor,
         norm: nn.GroupNorm,
-        conv: ConvNd,
+        conv: nn.Module,
         *,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         pre_shift: Tensor | None = None,
         dropout_p: float = 0.0,
         resample: Literal["up", "down"] | None = None,
-        conv_bias: bool = True,
+        without_bias: Kernel | None = None,
     ) -> Tensor:
+        """without_bias: the convolution, whose bias is left to the caller."""
         arguments: dict[str, Any] = {
             "scale": scale,
             "shift": shift,
@@ -69,22 +76,25 @@ class _FusedBlock(reference.TimestepBlock):
             "dropout_p": dropout_p,
         }
         selective = self.checkpoint == "selective" and torch.is_grad_enabled()
-        if selective and recomputable(conv):
-            return norm_act_conv(
-                x, norm.num_groups, norm.weight, norm.bias, conv, resample=resample,
-                conv_bias=conv_bias, **arguments,
-            )  # fmt: skip
+        kernel = without_bias or (self._kernel(conv, x) if selective else None)
+        if selective and kernel is not None:
+            return norm_act_kernel(
+                x, norm.num_groups, norm.weight, norm.bias, kernel, resample=resample, **arguments
+            )
         h = group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, **arguments)
+        if without_bias is None and self._convolution_resamples:
+            out: Tensor = conv(h)
+            return out
         h = Resample(resample).forward(h)
-        out: Tensor = conv(h) if conv_bias else conv._conv_forward(h, conv.weight, None)
+        out = conv(h) if without_bias is None else without_bias.convolve(h)
         return out
 
     def _residual_branch(
         self,
         x: Tensor,
-        e: Tensor,
-        first: tuple[nn.GroupNorm, ConvNd],
-        second: tuple[nn.GroupNorm, ConvNd],
+        e: Tensor | None,
+        first: tuple[nn.GroupNorm, nn.Module],
+        second: tuple[nn.GroupNorm, nn.Module],
         *,
         modulated: bool,
         dropout_p: float,
@@ -92,16 +102,23 @@ class _FusedBlock(reference.TimestepBlock):
     ) -> tuple[Tensor, Tensor | None]:
         """conv(norm(conv(norm(x)))) modulated by e, and the last bias if it is still to be added.
 
+        e: the embedding of the block's width, or twice that if it modulates; None without one.
+
         On the GPU a convolution's bias is a pass over its output. There the first one becomes part
         of the add before the second norm, and the second one part of the residual addition.
         """
-        folds = choose_backend(x)[0] == "triton"
-        fold_first, fold_second = folds and _is_plain(first[1]), folds and _is_plain(second[1])
-        h = self._norm_act_conv(x, *first, resample=resample, conv_bias=not fold_first)
-        scale, shift, pre_shift = (*e.chunk(2, dim=1), None) if modulated else (None, None, e)
-        if fold_first:
-            bias = cast(Tensor, first[1].bias)
-            pre_shift = bias.expand(len(x), -1) if pre_shift is None else pre_shift.float() + bias
+        kernel, first_bias = self._without_bias(first[1], x)
+        h = self._norm_act_conv(x, *first, resample=resample, without_bias=kernel)
+        scale, shift, pre_shift = None, None, e
+        if modulated and e is not None:
+            scale, shift, pre_shift = *e.chunk(2, dim=1), None
+        if first_bias is not None:
+            pre_shift = (
+                first_bias.expand(len(x), -1)
+                if pre_shift is None
+                else pre_shift.float() + first_bias
+            )
+        kernel, last_bias = self._without_bias(second[1], h)
         h = self._norm_act_conv(
             h,
             *second,
@@ -109,12 +126,63 @@ class _FusedBlock(reference.TimestepBlock):
             shift=shift,
             pre_shift=pre_shift,
             dropout_p=dropout_p,
-            conv_bias=not fold_second,
+            without_bias=kernel,
         )
-        return h, second[1].bias if fold_second else None
+        return h, last_bias
+
+    def _without_bias(
+        self, conv: nn.Module, x: Tensor
+    ) -> tuple[Kernel, Tensor] | tuple[None, None]:
+        """A convolution and its bias apart, where the bias is better added elsewhere."""
+        if choose_backend(x)[0] != "triton":
+            return None, None
+        kernel = self._kernel(conv, x)
+        if kernel is None or kernel.bias is None:
+            return None, None
+        return kernel._replace(bias=None), kernel.bias
 
 
-class ResBlock(_FusedBlock, reference.ResBlock):
+class FusedResBlock(FusedBlock):
+    """Mixin of a block of `reference.ResBlock`'s structure: its `_forward`."""
+
+    in_layers: nn.Sequential
+    emb_layers: nn.Sequential
+    out_layers: nn.Sequential
+    skip_connection: nn.Module
+    use_scale_shift_norm: bool
+
+    def _alteration(self) -> str | None:
+        """What in the block is not as its class builds it."""
+        return alteration(cast(nn.Module, self))
+
+    def _direction(self) -> Literal["up", "down"] | None:
+        return _direction(cast(Any, self).h_upd)
+
+    def _skip(self, x: Tensor) -> Tensor:
+        out: Tensor = self.skip_connection(cast(Any, self).x_upd(x))
+        return out
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self._alteration() is not None:
+            y: Tensor = super()._forward(x, emb)  # type: ignore[misc]
+            return y
+        in_norm, _, in_conv = cast("tuple[nn.GroupNorm, Any, nn.Module]", tuple(self.in_layers))
+        out_norm, _, out_drop, out_conv = cast(
+            "tuple[nn.GroupNorm, Any, nn.Dropout, nn.Module]", tuple(self.out_layers)
+        )
+        h, bias = self._residual_branch(
+            x,
+            self.emb_layers(emb),  # (N, C_out or 2·C_out)
+            (in_norm, in_conv),
+            (out_norm, out_conv),
+            modulated=self.use_scale_shift_norm,
+            dropout_p=out_drop.p if out_drop.training else 0.0,
+            resample=self._direction(),
+        )
+        return add(self._skip(x), h, bias)
+
+
+class ResBlock(FusedResBlock, reference.ResBlock):
     """`reference.ResBlock` with fused norms; the reference's arguments and state-dict keys.
 
     checkpoint: "none", "selective" or "full", see above; the attribute may be set later.
@@ -126,26 +194,8 @@ class ResBlock(_FusedBlock, reference.ResBlock):
         super().__init__(*args, **kwargs)
         self.checkpoint = "full" if self.use_checkpoint else checkpoint
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if alteration(self) is not None:
-            return super()._forward(x, emb)
-        in_norm, _, in_conv = cast("tuple[nn.GroupNorm, Any, ConvNd]", tuple(self.in_layers))
-        out_norm, _, out_drop, out_conv = cast(
-            "tuple[nn.GroupNorm, Any, nn.Dropout, ConvNd]", tuple(self.out_layers)
-        )
-        h, bias = self._residual_branch(
-            x,
-            self.emb_layers(emb),  # (N, C_out or 2·C_out)
-            (in_norm, in_conv),
-            (out_norm, out_conv),
-            modulated=self.use_scale_shift_norm,
-            dropout_p=out_drop.p if out_drop.training else 0.0,
-            resample=_direction(self.h_upd),
-        )
-        return _add(self.skip_connection(self.x_upd(x)), h, bias)
 
-
-class EDMBlock(_FusedBlock, reference.EDMBlock):
+class EDMBlock(FusedBlock, reference.EDMBlock):
     """`reference.EDMBlock` with fused norms; the reference's arguments and state-dict keys.
 
     checkpoint: as in `ResBlock`. The attention inside the block is the reference's.
@@ -169,19 +219,14 @@ class EDMBlock(_FusedBlock, reference.EDMBlock):
             resample=self.resample,
         )
         x = self._resampled(x)
-        y = _add(x if self.skip is None else self.skip(x), h, bias, self.skip_scale)
+        y = add(x if self.skip is None else self.skip(x), h, bias, self.skip_scale)
         return self._attend(y) if self.num_heads else y
 
 
-def _add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+def add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
     if bias is not None:
         return residual_add(skip, h, bias, scale)
     return skip + h if scale == 1.0 else (skip + h) * scale
-
-
-def _is_plain(conv: ConvNd) -> bool:
-    """Whether the convolution may be called by its parameters, without its bias."""
-    return is_exactly(conv, CONVOLUTIONS) and conv.bias is not None
 
 
 def check_mode(mode: CheckpointMode) -> None:

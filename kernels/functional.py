@@ -19,6 +19,7 @@ from .dispatch import choose_backend, launch_for, triton_installed
 from .op import (
     Convolution,
     GroupNormSiLUFunction,
+    Kernel,
     NormActConvFunction,
     convolve,
 )
@@ -136,33 +137,59 @@ def norm_act_conv(
             f"conv pads with padding_mode={conv.padding_mode!r}, padding={conv.padding!r}; allowed "
             "is 'zeros' with numbers. Call group_norm_silu and the convolution one after the other."
         )
-    arguments.one_of("norm_act_conv", ("up", "down", None), resample=resample)
     arguments.flags("norm_act_conv", conv_bias=conv_bias)
+    constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
+    kernel = Kernel(conv.weight, conv.bias if conv_bias else None, constants)
+    return norm_act_kernel(
+        x, num_groups, weight, bias, kernel, scale, shift, pre_shift=pre_shift, eps=eps,
+        activation=activation, dropout_p=dropout_p, training=training, resample=resample,
+    )  # fmt: skip
+
+
+def norm_act_kernel(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernel: Kernel,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    pre_shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: Activation = "silu",
+    dropout_p: float = 0.0,
+    training: bool = True,
+    resample: Literal["up", "down"] | None = None,
+) -> Tensor:
+    """`norm_act_conv` with the convolution's parameters instead of its module."""
+    arguments.one_of("norm_act_conv", ("up", "down", None), resample=resample)
     modulation = Modulation(weight, bias, scale, shift, pre_shift)
     _check(x, num_groups, modulation)
-    spatial = x.dim() - 2
-    if len(conv.stride) != spatial or conv.in_channels != x.shape[1]:
+    spatial, constants = x.dim() - 2, kernel.constants
+    channels = kernel.weight.shape[1] * constants.groups
+    if kernel.weight.dim() != x.dim() or channels != x.shape[1]:
         raise ValueError(
-            f"conv is a {type(conv).__name__} of {conv.in_channels} channels; expected "
+            f"conv is a Conv{kernel.weight.dim() - 2}d of {channels} channels; expected "
             f"Conv{spatial}d of {x.shape[1]} channels for x of shape {tuple(x.shape)}."
         )
-    if conv.weight.device != x.device:
-        raise ValueError(f"conv is on {conv.weight.device} and x on {x.device}; move one of them.")
-    dtype = conv.weight.dtype
+    if kernel.weight.device != x.device:
+        raise ValueError(
+            f"conv is on {kernel.weight.device} and x on {x.device}; move one of them."
+        )
+    dtype = kernel.weight.dtype
     device = x.device.type
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     seed, spec = _constants(x, num_groups, eps, activation, dropout_p, training, dtype)
-    constants = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
-    kernel = conv.weight.to(dtype)
-    kernel_bias = conv.bias.to(dtype) if conv_bias and conv.bias is not None else None
+    cast = kernel.weight.to(dtype)
+    cast_bias = None if kernel.bias is None else kernel.bias.to(dtype)
     if under_transforms():
         y = transforms.group_norm_silu(x, modulation, seed, spec)
-        return convolve(Resample(resample).forward(y), kernel, kernel_bias, constants)
+        return convolve(Resample(resample).forward(y), cast, cast_bias, constants)
     out: Tensor = NormActConvFunction.apply(
-        dense(x), *modulation.dense(), kernel, kernel_bias, seed, spec, constants,
-        Resample(resample),
-    )  # fmt: skip
+        dense(x), *modulation.dense(), cast, cast_bias, seed, spec, constants, Resample(resample)
+    )
     return out
 
 

@@ -46,23 +46,38 @@ class GroupNormSiLU(nn.GroupNorm):
         shift: Tensor | None = None,
         pre_shift: Tensor | None = None,
     ) -> Tensor:
-        shape = None
-        if isinstance(x, Tensor) and (x.dim() == 2 or x.dim() > 5):
-            # The operator knows no others: all positions become one dimension.
-            shape, x = x.shape, x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-        y = group_norm_silu(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            scale,
-            shift,
-            pre_shift=pre_shift,
-            eps=self.eps,
-            activation=self.activation,
-        )
-        # No view, as no other output is one.
-        return y if shape is None else torch.ops.aten._unsafe_view(y, shape)
+        return normalise(self, x, scale, shift, pre_shift, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+def normalise(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    pre_shift: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """What the norm's parameters make of x with the operator; of any number of dimensions."""
+    shape = None
+    if isinstance(x, Tensor) and (x.dim() == 2 or x.dim() > 5):
+        # The operator knows no others: all positions become one dimension.
+        shape, x = x.shape, x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+    y = group_norm_silu(
+        x,
+        norm.num_groups,
+        norm.weight,
+        norm.bias,
+        scale,
+        shift,
+        pre_shift=pre_shift,
+        eps=norm.eps,
+        activation=activation,
+        dropout_p=dropout_p,
+    )
+    # No view, as no other output is one.
+    return y if shape is None else torch.ops.aten._unsafe_view(y, shape)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -119,6 +120,18 @@ class Convolution(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+class Kernel(NamedTuple):
+    """A convolution that is its parameters alone."""
+
+    weight: Tensor
+    bias: Tensor | None
+    constants: Convolution
+
+    def convolve(self, h: Tensor) -> Tensor:
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[h.dim() - 3]
+        return convolution(h, self.weight, self.bias, *self.constants)
 
 
 class NormActConvFunction(Function):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from resblock_bench import kernels, reference
-from resblock_bench.kernels import GroupNormSiLU, fuse_
+from resblock_bench.kernels import fuse_
+from resblock_bench.kernels.fusing.sequential import FusedSequential
 
 
 def unet(**options: object) -> nn.Module:
@@ -115,23 +116,25 @@ def test_a_block_alone_and_a_norm_in_a_sequence() -> None:
     x = torch.randn(2, 16, 4, 4)
     y, normalised = head(x), head[0](x)
     fuse_(head)
-    assert isinstance(head[0], GroupNormSiLU)
+    assert isinstance(head, FusedSequential)
     torch.testing.assert_close(head(x), y)
-    # A model may use the norm without what follows it: only this project's heads lose their SiLU.
+    # A model may use the norm without what follows it.
     torch.testing.assert_close(head[0](x), normalised)
 
 
-def test_head_of_a_unet_takes_its_activation_in() -> None:
+def test_head_of_a_unet_is_one() -> None:
     model = unet()
-    fuse_(model)
-    assert model.out[0].activation == "silu" and isinstance(model.out[1], nn.Identity)
+    report = fuse_(model)
+    assert isinstance(model.out, FusedSequential)
+    assert report.fused["out"] == "Sequential with 0: GroupNorm32 + SiLU in one"
 
 
 def test_norm_subclass_is_left_and_reported() -> None:
     class Norm(nn.GroupNorm):
         pass
 
-    assert fuse_(nn.Sequential(Norm(2, 4))).left == {"0": "Norm is a subclass"}
+    model = nn.Sequential(Norm(2, 4), nn.GroupNorm(2, 4))
+    assert fuse_(model).left == {"0": "Norm is a subclass"}
 
 
 def test_pool_head_norm_of_vectors() -> None:
@@ -157,7 +160,9 @@ def test_subclass_is_left_and_reported() -> None:
 
 
 def test_nothing_to_fuse_says_so() -> None:
-    assert "nothing to fuse" in str(fuse_(nn.Linear(2, 2)))
+    with pytest.warns(UserWarning, match="fuse_ changed nothing: nothing to fuse"):
+        report = fuse_(nn.Linear(2, 2))
+    assert "nothing to fuse" in str(report)
 
 
 def test_unknown_mode_changes_nothing() -> None:
