@@ -15,7 +15,7 @@ from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.presets import presets
 from resblock_bench.bench.machine.checkup import Fact
 from resblock_bench.bench.measure.devices import default_kind
-from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, module_offering
 from resblock_bench.bench.measure.predict_memory import unpredictable
 from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.progress import counted as counted_tasks
@@ -57,12 +57,14 @@ def _axes() -> Table:
 
 
 def _implementations() -> Table:
-    table = _table("implementations (-a impl=NAMES)", "name", "usable here", "what it is")
+    headings = "name", "usable here", "what it is", "made for"
+    table = _table("implementations (-a impl=NAMES)", *headings)
     device = default_kind()
     for name, implementation in IMPLEMENTATIONS.items():
         reason = implementation.unusable(device)
         usable = f"on {device}" if reason is None else f"no: {reason}"
-        table.add_row(*map(Text, (name, usable, implementation.description)))
+        made_for = "its package says" if module_offering(name) else str(implementation.can)
+        table.add_row(*map(Text, (name, usable, implementation.description, made_for)))
     return table
 
 

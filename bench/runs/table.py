@@ -64,6 +64,9 @@ def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
         detail = f"{site.dtype} {site.layout} {site.mode}"
+        if site.layout == "nhwc":
+            # Its group norm of this layout is another one from August 2026 on.
+            detail += f", torch {members[0].versions.get('torch')}"
         times = f", {members[0].multiplicity} in the model" if site.model else ""
         table.add_section()
         table.add_row(Text(title, style="bold"))
