@@ -57,14 +57,18 @@ def _axes() -> Table:
 
 
 def _implementations() -> Table:
-    headings = "name", "usable here", "what it is", "made for"
-    table = _table("implementations (-a impl=NAMES)", *headings)
+    title = "implementations (-a impl=NAMES)"
+    table = _table(title, "name", "usable here", "what it is, and what it is made for")
     device = default_kind()
     for name, implementation in IMPLEMENTATIONS.items():
         reason = implementation.unusable(device)
-        usable = f"on {device}" if reason is None else f"no: {reason}"
-        made_for = "its package says" if module_offering(name) else str(implementation.can)
-        table.add_row(*map(Text, (name, usable, implementation.description, made_for)))
+        lines = [implementation.description]
+        if module_offering(name) is None:
+            lines.append(str(implementation.can))
+        if reason is not None:
+            lines.append(f"no: {reason}")
+        usable = f"on {device}" if reason is None else "no"
+        table.add_row(*map(Text, (name, usable, "\n".join(lines))))
     return table
 
 

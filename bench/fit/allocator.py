@@ -28,12 +28,14 @@ _LARGE = 10 * MIB
 _LARGE_UNIT = 2 * MIB
 
 
-class Block:
+class MemoryBlock:
     """A part of a segment; `before` and `after` are its neighbours there."""
 
     __slots__ = ("address", "after", "before", "size", "used")
 
-    def __init__(self, address: int, size: int, before: Block | None, after: Block | None) -> None:
+    def __init__(
+        self, address: int, size: int, before: MemoryBlock | None, after: MemoryBlock | None
+    ) -> None:
         self.address, self.size = address, size
         self.before, self.after = before, after
         self.used = False
@@ -44,9 +46,9 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved = 0
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # small?
+        self._free: dict[bool, list[tuple[int, int, MemoryBlock]]] = {True: [], False: []}  # small?
 
-    def allocate(self, size: int) -> Block:
+    def allocate(self, size: int) -> MemoryBlock:
         """The block that is handed out for so many bytes, at least one."""
         size = _multiple(size, _BLOCK)
         small = size <= _SMALL
@@ -55,7 +57,7 @@ class CachingAllocator:
         block = free.pop(found)[2] if found < len(free) else self._segment(size)
         left = block.size - size
         if left >= _BLOCK if small else left > _SMALL:
-            rest = Block(block.address + size, left, block, block.after)
+            rest = MemoryBlock(block.address + size, left, block, block.after)
             if rest.after is not None:
                 rest.after.before = rest
             block.size, block.after = size, rest
@@ -63,7 +65,7 @@ class CachingAllocator:
         block.used = True
         return block
 
-    def free(self, block: Block, size: int) -> None:
+    def free(self, block: MemoryBlock, size: int) -> None:
         """Take back a block that was allocated for so many bytes."""
         small = _multiple(size, _BLOCK) <= _SMALL
         block.used = False
@@ -83,16 +85,16 @@ class CachingAllocator:
                         block.after.before = block
         self._keep(block, small)
 
-    def _segment(self, size: int) -> Block:
+    def _segment(self, size: int) -> MemoryBlock:
         if size <= _SMALL:
             whole = _SMALL_SEGMENT
         else:
             whole = _MEDIUM_SEGMENT if size < _LARGE else _multiple(size, _LARGE_UNIT)
-        block = Block(self.reserved, whole, None, None)
+        block = MemoryBlock(self.reserved, whole, None, None)
         self.reserved += whole
         return block
 
-    def _keep(self, block: Block, small: bool) -> None:
+    def _keep(self, block: MemoryBlock, small: bool) -> None:
         insort(self._free[small], (block.size, block.address, block))
 
 
@@ -110,7 +112,7 @@ def reserved_peak(sizes: Sequence[int], deaths: Sequence[int], persistent: int) 
     for number in range(persistent, end):
         if sizes[number]:
             dying.setdefault(min(deaths[number], end), []).append(number)
-    blocks: dict[int, Block] = {}
+    blocks: dict[int, MemoryBlock] = {}
     for _ in range(2):
         for number in range(persistent, end + 1):
             for dead in dying.get(number, ()):

@@ -4,7 +4,7 @@ Gradients are None before a step. Precisions:
 
     fp32   everything in float32
     bf16   autocast to bfloat16 over float32 parameters, whose 16-bit copies autocast keeps until
-           the backward is done
+           the backward is done; norms and upsampling in float32, as CUDA has it
     fp16   the mode of IDDPM and ADM: convolutions and activations in float16, AdamW on float32
            masters of all parameters. EDM and diffusers, which have no such mode, take autocast to
            float16
@@ -36,6 +36,7 @@ from resblock_bench.reference import AttentionBlock, EDMBlock, ResBlock, UNetCon
 from resblock_bench.reference.torso import cast_convolutions
 
 from . import diffusers_model
+from .cuda_autocast import CudaAutocast
 from .lifetimes import Lifetimes
 from .subject import StepInputs, Subject, draw_inputs
 
@@ -102,7 +103,7 @@ class Training:
             watch.label("optimizer", *(t for values in states for t in values))
         watch.label("ema", *self.ema)
         watch.label("inputs", *inputs.values())
-        with watch:
+        with watch, self._as_on_cuda():
             for _ in range(2 if self.recipe.accumulate else 1):
                 with self._autocast(), watch.phase("forward"):
                     loss = self._loss(inputs)
@@ -138,6 +139,13 @@ class Training:
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = autocast_dtype(self.subject, self.recipe.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+    def _as_on_cuda(self) -> AbstractContextManager[Any]:
+        """With autocast, in float32 what CUDA's computes in it. EDM's own code has fp16 without
+        autocast, and computes all of it in 16 bits."""
+        dtype = autocast_dtype(self.subject, self.recipe.precision)
+        edm = self.subject.config is not None and self.recipe.precision == "fp16"
+        return nullcontext() if dtype is None or edm else CudaAutocast()
 
     def _inputs(self, batch: int) -> StepInputs:
         if self.subject.config is not None:

@@ -64,13 +64,13 @@ def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
         detail = f"{site.dtype} {site.layout} {site.mode}"
-        if site.layout == "nhwc":
-            # Its group norm of this layout is another one from August 2026 on.
-            detail += f", torch {members[0].versions.get('torch')}"
         times = f", {members[0].multiplicity} in the model" if site.model else ""
         table.add_section()
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{times}", style="dim"))
+        if site.layout == "nhwc":
+            # Its group norm of this layout is another one from August 2026 on.
+            table.add_row(Text(f"  torch {members[0].versions.get('torch')}", style="dim"))
         for row in members:
             table.add_row(*map(Text, lines[id(row)][:count]), style=_STYLES[row.status])
     return table

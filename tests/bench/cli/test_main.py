@@ -138,11 +138,15 @@ def test_list_shows_the_peers_and_what_each_is_made_for(
     monkeypatch.setattr(peers, "_located", lambda module: False)
     monkeypatch.setenv("COLUMNS", "300")
     out = run_cli("list").out
-    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert "no: liger_kernel is not installed: pip install liger-kernel" in lines["liger"]
-    assert "inference, forward, train; fp32, bf16, fp16; nchw; 1,2,3-D; cuda" in lines["liger"]
-    assert "inference; fp32, bf16, fp16; nchw; 1,2,3-D; cuda" in lines["vllm-omni"]
-    assert lines["fused"].rstrip().endswith("cpu, cuda")
+    lines = out.splitlines()
+    found = {}
+    for at, line in enumerate(lines):
+        found.setdefault((line.split() or [""])[0], [text.strip() for text in lines[at : at + 3]])
+    assert found["liger"][2] == "no: liger_kernel is not installed: pip install liger-kernel"
+    three = "fp32, bf16, fp16; nchw; 1,2,3-D; cuda"
+    assert found["liger"][1] == f"inference, forward, train; {three}"
+    assert found["vllm-omni"][1] == f"inference; {three}"
+    assert found["fused"][1].endswith("cpu, cuda")
 
 
 def test_list_says_why_an_implementation_is_not_usable(

@@ -9,11 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fit import training as trainings
+from resblock_bench.bench.fit.cuda_autocast import CudaAutocast
 from resblock_bench.bench.fit.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject, read_subject
@@ -88,7 +90,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 def test_a_config_of_diffusers_is_a_subject_that_runs(write: Callable[..., str], kind: str) -> None:
     given = write(CONFIGS[kind], _diffusers_version="0.20.0")
     subject = read_subject(given, [])
-    assert subject.name == f"{CONFIGS[kind]['_class_name']} of {given}"[: len(subject.name)]
+    assert subject.name.startswith(f"{CONFIGS[kind]['_class_name']} of {given[:40]}")
     assert subject.diffusers is not None
     with torch.device("meta"):
         inputs = draw_inputs(subject.diffusers, 3)
@@ -261,6 +263,18 @@ def test_a_number_that_a_model_of_diffusers_asks_for_names_the_line(
     text = " ".join(done.out.split())
     assert f"{Path(__file__).name}, line " in text
     assert "asks for a number in a tensor" in text
+
+
+def test_norms_under_autocast_are_in_float32_as_on_cuda() -> None:
+    x, weight = torch.ones(2, 4, 3, dtype=torch.bfloat16), torch.ones(4)
+    with CudaAutocast():
+        assert F.group_norm(x, 2, weight, weight).dtype == torch.bfloat16, "autocast is off"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert nn.GroupNorm(2, 4)(x).dtype == torch.float32
+            assert F.layer_norm(x, [3]).dtype == torch.float32
+            assert F.interpolate(x, scale_factor=2.0).dtype == torch.float32
+            assert x.softmax(-1).dtype == torch.float32
+            assert nn.Conv1d(4, 4, 1)(x).dtype == torch.bfloat16
 
 
 def json_of(given: str) -> dict[str, Any]:

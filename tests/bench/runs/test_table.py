@@ -242,5 +242,6 @@ def test_a_channels_last_block_says_which_torch_its_baseline_is(
     """PyTorch's own group norm of that layout differs by its version."""
     rows = [replace(make_row(10.0, layout="nhwc"), versions={"torch": "2.99.1"}), make_row(5.0)]
     text = shown(rows)
-    assert "fp32 nhwc inference, torch 2.99.1" in " ".join(text.replace("┃", " ").split())
-    assert text.count("2.99.1") == 1
+    assert "fp32 nhwc inference" in text
+    assert " torch 2.99.1 " in text
+    assert text.count("torch") == 1
