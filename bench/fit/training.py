@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -218,7 +219,9 @@ def _diffusers_model(
             report = fuse_(model, "selective" if recipe.checkpoint == "selective" else None)
         if not report.fused:
             return model, "nothing was fused, so this is the reference"
-        return model, f"{len(report.fused)} modules were fused, {len(report.left)} left as they are"
+        kinds = Counter(what.partition(",")[0] for what in report.fused.values())
+        fused = ", ".join(f"{count} {what}" for what, count in kinds.items())
+        return model, f"it has {fused}; {len(report.left)} modules were left as they are"
     if recipe.checkpoint == "selective":
         for module in model.modules():
             if type(module).__name__ == "ResnetBlock2D":
