@@ -79,7 +79,7 @@ def read_config(given: str) -> Config:
         raise UsageError(
             f"{given} describes a model that gives {tuple(shape)} for an image of "
             f"{tuple(target.shape)}: set sample_size to a multiple of "
-            f"{2 ** (len(config['block_out_channels']) - 1)}"
+            f"{2 ** (len(_with_defaults(config)['block_out_channels']) - 1)}"
         )
     return config
 

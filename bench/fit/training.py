@@ -37,7 +37,7 @@ from resblock_bench.reference import AttentionBlock, EDMBlock, ResBlock, UNetCon
 from resblock_bench.reference.torso import cast_convolutions
 
 from . import diffusers_model
-from .cuda_autocast import CudaAutocast
+from .cuda_autocast import cuda_autocast
 from .lifetimes import Lifetimes
 from .subject import StepInputs, Subject, draw_inputs
 
@@ -146,7 +146,7 @@ class Training:
         autocast, and computes all of it in 16 bits."""
         dtype = autocast_dtype(self.subject, self.recipe.precision)
         edm = self.subject.config is not None and self.recipe.precision == "fp16"
-        return nullcontext() if dtype is None or edm else CudaAutocast()
+        return nullcontext() if dtype is None or edm else cuda_autocast()
 
     def _inputs(self, batch: int) -> StepInputs:
         if self.subject.config is not None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fit import training as trainings
-from resblock_bench.bench.fit.cuda_autocast import CudaAutocast
+from resblock_bench.bench.fit.cuda_autocast import cuda_autocast
 from resblock_bench.bench.fit.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject, read_subject
@@ -111,6 +111,8 @@ def test_a_config_of_diffusers_is_a_subject_that_runs(write: Callable[..., str],
         ("vae", {"checkpoint": "selective", "accumulate": True}),
         ("unet", {"impl": "fused", "checkpoint": "full"}),
         ("vae", {"impl": "fused", "checkpoint": "selective"}),
+        ("text", {"precision": "bf16", "checkpoint": "full"}),
+        ("scale_shift", {"precision": "fp16", "checkpoint": "selective"}),
     ],
 )
 def test_fake_tensors_of_a_model_of_diffusers_live_as_real_ones_do(
@@ -267,7 +269,7 @@ def test_a_number_that_a_model_of_diffusers_asks_for_names_the_line(
 
 def test_norms_under_autocast_are_in_float32_as_on_cuda() -> None:
     x, weight = torch.ones(2, 4, 3, dtype=torch.bfloat16), torch.ones(4)
-    with CudaAutocast():
+    with cuda_autocast():
         assert F.group_norm(x, 2, weight, weight).dtype == torch.bfloat16, "autocast is off"
         with torch.autocast("cpu", torch.bfloat16):
             assert nn.GroupNorm(2, 4)(x).dtype == torch.float32
