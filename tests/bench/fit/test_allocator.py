@@ -89,3 +89,8 @@ def test_a_step_reserves_at_least_its_peak(block: Subject) -> None:
         watch = Training(block, recipe).watch(256)
     peak = watch.peak().bytes
     assert peak <= watch.reserved_bytes() <= 2 * peak
+
+
+def test_a_second_step_fits_less_well_into_what_the_first_has_left() -> None:
+    """It puts 8 MiB into the segment of 16, 15 into that of 20, and has no room for 11."""
+    assert reserved_peak([8 * MIB, 15 * MIB, 11 * MIB], [9, 9, 9], 0) == (20 + 16 + 12) * MIB

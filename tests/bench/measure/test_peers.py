@@ -288,6 +288,13 @@ def test_diffusers_block_is_the_references_with_its_weights(
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4)
 
 
+def test_diffusers_block_drops_nothing_in_inference(make_cell: Callable[..., Cell]) -> None:
+    pytest.importorskip("diffusers")
+    cell = make_cell(mode="inference", dropout=0.9)
+    found, expected = results(by(cell, "diffusers"))["out"], results(cell)["out"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_diffusers_block_is_measured_like_any_other(measure: Callable[..., Row]) -> None:
     diffusers = pytest.importorskip("diffusers")
     row = measure(impl="diffusers", dropout=0.3)
