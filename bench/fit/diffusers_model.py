@@ -61,18 +61,20 @@ def read_config(given: str) -> Config:
             f"{given} needs diffusers, which cannot be imported: {first_line(error)}; mend it"
         ) from None
     names = [name for name in known if name != "self"]
-    for key, value in config.items():
-        if key.startswith("_"):
-            continue
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key in own:
         if key not in names:
             raise unknown(f"key in {given}:", key, names)
-        _check_size(given, key, value)
-    _check_inputs(given, config)
     try:
+        for key, value in own.items():
+            _check_size(given, key, value)
+        _check_inputs(given, config)
         with torch.device("meta"):
             inputs = draw_inputs(config, 1)
             target = inputs.pop("target")
             shape = call(build_model(config), inputs).shape
+    except UsageError:
+        raise
     except Exception as error:  # whatever diffusers raises for sizes that do not fit each other
         raise UsageError(f"{given} describes no model that runs: {first_line(error)}") from None
     if shape != target.shape:

@@ -190,6 +190,7 @@ def test_a_model_in_which_nothing_is_fused_says_so(monkeypatch: pytest.MonkeyPat
         ("unet", {"block_out_channels": [32]}, "describes no model that runs: "),
         ("unet", {"down_block_types": ["Down", "Down"]}, "describes no model that runs: "),
         ("unet", {"sample_size": 17}, "describes no model that runs: "),
+        ("unet", {"sample_size": -8}, "describes no model that runs: "),
         ("vae", {"sample_size": 17}, "set sample_size to a multiple of 2"),
         ("text", {"addition_embed_type": "image"}, "addition_embed_type is 'image', and null"),
         ("text", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type is 'image_proj'"),
@@ -217,9 +218,10 @@ def test_a_config_that_describes_no_model_is_one_sentence(
         ("[1, 2]", "is no configuration in JSON: Expected `object`, got `array`"),
         ("{", "is no configuration in JSON"),
         ("[" * 10**5, "is no configuration in JSON"),
+        (f'{{"_class_name": "UNet2DModel", "norm_eps": {"[" * 800 + "]" * 800}}}', "config.json "),
         ('"' + "a" * 2**20 + '"', "more than 1 MiB, the most that is read"),
     ],
-    ids=["transformer", "bert", "number", "list", "damaged", "deep", "large"],
+    ids=["transformer", "bert", "number", "list", "damaged", "deep", "nested", "large"],
 )  # fmt: skip
 def test_a_config_of_another_architecture_is_one_sentence_and_2(
     run_cli: Callable, tmp_path: Path, content: str, message: str
