@@ -15,7 +15,7 @@ from resblock_bench.bench.grid.grid import PlannedCell
 from resblock_bench.bench.grid.presets import presets
 from resblock_bench.bench.machine.checkup import Fact
 from resblock_bench.bench.measure.devices import default_kind
-from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, module_offering
 from resblock_bench.bench.measure.predict_memory import unpredictable
 from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.progress import counted as counted_tasks
@@ -57,12 +57,18 @@ def _axes() -> Table:
 
 
 def _implementations() -> Table:
-    table = _table("implementations (-a impl=NAMES)", "name", "usable here", "what it is")
+    title = "implementations (-a impl=NAMES)"
+    table = _table(title, "name", "usable here", "what it is, and what it is made for")
     device = default_kind()
     for name, implementation in IMPLEMENTATIONS.items():
         reason = implementation.unusable(device)
-        usable = f"on {device}" if reason is None else f"no: {reason}"
-        table.add_row(*map(Text, (name, usable, implementation.description)))
+        lines = [implementation.description]
+        if module_offering(name) is None:
+            lines.append(str(implementation.can))
+        if reason is not None:
+            lines.append(f"no: {reason}")
+        usable = f"on {device}" if reason is None else "no"
+        table.add_row(*map(Text, (name, usable, "\n".join(lines))))
     return table
 
 

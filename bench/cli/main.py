@@ -305,7 +305,8 @@ def plan(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A published model (see 'resblock-bench list'), or a TOML file of a UNetConfig.",
+            help="A published model (see 'resblock-bench list'), a TOML file of a UNetConfig, or a "
+            "config.json of diffusers.",
         ),
     ] = None,
     axis: AxisOption = None,

@@ -28,6 +28,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .allocator import reserved_peak
+
 Purpose = Literal[
     "parameters", "masters", "optimizer", "ema", "inputs", "gradients", "activations", "temporaries"
 ]
@@ -156,6 +158,12 @@ class Lifetimes(TorchDispatchMode):
             place=self._places[moment],
             places=dict(places.most_common()),
         )
+
+    def reserved_bytes(self) -> int:
+        """What CUDA's caching allocator would hold of the driver's memory: an estimate."""
+        before = self._phases[0][0] if self._phases else len(self._sizes)
+        deaths = [self._died(born) for born in range(len(self._sizes))]
+        return reserved_peak(self._sizes, deaths, before)
 
     def _see(self, tensor: Tensor) -> int:
         """The number of a tensor's storage."""

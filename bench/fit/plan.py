@@ -52,6 +52,11 @@ def request_of(
         raise unknown("dtype", dtype, ("published", *get_args(Precision)))
     if optimizer not in get_args(Optimizer):
         raise unknown("optimizer", optimizer, get_args(Optimizer))
+    if recompute_attention and subject.config is None:
+        raise UsageError(
+            f"--recompute-attention: {subject.name} has no attention block of this suite to "
+            "compute again: leave it out"
+        )
     device_bytes = None if device_memory is None else parse_bytes(device_memory)
     if device_bytes is not None and not _LEAST_DEVICE <= device_bytes <= _MOST_DEVICE:
         raise UsageError(f"--device-memory {device_memory}: devices have 1 MiB to 1048576 GiB")

@@ -1,6 +1,6 @@
 """What `plan` shows: the memory of each variant, its largest batches, and the cheapest change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +34,11 @@ def shown(found: MemoryPlan, request: PlanRequest) -> Iterator[Table | str]:
     if found.variants:
         yield _memory(found)
         yield _always(found.variants[0])
+        yield from _reserved(found.variants)
         yield from (_at_the_peak(plan) for plan in found.variants)
+        for plan in found.variants:
+            if plan.note is not None:
+                yield f"{variant_title(plan.recipe)}: {plan.note}"
     for failure in found.failures:
         yield f"{variant_title(failure.recipe)}: {failure.problem}"
     for change in found.changes:
@@ -104,6 +108,20 @@ def _always(plan: VariantPlan) -> str:
         if plan.peak.kinds.get(kind)
     ]
     return f"in every peak: {', '.join(parts)}"
+
+
+def _reserved(plans: Sequence[VariantPlan]) -> Iterator[str]:
+    """What the allocator would hold at the batch asked for."""
+    parts = [
+        f"{variant_title(plan.recipe)} {format_bytes(plan.reserved_bytes)}"
+        for plan in plans
+        if plan.reserved_bytes is not None
+    ]
+    if parts:
+        yield (
+            "what CUDA's caching allocator would reserve, an estimate that is not confirmed on a "
+            f"GPU: {', '.join(parts)}"
+        )
 
 
 def _at_the_peak(plan: VariantPlan) -> str:

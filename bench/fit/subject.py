@@ -1,4 +1,4 @@
-"""What is planned: a published model, one of a TOML file, or a residual block.
+"""What is planned: a published model, one of a TOML file or of diffusers, or a residual block.
 
 A TOML file has the fields of `reference.UNetConfig` at its top:
 
@@ -21,11 +21,13 @@ from msgspec import Struct
 from torch import Tensor
 
 from resblock_bench.bench import files
-from resblock_bench.bench.errors import UsageError, unknown
+from resblock_bench.bench.errors import UsageError, shortened, unknown
 from resblock_bench.bench.grid.axes import parse_arguments
 from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.records import Cell, site_name
 from resblock_bench.reference import PUBLISHED, UNetConfig, build
+
+from . import diffusers_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,10 +54,11 @@ _OTHER_AXES = ("batch", "dtype", "mode", "checkpoint", "impl", "layout")
 
 
 class Subject(Struct, frozen=True, kw_only=True):
-    """A model or a block, one of the two."""
+    """A model, one of diffusers by its config.json, or a block: one of the three."""
 
     name: str
     config: UNetConfig | None = None
+    diffusers: diffusers_model.Config | None = None
     cell: Cell | None = None
 
 
@@ -70,22 +73,21 @@ def read_subject(given: str | None, axes: Sequence[str]) -> Subject:
     if given is None:
         raise UsageError(
             "nothing to plan: name a published model (see 'resblock-bench list'), a TOML file of "
-            "UNetConfig's fields, or a block by -a channels=256 -a resolution=64"
+            "UNetConfig's fields, a config.json of diffusers, or a block by -a channels=256 -a "
+            "resolution=64"
         )
     if given in PUBLISHED:
         return Subject(name=given, config=PUBLISHED[given])
     path = Path(given)
     if path.suffix == ".json":
-        raise UsageError(
-            f"{given} is a configuration of diffusers, whose models are not planned yet: give a "
-            "published model, or a TOML file of UNetConfig's fields"
-        )
+        config = diffusers_model.read_config(given)
+        return Subject(name=f"{config['_class_name']} of {shortened(given)}", diffusers=config)
     if path.suffix == ".toml":
         return Subject(name=path.stem, config=_checked(_read_config(path), given))
     if path.exists():
         raise UsageError(
-            f"{given} is no TOML file by its name: write UNetConfig's fields into one that ends in "
-            ".toml"
+            f"{given} is no TOML file and no config.json by its name: write UNetConfig's fields "
+            "into one that ends in .toml, or name one of diffusers that ends in .json"
         )
     raise unknown("published model", given, PUBLISHED)
 

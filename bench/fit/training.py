@@ -4,9 +4,10 @@ Gradients are None before a step. Precisions:
 
     fp32   everything in float32
     bf16   autocast to bfloat16 over float32 parameters, whose 16-bit copies autocast keeps until
-           the backward is done
+           the backward is done; norms and upsampling in float32, as CUDA has it
     fp16   the mode of IDDPM and ADM: convolutions and activations in float16, AdamW on float32
-           masters of all parameters. EDM, which has no such mode, takes autocast to float16
+           masters of all parameters. EDM and diffusers, which have no such mode, take autocast to
+           float16
 
 AdamW is the fused one: no temporaries. The loss is the mean squared error in float32, of a
 classifier the cross entropy.
@@ -15,7 +16,9 @@ classifier the cross entropy.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -33,6 +36,8 @@ from resblock_bench.kernels import fuse_
 from resblock_bench.reference import AttentionBlock, EDMBlock, ResBlock, UNetConfig, build
 from resblock_bench.reference.torso import cast_convolutions
 
+from . import diffusers_model
+from .cuda_autocast import cuda_autocast
 from .lifetimes import Lifetimes
 from .subject import StepInputs, Subject, draw_inputs
 
@@ -60,14 +65,15 @@ class Recipe(Struct, frozen=True, kw_only=True):
 class Training:
     """A model in training; all tensors are zeros.
 
-    Real where it is made and run as it is, fake within a FakeTensorMode.
+    Real where it is made and run as it is, fake within a FakeTensorMode. `note` says what was fused
+    of a model that is not of this suite, None of others.
     """
 
     def __init__(self, subject: Subject, recipe: Recipe) -> None:
         self.subject, self.recipe = subject, recipe
         # On fake tensors a model cannot be converted to float16; on meta tensors it can.
         with unset_fake_temporarily(), torch.device("meta"):
-            self.model = _model(subject, recipe)
+            self.model, self.note = _model(subject, recipe)
             shapes = {name: (t.shape, t.dtype) for name, t in self.model.state_dict().items()}
         # Assigned, since fake parameters cannot be converted in place.
         state = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
@@ -98,7 +104,7 @@ class Training:
             watch.label("optimizer", *(t for values in states for t in values))
         watch.label("ema", *self.ema)
         watch.label("inputs", *inputs.values())
-        with watch:
+        with watch, self._as_on_cuda():
             for _ in range(2 if self.recipe.accumulate else 1):
                 with self._autocast(), watch.phase("forward"):
                     loss = self._loss(inputs)
@@ -135,14 +141,26 @@ class Training:
         dtype = autocast_dtype(self.subject, self.recipe.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
+    def _as_on_cuda(self) -> AbstractContextManager[Any]:
+        """With autocast, in float32 what CUDA's computes in it. EDM's own code has fp16 without
+        autocast, and computes all of it in 16 bits."""
+        dtype = autocast_dtype(self.subject, self.recipe.precision)
+        edm = self.subject.config is not None and self.recipe.precision == "fp16"
+        return nullcontext() if dtype is None or edm else cuda_autocast()
+
     def _inputs(self, batch: int) -> StepInputs:
         if self.subject.config is not None:
             return draw_inputs(self.subject.config, batch)
+        if self.subject.diffusers is not None:
+            return diffusers_model.draw_inputs(self.subject.diffusers, batch)
         return _block_inputs(self.subject, batch, self.recipe.precision)
 
     def _loss(self, inputs: StepInputs) -> Tensor:
         arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
-        out: Tensor = self.model(**arguments)
+        if self.subject.diffusers is not None:
+            out = diffusers_model.call(self.model, arguments)
+        else:
+            out = self.model(**arguments)
         config = self.subject.config
         if config is not None and config.family == "encoder":
             return F.cross_entropy(out.float(), inputs["target"])
@@ -157,11 +175,18 @@ def published_precision(config: UNetConfig) -> Precision:
 
 def autocast_dtype(subject: Subject, precision: Precision) -> torch.dtype | None:
     """What autocast casts to, or None without it."""
-    edm = subject.config is not None and subject.config.family.startswith("edm")
-    return DTYPES[precision] if precision == "bf16" or (precision == "fp16" and edm) else None
+    config = subject.config
+    own_fp16 = subject.cell is not None or (
+        config is not None and not config.family.startswith("edm")
+    )
+    casts = precision == "bf16" or (precision == "fp16" and not own_fp16)
+    return DTYPES[precision] if casts else None
 
 
-def _model(subject: Subject, recipe: Recipe) -> nn.Module:
+def _model(subject: Subject, recipe: Recipe) -> tuple[nn.Module, str | None]:
+    """The model, and what is to be said of fusing it."""
+    if subject.diffusers is not None:
+        return _diffusers_model(subject.diffusers, recipe)
     in_fp16 = recipe.precision == "fp16" and autocast_dtype(subject, recipe.precision) is None
     if subject.config is not None:
         model = build(subject.config, use_checkpoint=recipe.checkpoint == "full", use_fp16=in_fp16)
@@ -178,7 +203,35 @@ def _model(subject: Subject, recipe: Recipe) -> nn.Module:
             module.use_checkpoint |= recipe.recompute_attention
         elif isinstance(module, ResBlock | EDMBlock) and keeps_convolutions:
             vars(module)["forward"] = keeping_convolutions(module.forward)
-    return model
+    return model, None
+
+
+def _diffusers_model(
+    config: diffusers_model.Config, recipe: Recipe
+) -> tuple[nn.Module, str | None]:
+    """With "full" as diffusers checkpoints it, fused or not: whole blocks of the model."""
+    model: Any = diffusers_model.build_model(config)
+    if recipe.checkpoint == "full":
+        model.enable_gradient_checkpointing()
+    if recipe.impl == "fused":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said by the note
+            report = fuse_(model, "selective" if recipe.checkpoint == "selective" else None)
+        if not report.fused:
+            return model, "nothing was fused, so this is the reference"
+        kinds = Counter(what.partition(",")[0] for what in report.fused.values())
+        fused = ", ".join(f"{count} {what}" for what, count in kinds.items())
+        return model, f"it has {fused}; {len(report.left)} modules were left as they are"
+    if recipe.checkpoint == "selective":
+        for module in model.modules():
+            if type(module).__name__ == "ResnetBlock2D":
+                vars(module)["forward"] = _without_embedding(keeping_convolutions(module.forward))
+    return model, None
+
+
+def _without_embedding(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As diffusers calls its blocks: by position or by name, and in an autoencoder with None."""
+    return lambda x, temb=None: call(x, temb)
 
 
 def _block_inputs(subject: Subject, batch: int, precision: Precision) -> StepInputs:

@@ -51,6 +51,8 @@ class VariantPlan(Struct, frozen=True, kw_only=True):
 
     peak              at the batch asked for
     pieces            of the peak over the batch, from two images on
+    reserved_bytes    of CUDA's caching allocator at the batch asked for, an estimate
+    note              on what was fused
     confirmed_batch   of the third step, whose peak was that of the pieces to the byte
     cpu_s, resident_bytes   what the planning itself took
     """
@@ -62,6 +64,8 @@ class VariantPlan(Struct, frozen=True, kw_only=True):
     confirmed_batch: int
     cpu_s: float
     resident_bytes: int
+    reserved_bytes: int | None = None
+    note: str | None = None
 
     def peak_at(self, batch: int) -> int:
         """Bytes; exact at the batch asked for, which may be a single image."""
@@ -117,6 +121,8 @@ def variant_plan(job: VariantJob) -> VariantPlan:
         confirmed_batch=confirmed,
         cpu_s=usage.ru_utime + usage.ru_stime,
         resident_bytes=peak_resident_bytes(),
+        reserved_bytes=asked.reserved_bytes(),
+        note=training.note,
     )
 
 

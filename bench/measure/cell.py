@@ -49,11 +49,12 @@ from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
 from .fingerprint import code_of
 from .floor import floor_of
-from .implementations import could_not_compile, packages_of, unusable_here
+from .implementations import caution, declined, packages_of, unusable_here, versions_of
 from .memory import MemoryMeter
 from .memory_limit import limit_memory
 from .origin import Origin
 from .out_of_memory import is_out_of_memory
+from .peers import DeclinedError
 from .snapshot import recording
 from .telemetry import open_probe
 from .timing import Sampler, WarmUp, time_fn
@@ -141,7 +142,7 @@ def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) 
             "device_name": (environment.gpu if task.device == "cuda" else environment.cpu) or "CPU",
             "device_uuid": environment.gpu_uuid if task.device == "cuda" else None,
             "host": platform.node(),
-            "versions": environment.versions,
+            "versions": {**environment.versions, **versions_of(task.cell.impl)},
             "commit": environment.commit,
             "dirty": environment.dirty,
             "seed": task.seed,
@@ -165,6 +166,8 @@ def measure(job: CellJob, channel: Channel) -> Row:
             row = replace(row, **asdict(found))
     except Exception as error:
         row = replace(row, status=status_of(error), reason=reason_of(error))
+    if row.status in ("wrong", "failed") and (known := caution(task.cell.impl)):
+        row = replace(row, reason=f"{row.reason}; {known}")
     snapshot = _snapshot_file(task)
     if snapshot is not None and snapshot.exists():
         row = replace(row, snapshot=f"{SNAPSHOTS}/{snapshot.name}")
@@ -395,11 +398,13 @@ def status_of(error: Exception) -> Status:
     """What an exception means for a row."""
     if is_out_of_memory(error):
         return "oom"
-    return "skipped" if could_not_compile(error) else "failed"
+    return "skipped" if declined(error) else "failed"
 
 
 def reason_of(error: Exception) -> str:
     """Class, first line, and the innermost line of code, which is where a reader starts."""
+    if isinstance(error, DeclinedError):
+        return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
     return f"{first_line(error)}{place}"

@@ -8,12 +8,12 @@ another implementation.
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from resblock_bench.bench.checkout import package_folder
 
-from .implementations import module_offering
+from .implementations import module_offering, runs_kernels, versions_of
 
 _SUITE = ("reference", "bench/measure", "bench/lockstep")
 _KERNELS = "kernels"
@@ -34,17 +34,20 @@ def code_fingerprint(root: Path | None = None) -> str:
 def code_of(impl: str) -> str:
     """12 hexadecimal digits over the code that a cell of this implementation runs.
 
-    What another package offers counts by the files of its top-level module, which is not imported.
+    What another package offers counts by the files of its top-level module, which is not imported;
+    what is known here of another project, by that project's version.
     """
-    if impl in ("reference", "compiled"):
-        return _digest(_own(_SUITE, None))
+    if not runs_kernels(impl):
+        return _digest(_own(_SUITE, None), versions_of(impl))
     module = module_offering(impl)
     offered = [] if module is None else _package_files(module)
     return _digest([*_own((*_SUITE, _KERNELS), None), *offered])
 
 
-def _digest(files: Iterable[tuple[str, Path]]) -> str:
+def _digest(files: Iterable[tuple[str, Path]], versions: Mapping[str, str] | None = None) -> str:
     digest = hashlib.sha256()
+    for package, version in (versions or {}).items():
+        digest.update(f"{package}=={version}\0".encode())
     for name, path in sorted(files):
         content = path.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())

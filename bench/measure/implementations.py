@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock as ReferenceResBlock
 
+from .peers import EVERYTHING, PEERS, Ability, DeclinedError, Peer
+
 BlockCall = Callable[[Tensor, Tensor], Tensor]
 """(x, emb) -> out."""
 
@@ -39,12 +41,16 @@ class Implementation:
     build(cell)         the module that holds the weights, with reference.ResBlock's state dict
     wrap(module, cell)  the callable that a step calls; the module itself unless something wraps it
     unusable(device)    why it cannot run on "cpu" or "cuda" here, or None
+    can                 which cells it is made for
+    compiles            torch.compile is in it
     """
 
     description: str
     build: Callable[[Cell], nn.Module]
     wrap: Callable[[nn.Module, Cell], BlockCall]
     unusable: Callable[[str], str | None]
+    can: Ability = EVERYTHING
+    compiles: bool = False
 
 
 def block_arguments(cell: Cell) -> dict[str, Any]:
@@ -103,10 +109,10 @@ def _wrap_reference(module: nn.Module, cell: Cell) -> BlockCall:
     return keeping_convolutions(module) if cell.checkpoint == "selective" else module
 
 
-def _wrap_compiled(module: nn.Module, cell: Cell) -> BlockCall:
+def _wrap_compiled(module: nn.Module, cell: Cell, mode: str | None = None) -> BlockCall:
     # Without a reset a sweep runs into dynamo's limit of recompilations and silently goes eager.
     torch._dynamo.reset()
-    return torch.compile(_wrap_reference(module, cell), dynamic=False)
+    return torch.compile(_wrap_reference(module, cell), dynamic=False, mode=mode)
 
 
 def _always_usable(device: str) -> None:
@@ -123,14 +129,40 @@ def _compiler_missing(device: str) -> str | None:
     return None
 
 
+def _of_peer(peer: Peer) -> Implementation:
+    """A peer's block; it is checkpointed as the reference is."""
+
+    def build(cell: Cell) -> nn.Module:
+        return peer.build({**block_arguments(cell), "use_checkpoint": cell.checkpoint == "full"})
+
+    def unusable(device: str) -> str | None:
+        if device not in peer.can.devices:
+            return peer.missing() or f"it runs on {' and '.join(peer.can.devices)} only"
+        return peer.missing()
+
+    return Implementation(peer.description, build, _wrap_reference, unusable, peer.can)
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(
         "plain PyTorch, operator by operator", _build_reference, _wrap_reference, _always_usable
     ),
     "compiled": Implementation(
-        "the reference under torch.compile", _build_reference, _wrap_compiled, _compiler_missing
+        "the reference under torch.compile",
+        _build_reference,
+        _wrap_compiled,
+        _compiler_missing,
+        compiles=True,
+    ),
+    "compiled-max-autotune": Implementation(
+        'the same with mode="max-autotune"',
+        _build_reference,
+        functools.partial(_wrap_compiled, mode="max-autotune"),
+        _compiler_missing,
+        compiles=True,
     ),
     "fused": Implementation("this project's fused block", _build_fused, _as_it_is, _always_usable),
+    **{name: _of_peer(peer) for name, peer in PEERS.items()},
 }
 
 
@@ -150,10 +182,16 @@ def _offered(point: metadata.EntryPoint) -> Implementation:
         except (Exception, SystemExit) as error:  # whatever a foreign import raises
             return f"its package cannot be used ({type(error).__name__}: {error}): mend it"
 
+    def build(cell: Cell) -> nn.Module:
+        why = loaded().can.refusal(cell)
+        if why is not None:
+            raise DeclinedError(why)
+        return loaded().build(cell)
+
     package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
     return Implementation(
         f"of the package {package}",
-        lambda cell: loaded().build(cell),
+        build,
         lambda module, cell: loaded().wrap(module, cell),
         unusable,
     )
@@ -173,6 +211,11 @@ def unusable_here(name: str, device: str) -> str | None:
     return not_offered(name) or IMPLEMENTATIONS[name].unusable(device)
 
 
+def refusal(cell: Cell) -> str | None:
+    """Why an implementation is not made for a cell, or None; the code of others is not asked."""
+    return IMPLEMENTATIONS[cell.impl].can.refusal(cell) if cell.impl in IMPLEMENTATIONS else None
+
+
 def not_offered(name: str) -> str | None:
     """Why there is no such implementation, or None."""
     if name in IMPLEMENTATIONS:
@@ -185,6 +228,27 @@ def module_offering(name: str) -> str | None:
     return _OFFERS[name].module if name in _OFFERS else None
 
 
+def runs_kernels(name: str) -> bool:
+    """Whether an implementation runs this project's kernels, or may."""
+    return name == "fused" or name not in OWN
+
+
+def versions_of(name: str) -> dict[str, str]:
+    """The version of the package of another project that an implementation runs, by its name."""
+    version = PEERS[name].version() if name in PEERS else None
+    return {} if version is None else {PEERS[name].distribution: version}
+
+
+def caution(name: str) -> str:
+    """What is known to be wrong with an implementation; "" for nothing."""
+    return PEERS[name].caution if name in PEERS else ""
+
+
+def compiles(name: str) -> bool:
+    """Whether torch.compile is in an implementation."""
+    return name in IMPLEMENTATIONS and IMPLEMENTATIONS[name].compiles
+
+
 def packages_of(name: str) -> tuple[str, ...]:
     """The packages that hold an implementation's code."""
     if name in _OFFERS:
@@ -192,6 +256,6 @@ def packages_of(name: str) -> tuple[str, ...]:
     return "resblock_bench.reference", "resblock_bench.kernels"
 
 
-def could_not_compile(error: Exception) -> bool:
-    """Whether torch.compile refused or failed to compile, rather than the block failing."""
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+def declined(error: Exception) -> bool:
+    """Whether torch.compile or a peer refused a block, rather than the block failing."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException | DeclinedError)

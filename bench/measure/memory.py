@@ -38,6 +38,7 @@ from torch import Tensor
 
 from resblock_bench.bench.records import Memory
 
+from .implementations import compiles
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class TrackerMeter:
         self._method = method
 
     def unusable(self, impl: str) -> str | None:
-        if impl == "compiled":
+        if compiles(impl):
             return "MemTracker makes torch.compile step aside, so compiled code is not measurable"
         return None
 

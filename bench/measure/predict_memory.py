@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resblock_bench.bench.records import Cell, Memory
 
-from .implementations import not_offered
+from .implementations import not_offered, unusable_here
 from .memory import TrackerMeter
+from .peers import PEERS
 from .workload import Workload, draw_inputs, draw_weights, unsupported
 
 _METER = TrackerMeter("fake_tensors")
@@ -27,7 +28,8 @@ def predict_memory(cell: Cell) -> Memory | None:
 
 def unpredictable(cell: Cell) -> str | None:
     """Why no prediction can be made of a cell, or None."""
-    return unsupported(cell) or not_offered(cell.impl) or _METER.unusable(cell.impl)
+    here = unusable_here(cell.impl, "cpu") if cell.impl in PEERS else not_offered(cell.impl)
+    return unsupported(cell) or here or _METER.unusable(cell.impl)
 
 
 def fake_workload(cell: Cell) -> Workload:

@@ -18,7 +18,7 @@ from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock
 from resblock_bench.reference.layers import GROUPS
 
-from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments
+from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments, refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -42,12 +42,12 @@ STEPS = {
 
 
 def unsupported(cell: Cell) -> str | None:
-    """Why PyTorch has no such cell, or None."""
+    """Why PyTorch or the implementation has no such cell, or None."""
     if cell.layout == "nhwc" and cell.dims == 1:
         return "PyTorch has no channels-last layout for one spatial dimension"
     if any(cell.batch * channels * size <= GROUPS for channels, size in norm_shapes(cell)):
         return "PyTorch refuses a norm over a single value: a larger batch, resolution or channels"
-    return None
+    return refusal(cell)
 
 
 @dataclass

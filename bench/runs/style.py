@@ -103,7 +103,11 @@ def colour_of(impl: str, impls: Sequence[str]) -> str:
 
 def marker_of(impl: str, impls: Sequence[str]) -> str:
     others = [name for name in impls if name not in MARKERS]
-    return MARKERS.get(impl) or OTHER_MARKERS[others.index(impl) % len(OTHER_MARKERS)]
+    if impl in MARKERS:
+        return MARKERS[impl]
+    # Shifted where the colours begin again: sixteen differ in one or the other.
+    turns, number = divmod(others.index(impl), len(OTHER_MARKERS))
+    return OTHER_MARKERS[(number + turns) % len(OTHER_MARKERS)]
 
 
 def handle(label: str, colour: str, marker: str) -> Line2D:

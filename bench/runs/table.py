@@ -68,6 +68,9 @@ def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
         table.add_section()
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{times}", style="dim"))
+        if site.layout == "nhwc":
+            # Its group norm of this layout is another one from August 2026 on.
+            table.add_row(Text(f"  torch {members[0].versions.get('torch')}", style="dim"))
         for row in members:
             table.add_row(*map(Text, lines[id(row)][:count]), style=_STYLES[row.status])
     return table

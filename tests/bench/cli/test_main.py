@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resblock_bench.bench.grid.presets import PRESETS_FILE
-from resblock_bench.bench.measure import devices
+from resblock_bench.bench.measure import devices, peers
 from resblock_bench.bench.runs.folder import read_run
 
 TINY = ("-a", "channels=32", "-a", "resolution=8", "-a", "batch=1")
@@ -130,6 +130,23 @@ def test_list_shows_every_choice(run_cli: Callable) -> None:
     out = run_cli("list").out
     for name in ("smoke", "resolution", "selective", "compiled", "adm-imagenet256-cond"):
         assert name in out
+
+
+def test_list_shows_the_peers_and_what_each_is_made_for(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_located", lambda module: False)
+    monkeypatch.setenv("COLUMNS", "300")
+    out = run_cli("list").out
+    lines = out.splitlines()
+    found = {}
+    for at, line in enumerate(lines):
+        found.setdefault((line.split() or [""])[0], [text.strip() for text in lines[at : at + 3]])
+    assert found["liger"][2] == "no: liger_kernel is not installed: pip install liger-kernel"
+    three = "fp32, bf16, fp16; nchw; 1,2,3-D; cuda"
+    assert found["liger"][1] == f"inference, forward, train; {three}"
+    assert found["vllm-omni"][1] == f"inference; {three}"
+    assert found["fused"][1].endswith("cpu, cuda")
 
 
 def test_list_says_why_an_implementation_is_not_usable(

@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -9,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resblock_bench.bench.measure.implementations import (
     IMPLEMENTATIONS,
     _offered,
-    could_not_compile,
+    declined,
 )
+from resblock_bench.bench.measure.peers import Ability, DeclinedError
 from resblock_bench.bench.measure.predict_memory import unpredictable
 from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
 from resblock_bench.bench.records import Cell, Row
@@ -74,6 +76,34 @@ def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.unusable("cpu") is None
 
 
+def test_autotuned_compilation_is_the_mode_of_torch_compile(
+    make_cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def compile(call: object, *, dynamic: bool, mode: str | None) -> object:
+        asked.append((dynamic, mode))
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for name in ("compiled", "compiled-max-autotune"):
+        cell = make_cell(impl=name)
+        Workload(cell, draw_weights(cell, 0), draw_inputs(cell, CPU, 0), CPU).step()
+        assert "torch.compile" in (unpredictable(cell) or "")
+    assert asked == [(False, None), (False, "max-autotune")]
+
+
+def test_a_package_says_which_cells_its_own_is_made_for(
+    make_cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = replace(IMPLEMENTATIONS["reference"], can=Ability(modes=("inference",)))
+    monkeypatch.setattr(metadata.EntryPoint, "load", lambda point: narrow)
+    offered = _offered(metadata.EntryPoint("mine", "m:x", "resblock_bench.implementations"))
+    assert offered.build(make_cell(impl="mine", mode="inference")) is not None
+    with pytest.raises(DeclinedError, match="mine takes mode=inference only"):
+        offered.build(make_cell(impl="mine"))
+
+
 def test_a_cell_without_a_compiler_is_skipped_with_the_reason(
     measure: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +122,7 @@ def test_a_refusal_of_torch_compile_is_not_a_failure(
 
     add_implementation("refusing", refuse)
     row = measure(impl="refusing")
-    assert (row.status, could_not_compile(ValueError())) == ("skipped", False)
+    assert (row.status, declined(ValueError())) == ("skipped", False)
     assert "cannot trace this" in (row.reason or "")
 
 

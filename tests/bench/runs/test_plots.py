@@ -23,7 +23,7 @@ from resblock_bench.bench.runs.folder import Run
 from resblock_bench.bench.runs.front import draw_front
 from resblock_bench.bench.runs.plots import draw_all
 from resblock_bench.bench.runs.quantities import QUANTITIES
-from resblock_bench.bench.runs.style import site_labels
+from resblock_bench.bench.runs.style import colour_of, marker_of, site_labels
 
 BROKEN = [status for status in typing.get_args(Status) if status != "ok"]
 MODES = ("none", "selective", "full")
@@ -370,3 +370,9 @@ def test_a_disturbed_cell_is_hollow_and_says_no_ratio(run: Run) -> None:
     assert calm is not None
     assert sum("×" in text for text in texts(calm)) == 6
     plt.close("all")
+
+
+def test_sixteen_other_implementations_differ_in_colour_or_marker() -> None:
+    names = ["reference", "fused", *(f"peer{number}" for number in range(16))]
+    looks = {(colour_of(name, names), marker_of(name, names)) for name in names}
+    assert len(looks) == len(names)

@@ -234,3 +234,14 @@ def test_names_stay_on_a_narrow_terminal(make_row: Callable[..., Row], width: in
 def test_one_cell_is_not_many(make_row: Callable[..., Row]) -> None:
     assert summary([make_row(10.0)]).startswith("1 cell: 1 ok")
     assert summary([make_row(10.0)], 1).startswith("1 of 1 cell: 1 ok")
+
+
+def test_a_channels_last_block_says_which_torch_its_baseline_is(
+    make_row: Callable[..., Row],
+) -> None:
+    """PyTorch's own group norm of that layout differs by its version."""
+    rows = [replace(make_row(10.0, layout="nhwc"), versions={"torch": "2.99.1"}), make_row(5.0)]
+    text = shown(rows)
+    assert "fp32 nhwc inference" in text
+    assert " torch 2.99.1 " in text
+    assert text.count("torch") == 1
