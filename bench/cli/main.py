@@ -130,8 +130,8 @@ def run(
 ) -> None:
     """Measure a grid of residual blocks; with no argument, the default preset of this machine.
 
-    Writes a run folder (cells.jsonl, environment.json, figures), prints a table. Ctrl-C keeps
-    what was measured and exits with 3.
+    Writes a run folder (cells.jsonl, environment.json, figures, a page), prints a table. Ctrl-C
+    keeps what was measured and exits with 3.
     """
     from msgspec.structs import replace
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -46,6 +47,7 @@ MOST_TEXT = 1000
 _MOST_OUTPUT = 100_000
 """Characters of what failed cells printed, all together."""
 _MOST_ITEMS = 20
+MOST_FIGURES = 24
 _NO_NUMBER = "–"
 
 
@@ -106,6 +108,7 @@ class RunContent:
     equal_batch: DataTable | None
     equal_memory: DataTable | None
     figures: Sequence[ShownFigure]
+    more_figures: bool
     wall: str | None
     cells: DataTable
     missing: Sequence[MissingCell]
@@ -121,6 +124,7 @@ def content_of(run: Run, figures: Figures, *, predict: bool) -> RunContent:
     rows = run.rows
     expected = predicted(rows) if predict else {}
     folder = str(run.folder)
+    drawn = list(_figures(run, figures))
     return RunContent(
         title=f"{run.environment.machine}, {run.folder.resolve().name}",
         folder=folder,
@@ -132,7 +136,8 @@ def content_of(run: Run, figures: Figures, *, predict: bool) -> RunContent:
         ],
         equal_batch=_equal_batch(standings(rows)),
         equal_memory=_equal_memory(largest_batches(rows)),
-        figures=list(_figures(run, figures)),
+        figures=drawn,
+        more_figures=len(drawn) == MOST_FIGURES,
         wall=_wall(rows),
         cells=_cells(rows, expected),
         missing=_missing(rows),
@@ -326,7 +331,7 @@ def _equal_memory(found: Sequence[LargestBatch]) -> DataTable | None:
         bytes_ = "all" if line.limit is None else format_bytes(line.limit)
         rows.append(
             [
-                Entry(site_name(msgspec.structs.replace(cell, batch=1)).replace(" b1", "", 1)),
+                Entry(site_name(cell)),
                 Entry(f"{cell.dtype} {cell.layout} {cell.mode}"),
                 Entry(bytes_, line.limit),
                 _images(line.base),
@@ -377,7 +382,7 @@ _FIGURES = {
 
 def _figures(run: Run, figures: Figures) -> Iterable[ShownFigure]:
     with styled():
-        for name, figure in all_figures(_drawable(run)):
+        for name, figure in islice(all_figures(_drawable(run)), MOST_FIGURES):
             kind, _, part = name.partition("-")
             title, text = _FIGURES[kind]
             title += f", {part.replace('-', ', ').replace('dropout', 'dropout ')}" if part else ""

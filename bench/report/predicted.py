@@ -13,12 +13,19 @@ _MOST_S = 60.0
 """Of computing, for one run; what is left has no prediction."""
 
 
+_MOST_IMAGES = 4096
+"""Of a step; where images are taken one by one, more would take for ever."""
+
+
 def predicted(rows: Iterable[Row]) -> dict[Cell, Memory]:
     """The predictions by cell, by the code that is here, of cells whose memory was measured."""
     cells = [
         row.axes
         for row in rows
-        if row.status == "ok" and row.memory is not None and row.axes.impl in PREDICTED
+        if row.status == "ok"
+        and row.memory is not None
+        and row.axes.impl in PREDICTED
+        and row.axes.batch <= _MOST_IMAGES
     ]
     found: dict[Cell, Memory] = {}
     predictions, began = ScaledMemory(cells), time.process_time()

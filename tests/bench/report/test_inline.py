@@ -1,14 +1,18 @@
 """Figures within a page."""
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 
+from resblock_bench.bench.report import inline
 from resblock_bench.bench.report.inline import Figures, mirrored
 from resblock_bench.bench.runs.style import COLOURS, GREY, OTHER_COLOURS
+
+CSS = Path(inline.__file__).with_name("page.css")
 
 
 def drawn() -> Figure:
@@ -83,3 +87,22 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("colour", [*COLOURS.values(), *OTHER_COLOURS, GREY, "#440154"])
 def test_marks_are_seen_on_a_dark_page(colour: str) -> None:
     assert contrast(mirrored(colour), mirrored("#ffffff")) >= 3
+
+
+def palette(dark: bool) -> dict[str, str]:
+    """The page's own colours, by name."""
+    blocks = re.findall(r":root \{(.*?)\}", CSS.read_text(encoding="utf-8"), re.S)
+    found = re.findall(r"--(\w+): (#\w+);", blocks[dark])
+    return {
+        name: value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:])
+        for name, value in found
+    }
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_read_on_every_background(dark: bool) -> None:
+    """4.5 is what the guidelines ask of text of this size."""
+    colours = palette(dark)
+    for name in ("ink", "faint", "good", "note", "bad", "link"):
+        for background in ("paper", "band"):
+            assert contrast(colours[name], colours[background]) >= 4.5, name

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +20,10 @@ from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.records import OOM_EXPECTED, Row
 from resblock_bench.bench.report import content
 from resblock_bench.bench.report.page import rendered, write_page
+from resblock_bench.bench.report.predicted import predicted
 from resblock_bench.bench.runs.folder import Run
 
+ROOT = Path(__file__).parents[3]
 HOSTILE = "\x1b[31m</script></style><script>alert('1')</script>\" onload='x' \u202e&amp; <b>"
 PLAIN = "[31m</script></style><script>alert('1')</script>\" onload='x' &amp; <b>"
 """What is seen of it."""
@@ -309,6 +313,24 @@ def test_predicted_memory_stands_beside_what_was_measured(run: Run, some_row: Ca
     assert "in 0 of 1 cells; it is off by at most" in part(off, "All cells")
 
 
+def test_a_run_of_very_many_figures_shows_some(
+    run: Run, monkeypatch: pytest.MonkeyPatch, drawn: None
+) -> None:
+    """Every dropout that a file names has figures of its own."""
+    assert "figures are shown here" not in page_of(run).text()
+    monkeypatch.setattr(content, "MOST_FIGURES", 2)
+    page = page_of(run)
+    assert len(page.all("svg")) == 2
+    assert "No more than 2 figures are shown here" in page.text()
+
+
+def test_a_step_of_more_images_than_any_is_not_predicted(run: Run) -> None:
+    """Somebody else's file may name a batch for which a prediction would not end."""
+    cell = msgspec.structs.replace(run.rows[0].axes, batch=4097)
+    assert predicted([msgspec.structs.replace(run.rows[0], axes=cell)]) == {}
+    assert predicted(run.rows[:1]).keys() == {run.rows[0].axes}
+
+
 def test_several_runs_stand_below_each_other(run: Run, tmp_path: Path, drawn: None) -> None:
     other = dataclasses.replace(run, folder=tmp_path / "b-run")
     page = page_of(run, other)
@@ -353,6 +375,23 @@ def test_a_page_on_the_standard_output_has_nothing_behind_it(
     done = run_cli("report", stored(), "--output", tmp_path / "page.html")
     assert done.out == ""
     assert done.err == f"{tmp_path / 'page.html'}\n"
+
+
+def test_the_commands_of_the_documentation_make_pages(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(.*?)```", text, re.S)
+    assert block is not None
+    one, several = map(shlex.split, block[1].splitlines())
+    for folder in (one[2], several[2], several[3]):
+        shutil.copytree(ROOT / one[2], tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(content, "predicted", lambda rows: {})
+    assert run_cli(*one[1:]).out == f"{one[2]}/report.html\n"
+    assert run_cli(*several[1:]).code == 0
+    names = [tag.text() for tag in parsed((tmp_path / "both.html").read_text()).all("h2")]
+    assert [name.rpartition(", ")[2] for name in names] == ["RUN", "OTHER-RUN", "Method"]
 
 
 @pytest.mark.parametrize(
