@@ -7,7 +7,7 @@ from resblock_bench.bench.grid.axes import axes
 from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.grid.presets import Preset, choose, presets
-from resblock_bench.bench.records import Cell
+from resblock_bench.bench.records import Cell, Row
 
 
 def command_of_run(of: Plan) -> str | None:
@@ -30,9 +30,12 @@ def command_of_run(of: Plan) -> str | None:
     return command("run", *_given(arguments), *_options(of, selection))
 
 
-def command_of_cell(cell: Cell, device: str) -> str:
-    """The command that measures one cell."""
-    return command("run", *_given(_arguments([cell])), "--device", device)
+def command_of_cell(row: Row) -> str:
+    """The command that measures the cell of a row alone."""
+    options = ["--device", row.contract.device]
+    if row.seed:
+        options += ["--seed", str(row.seed)]
+    return command("run", *_given(_arguments([row.axes])), *options)
 
 
 def _cells(preset: Preset) -> set[Cell]:

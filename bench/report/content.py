@@ -488,7 +488,7 @@ def _missing(rows: Sequence[Row]) -> list[MissingCell]:
             continue
         output = (row.output or "")[:room]
         room -= len(output)
-        again = command_of_cell(row.axes, row.contract.device)
+        again = command_of_cell(row)
         found.append(MissingCell(cell_name(row.axes), row.status, row.reason or "", output, again))
     return found
 

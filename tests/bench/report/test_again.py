@@ -10,7 +10,7 @@ import pytest
 from resblock_bench.bench.grid.grid import PlannedCell, plan
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.grid.presets import choose, named
-from resblock_bench.bench.records import Cell
+from resblock_bench.bench.records import Row
 from resblock_bench.bench.report.again import command_of_cell, command_of_run
 
 
@@ -78,12 +78,13 @@ def test_cells_that_no_axes_select_have_no_command(of: Callable[..., Plan]) -> N
     assert command_of_run(of("channels=64", cells=[])) is None
 
 
-def test_a_cell_s_command_selects_it(of: Callable[..., Plan]) -> None:
+def test_a_cell_s_command_selects_it(of: Callable[..., Plan], make_row: Callable[..., Row]) -> None:
     for asked in of("model=iddpm-cifar10-uncond", "batch=2", "checkpoint=full").cells:
-        found = command_of_cell(asked.cell, "cpu")
+        found = command_of_cell(make_row(axes=asked.cell, seed=5))
+        assert options(found, "--seed") == ["5"]
         assert asked.cell in [item.cell for item in selected(found)]
 
 
-def test_a_name_in_a_command_stays_one_word(make_cell: Callable[..., Cell]) -> None:
-    found = command_of_cell(make_cell(impl="x'; reboot #"), "cpu")
+def test_a_name_in_a_command_stays_one_word(make_row: Callable[..., Row]) -> None:
+    found = command_of_cell(make_row(impl="x'; reboot #"))
     assert "impl=x'; reboot #" in options(found, "-a")
