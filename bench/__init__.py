@@ -7,6 +7,7 @@ Rooms, each of which imports only from those listed before it:
     grid       which cells there are to measure
     lockstep   several processes, measured in turns
     runs       a run folder: written, read, shown
+    report     a run as one page: the verb `report`, and what `run` leaves beside its rows
     fit        does a training step fit? the verb `plan`
     compiled   what a kernel is on a GPU that is absent: bytes, machine code
     cost       what a call costs there: the verb `cost`, predicted times, the host's time

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("reference", "kernels", "bench")
 NAMESPACE = "resblock_bench"
 ROOMS = (
-    "machine", "measure", "grid", "lockstep", "runs", "fit", "compiled", "cost", "sweep",
+    "machine", "measure", "grid", "lockstep", "runs", "report", "fit", "compiled", "cost", "sweep",
     "findings", "compare", "tune", "gate", "cli",
 )  # fmt: skip
 """The rooms of bench/, lower first; below them all is what lies beside them."""
@@ -110,6 +110,22 @@ def test_every_room_is_listed_and_packaged():
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     needed = {".".join([NAMESPACE, *path.parent.relative_to(ROOT).parts]) for path in modules}
     assert packages == needed, "a package that is not listed is missing from the wheel"
+
+
+def test_what_is_no_code_is_packaged_too():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = project["tool"]["setuptools"]["package-data"]
+    packaged = set()
+    for package, patterns in listed.items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        packaged |= {path for pattern in patterns for path in folder.glob(pattern)}
+    beside = {
+        path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert beside <= packaged, "missing from the wheel"
 
 
 def test_a_room_imports_from_lower_rooms_only():

@@ -130,8 +130,8 @@ def run(
 ) -> None:
     """Measure a grid of residual blocks; with no argument, the default preset of this machine.
 
-    Writes a run folder (cells.jsonl, environment.json, figures), prints a table. Ctrl-C keeps
-    what was measured and exits with 3.
+    Writes a run folder (cells.jsonl, environment.json, figures, a page), prints a table. Ctrl-C
+    keeps what was measured and exits with 3.
     """
     from msgspec.structs import replace
 
@@ -244,6 +244,33 @@ def plot(
             raise UsageError(f"{run_.folder} holds no measured cell: there is nothing to draw")
         for drawn in paths:
             say(result_console(), str(drawn))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path, metavar="FILE", help="Default, for one run: report.html in its folder."
+        ),
+    ] = None,
+) -> None:
+    """Write a page of run folders: one HTML file, to be opened or sent, that loads nothing.
+
+    What to believe, the headline, figures, every cell in a table to sort and filter, what went
+    wrong, the machine and the method.
+    """
+    from resblock_bench.bench.report.page import write_page
+    from resblock_bench.bench.runs.folder import read_run
+
+    found = [read_run(folder) for folder in runs]
+    for run_ in found:
+        for note in run_.notes:
+            say(progress_console(), note)
+    written = write_page(found, output)
+    # A file that was named may be the standard output.
+    say(result_console() if output is None else progress_console(), str(written))
 
 
 @app.command()

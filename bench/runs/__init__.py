@@ -1,2 +1,2 @@
-"""A run folder: written and read back (`folder`), shown as a `table`; `derived` writes it in other
-formats (`export`) and as figures (`plots`: `dots` and `front`, in one `style`)."""
+"""A run folder: written and read back (`folder`), shown as a `table`, in other formats (`export`)
+and as figures (`plots`: `dots` and `front`, in one `style`)."""

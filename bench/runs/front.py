@@ -40,8 +40,8 @@ def draw_front(run: Run) -> Figure | None:
                 missing["not measurable" if row.status == "ok" else row.status] += 1
                 continue
             point = (
-                _over(row.memory.peak_above_baseline_bytes, base.memory.peak_above_baseline_bytes),
-                _over(row.memory.saved_for_backward_bytes, base.memory.saved_for_backward_bytes),
+                over(row.memory.peak_above_baseline_bytes, base.memory.peak_above_baseline_bytes),
+                over(row.memory.saved_for_backward_bytes, base.memory.saved_for_backward_bytes),
                 row.ratio_to_none.value,
             )
             points.setdefault((row.axes.impl, row.axes.checkpoint), []).append(point)
@@ -77,6 +77,6 @@ def draw_front(run: Run) -> Figure | None:
     return figure
 
 
-def _over(value: int, base: int) -> float:
+def over(value: int, base: int) -> float:
     """A ratio that can stand in a geometric mean; nothing at all counts as a byte."""
     return max(value, 1) / max(base, 1)

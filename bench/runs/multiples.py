@@ -6,6 +6,7 @@ implementation. Where memory ran out a line goes on, dotted, to a × at the wall
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from .folder import Run
 from .quantities import Quantity, is_expected, note_of, walls
 from .style import GREY, MODE_TITLES, finish, marker_of, plain_log
 
-_DASHES = ((0, ()), (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _LINES: dict[str, Callable[[Cell], str]] = {
     "dims": lambda cell: f"{cell.dims}D",
     "conditioning": lambda cell: cell.conditioning,

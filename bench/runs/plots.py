@@ -5,6 +5,7 @@ layout or dropout are drawn apart.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,19 +35,28 @@ def draw_all(run: Run) -> list[Path]:
     paths: list[Path] = []
     with styled(), files.explained(folder, "make it writable"):
         files.make_folder(folder)
-        for end, part in parts(run).items():
-            for name, figure in _figures(part).items():
-                for suffix, metadata in _SUFFIXES.items():
-                    path = folder / f"{name}{end}{suffix}"
-                    with files.whole(path) as file:
-                        figure.savefig(file, format=suffix[1:], dpi=160, metadata=metadata)
-                    paths.append(path)
-                plt.close(figure)
+        for name, figure in all_figures(run):
+            for suffix, metadata in _SUFFIXES.items():
+                path = folder / f"{name}{suffix}"
+                with files.whole(path) as file:
+                    figure.savefig(file, format=suffix[1:], dpi=160, metadata=metadata)
+                paths.append(path)
         for path in folder.iterdir():
             ours = path.stem.split("-")[0] in _NAMES and path.suffix in _SUFFIXES
             if ours and path not in paths:
                 path.unlink()
     return paths
+
+
+def all_figures(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Every figure that the run has data for, with its file's name; each is closed by the next.
+
+    To be drawn within `styled`.
+    """
+    for end, part in parts(run).items():
+        for name, figure in _figures(part).items():
+            yield f"{name}{end}", figure
+            plt.close(figure)
 
 
 def parts(run: Run) -> dict[str, Run]:

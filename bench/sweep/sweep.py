@@ -25,8 +25,8 @@ from resblock_bench.bench.records import (
     site_name,
     variant_name,
 )
+from resblock_bench.bench.report.derived import derive
 from resblock_bench.bench.runs import table
-from resblock_bench.bench.runs.derived import derive
 from resblock_bench.bench.runs.folder import Run, create_run, default_output, resume_run
 from resblock_bench.bench.terminal import say
 from resblock_bench.bench.units import counted

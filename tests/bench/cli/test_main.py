@@ -32,6 +32,9 @@ def test_the_smoke_preset_runs_from_end_to_end(run_cli: Callable, tmp_path: Path
     assert "6 of 6 cells: 6 ok; " in done.out
     assert str(tmp_path / "run") in done.out
     assert max(len(line) for line in done.out.splitlines() if "│" in line) <= 100
+    page = tmp_path / "run" / "report.html"
+    assert done.out.endswith(f"page: {page}\n")
+    assert page.read_text(encoding="utf-8").count("<svg ") >= 2
 
 
 def test_without_output_the_folder_is_under_here(
@@ -174,8 +177,10 @@ def test_env_shows_the_machine(run_cli: Callable) -> None:
 
 
 def test_plot_draws_again(run_cli: Callable, tmp_path: Path) -> None:
-    run_cli("run", *TINY, "--no-plots", "--output", tmp_path / "run")
-    done = run_cli("plot", tmp_path / "run")
+    folder = tmp_path / "run"
+    without = run_cli("run", *TINY, "--no-plots", "--output", folder)
+    assert without.out.endswith(f"its page is written by: resblock-bench report {folder}\n")
+    done = run_cli("plot", folder)
     assert done.code == 0
     assert (tmp_path / "run" / "figures" / "throughput.png").stat().st_size > 1000
     assert "throughput.svg" in done.out

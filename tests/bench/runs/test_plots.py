@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import os
 import shutil
 import typing
@@ -21,6 +22,7 @@ from resblock_bench.bench.records import OOM_EXPECTED, Cell, Environment, Ratio,
 from resblock_bench.bench.runs.dots import draw_dots
 from resblock_bench.bench.runs.folder import Run
 from resblock_bench.bench.runs.front import draw_front
+from resblock_bench.bench.runs.multiples import draw_multiples
 from resblock_bench.bench.runs.plots import draw_all
 from resblock_bench.bench.runs.quantities import QUANTITIES
 from resblock_bench.bench.runs.style import colour_of, marker_of, site_labels
@@ -308,6 +310,22 @@ def test_the_front_is_relative_to_the_reference_without_checkpointing(run: Run) 
             round(10 / (10 + position), 6) for position in range(6)
         }
     plt.close(figure)
+
+
+def test_a_line_of_a_sweep_is_one_in_every_reader_of_graphics(run: Run) -> None:
+    """A dash pattern of no dashes is invalid, and some draw nothing then."""
+    rows = [
+        msgspec.structs.replace(row, axes=msgspec.structs.replace(row.axes, resolution=size))
+        for size in (8, 16)
+        for row in run.rows[:2]
+    ]
+    figure = draw_multiples(dataclasses.replace(run, attempts=rows), QUANTITIES[0])
+    assert figure is not None
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    assert "stroke-dasharray: 4" in text.getvalue()
+    assert "stroke-dasharray: ;" not in text.getvalue()
 
 
 def test_the_caption_says_where_the_numbers_are_from(run: Run) -> None:

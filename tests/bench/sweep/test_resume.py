@@ -321,4 +321,4 @@ def test_a_table_that_cannot_be_written_is_no_loss(run_cli: Callable, finished: 
     (finished / "cells.csv").mkdir()
     done = run_cli("run", "--resume", "--format", "csv", "--no-plots", "--output", finished)
     assert done.code == 0
-    assert "no more tables or figures" in done.out
+    assert "no more tables, figures or page" in done.out
