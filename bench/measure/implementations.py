@@ -25,11 +25,14 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 
-from resblock_bench.bench.records import Cell
+from resblock_bench.bench.records import Cell, Checkpoint
+from resblock_bench.reference import EDMBlock
 from resblock_bench.reference import ResBlock as ReferenceResBlock
 
 BlockCall = Callable[[Tensor, Tensor], Tensor]
 """(x, emb) -> out."""
+ModelCall = Callable[..., Any]
+"""As the module is called."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class Implementation:
     build(cell)         the module that holds the weights, with reference.ResBlock's state dict
     wrap(module, cell)  the callable that a step calls; the module itself unless something wraps it
     unusable(device)    why it cannot run on "cpu" or "cuda" here, or None
+    model(module, mode) makes a module's reference blocks its own, in place, and returns what a step
+                        calls; None where it offers a block alone. They are built with full
+                        checkpointing where that is the mode
     """
 
     description: str
     build: Callable[[Cell], nn.Module]
     wrap: Callable[[nn.Module, Cell], BlockCall]
     unusable: Callable[[str], str | None]
+    model: Callable[[nn.Module, Checkpoint], ModelCall] | None = None
 
 
 def block_arguments(cell: Cell) -> dict[str, Any]:
@@ -109,6 +116,32 @@ def _wrap_compiled(module: nn.Module, cell: Cell) -> BlockCall:
     return torch.compile(_wrap_reference(module, cell), dynamic=False)
 
 
+def keep_convolutions_in_blocks(module: nn.Module) -> None:
+    """Selective checkpointing of every residual block in a module."""
+    for block in module.modules():
+        if isinstance(block, ReferenceResBlock | EDMBlock):
+            vars(block)["forward"] = keeping_convolutions(block.forward)
+
+
+def _reference_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
+    if checkpoint == "selective":
+        keep_convolutions_in_blocks(module)
+    return module
+
+
+def _compiled_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
+    torch._dynamo.reset()
+    call: ModelCall = torch.compile(_reference_model(module, checkpoint), dynamic=False)
+    return call
+
+
+def _fused_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
+    from resblock_bench.kernels import fuse_
+
+    fuse_(module, "selective" if checkpoint == "selective" else None)
+    return module
+
+
 def _always_usable(device: str) -> None:
     return None
 
@@ -125,12 +158,22 @@ def _compiler_missing(device: str) -> str | None:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(
-        "plain PyTorch, operator by operator", _build_reference, _wrap_reference, _always_usable
+        "plain PyTorch, operator by operator",
+        _build_reference,
+        _wrap_reference,
+        _always_usable,
+        _reference_model,
     ),
     "compiled": Implementation(
-        "the reference under torch.compile", _build_reference, _wrap_compiled, _compiler_missing
+        "the reference under torch.compile",
+        _build_reference,
+        _wrap_compiled,
+        _compiler_missing,
+        _compiled_model,
     ),
-    "fused": Implementation("this project's fused block", _build_fused, _as_it_is, _always_usable),
+    "fused": Implementation(
+        "this project's fused block", _build_fused, _as_it_is, _always_usable, _fused_model
+    ),
 }
 
 

@@ -109,14 +109,10 @@ def tracking(workload: Workload) -> "MemTracker":
     workload.reset()
     gc.collect()
     tracker = MemTracker()
-    tracker.track_external(*resident(workload))
+    # A second pass through a model would be refused, as one of another iteration.
+    workload.between_passes = tracker.reset_mod_stats
+    tracker.track_external(*workload.resident())
     return tracker
-
-
-def resident(workload: Workload) -> list[Tensor]:
-    """What is alive before a step."""
-    state = [*workload.block.parameters(), *workload.block.buffers()]
-    return [*state, workload.x, workload.emb, workload.cotangent]
 
 
 def _live_bytes(tracker: "MemTracker") -> int:
@@ -191,15 +187,8 @@ def _graph_bytes(workload: Workload, live_bytes: Callable[[], int]) -> int:
     if workload.mode == "inference":
         return 0
     before = live_bytes()
-    graph = graph_of(workload)
+    graph = workload.graph()
     gc.collect()
     held = live_bytes() - before
     del graph
     return held
-
-
-def graph_of(workload: Workload) -> object:
-    """The graph of a forward pass; no backward pass runs, so no gradient is left behind."""
-    # Copies, so that they die with the last reference unless the graph keeps them.
-    x, emb = workload.x.clone(), workload.emb.clone()
-    return workload.call(x, emb).grad_fn
