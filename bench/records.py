@@ -126,7 +126,7 @@ class Memory(Record, frozen=True, kw_only=True):
     not repeat exactly. Null where there is no such number.
     """
 
-    method: Literal["mem_tracker", "cuda_allocator", "fake_tensors"]
+    method: Literal["mem_tracker", "live_storages", "cuda_allocator", "fake_tensors"]
     baseline_bytes: Count
     peak_bytes: Count
     peak_above_baseline_bytes: Count

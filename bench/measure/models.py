@@ -1,8 +1,8 @@
 """Steps of whole models made runnable, and of all residual blocks of a model.
 
 A model is a published one, with the dropout of the cell. In 16 bits it has the recipe of blocks:
-their convolutions and activations in 16 bits, all else in float32. (EDM, whose networks have no such
-mode, has all of its convolutions in 16 bits.)
+their convolutions and activations in 16 bits, all else in float32. (EDM, whose networks have no
+such mode, has all of its convolutions in 16 bits.)
 
     train       loss, backward, AdamW, moving average: what makes an iteration of training, without
                 data and without the exchange of gradients. Where parameters are in 16 bits, AdamW
@@ -34,7 +34,7 @@ from resblock_bench.reference import PUBLISHED, EDMBlock, ResBlock, UNetConfig, 
 from resblock_bench.reference.torso import cast_convolutions
 
 from .implementations import IMPLEMENTATIONS
-from .workload import DTYPES, Workload, checked_cell, formatted, nontrivial
+from .workload import DTYPES, Workload, formatted, nontrivial
 
 NamedTensors = dict[str, Tensor]
 
@@ -347,11 +347,7 @@ class ModelWorkload(Workload):
         Returns the results of each pass, without gradients.
         """
         with torch.set_grad_enabled(self.mode != "inference"):
-            found: list[NamedTensors] = []
-            for part in self._parts():
-                if found:
-                    self.between_passes()
-                found.append(self._pass(part))
+            found = [self._pass(part) for part in self._parts()]
         if self._optimizer is not None:
             self._update(self._optimizer)
         return found
@@ -462,7 +458,9 @@ def least_model_work(cell: Cell) -> tuple[int, int]:
     from torch.utils.flop_counter import FlopCounterMode  # 70 MB
 
     meta = torch.device("meta")
-    single = checked_cell(replace(cell, batch=1, microbatch=None, impl="reference"))
+    single = replace(
+        cell, batch=1, microbatch=None, impl="reference", checkpoint="none", dropout=0.0
+    )
     with unset_fake_temporarily():
         weights = _parameters(_module(single))
         one = ModelWorkload(single, weights, _zero_inputs(single, meta), meta, exact=True)

@@ -9,7 +9,7 @@ import ctypes
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,12 +149,7 @@ def _converted(
 
 
 class Workload:
-    """A block, its inputs and its step, ready to be run any number of times.
-
-    between_passes   called where a step goes through its module more than once
-    """
-
-    between_passes: Callable[[], object] = staticmethod(lambda: None)
+    """A block, its inputs and its step, ready to be run any number of times."""
 
     def __init__(
         self, cell: Cell, weights: dict[str, Tensor], inputs: Inputs, device: torch.device
