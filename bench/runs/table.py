@@ -81,12 +81,16 @@ def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
 def notes_of(rows: Sequence[Row]) -> dict[Cell, str]:
     """Of whole models their share of the matrix rate, of all blocks that of their model's step."""
     measured = {row.axes: row for row in rows if row.status == "ok" and row.median_ms is not None}
+    # A model that takes its batch in parts runs the same blocks; that which takes it whole is last.
+    whole_rows = [row for cell, row in measured.items() if cell.workload == "model"]
+    whole_rows.sort(key=lambda row: row.axes.microbatch is None)
+    wholes = {replace(row.axes, microbatch=None): row for row in whole_rows}
     notes = {}
     for cell, row in measured.items():
         share = matrix_share(row)
         if cell.workload == "model" and share is not None:
             notes[cell] = f"MFU {share:.0%}"
-        whole = measured.get(replace(cell, workload="model"))
+        whole = wholes.get(replace(cell, workload="model"))
         if cell.workload == "blocks" and whole is not None and whole.median_ms and row.median_ms:
             notes[cell] = f"{row.median_ms / whole.median_ms:.0%} of step"
     return notes

@@ -254,6 +254,8 @@ def test_the_share_of_a_model_s_step_that_its_blocks_are_is_shown(
     assert "reference none, 70% of step" in text
     assert "fused none, 75% of step" in text
     assert text.count("of step") == 2, "no share of a step that was not measured"
+    parts = {**MODEL, "batch": 5, "microbatch": 1}
+    assert "reference none, 50% of step" in shown([*rows, make_row(10.0, **parts)])
     failed = [make_row(None, "failed", **MODEL), make_row(7.0, **blocks)]
     assert "of step" not in shown(failed)
 
