@@ -4,7 +4,7 @@ fingerprint.
 Begin with `cell`: a cell is made runnable (`workload` of a block, `models`, `kinds` of both,
 `implementations`), checked against float64 (`correctness`), measured (`memory`, `timing` on
 `devices`, `cuda_graph`) and held against what the machine allows (`floor`, `ceilings`) and did
-meanwhile (`telemetry`, `conditions`). `jobs` is what a process of its own is asked to do. `operator`
-is what a block is made faster by, in eager PyTorch: the truth where not a cell but the operator
-alone is checked.
+meanwhile (`telemetry`, `conditions`). `jobs` is what a process of its own is asked to do.
+`operator` is what a block is made faster by, in eager PyTorch: the truth where not a cell but the
+operator alone is checked.
 """
