@@ -19,6 +19,7 @@ Mode = Literal["inference", "forward", "train"]
 Checkpoint = Literal["none", "selective", "full"]
 Conditioning = Literal["scale_shift", "add"]
 UpDown = Literal["none", "up", "down"]
+WorkloadKind = Literal["block", "model", "blocks"]
 Status = Literal["ok", "skipped", "failed", "oom", "timeout", "crashed", "impossible", "wrong"]
 StopRule = Literal["precision", "time", "samples"]
 
@@ -40,11 +41,16 @@ class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Common settings of every stored struct."""
 
 
-class Cell(Record, frozen=True, kw_only=True):
-    """One point of the grid: which block, on what input, run how.
+class Cell(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """One point of the grid: which block or model, on what input, run how.
 
     `resolution` is the extent of each of the `dims` spatial axes at the block's input;
     `emb_channels` the width of the timestep embedding; `updown` whether the block resamples.
+
+    `workload` is what a step runs: a block; the whole `model`, whose resolution and channels are
+    those of its images; or all its residual `blocks`, each on an input of its own. `microbatch` are
+    the images that a model takes at once in a training step, None for all. Neither is written where
+    it is the default, so that the cells of blocks are what they were before there were others.
     """
 
     model: str | None
@@ -62,6 +68,8 @@ class Cell(Record, frozen=True, kw_only=True):
     mode: Mode
     impl: str
     checkpoint: Checkpoint
+    workload: WorkloadKind = "block"
+    microbatch: Positive | None = None
 
 
 class Rule(Record, frozen=True, kw_only=True):
@@ -118,7 +126,7 @@ class Memory(Record, frozen=True, kw_only=True):
     not repeat exactly. Null where there is no such number.
     """
 
-    method: Literal["mem_tracker", "cuda_allocator", "fake_tensors"]
+    method: Literal["mem_tracker", "live_storages", "cuda_allocator", "fake_tensors"]
     baseline_bytes: Count
     peak_bytes: Count
     peak_above_baseline_bytes: Count
@@ -309,16 +317,22 @@ def cell_name(cell: Cell) -> str:
 
 
 def site_name(cell: Cell) -> str:
-    """The block and its input: channels, resolution, batch, and what is unusual about it."""
-    channels = f"{cell.channels}"
-    if cell.out_channels != cell.channels:
-        channels += f"→{cell.out_channels}"
-    parts = [f"{channels} {cell.resolution}{'¹²³'[cell.dims - 1]} b{cell.batch}"]
+    """The block or model and its input: sizes, batch, and what is unusual about it."""
+    parts = [f"{cell.resolution}{'¹²³'[cell.dims - 1]} b{cell.batch}"]
+    if cell.workload == "block":
+        channels = f"{cell.channels}"
+        if cell.out_channels != cell.channels:
+            channels += f"→{cell.out_channels}"
+        parts.insert(0, channels)
+    else:
+        parts.insert(0, "whole model" if cell.workload == "model" else "all blocks")
     if cell.model is not None:
         parts.insert(0, cell.model)
+    if cell.microbatch is not None:
+        parts.append(f"by {cell.microbatch}")
     if cell.updown != "none":
         parts.append(cell.updown)
-    if cell.conditioning != "scale_shift":
+    if cell.conditioning != "scale_shift" and cell.workload == "block":
         parts.append(cell.conditioning)
     if cell.dropout:
         parts.append(f"p={cell.dropout:g}")
@@ -326,7 +340,7 @@ def site_name(cell: Cell) -> str:
 
 
 def variant_name(cell: Cell) -> str:
-    """How the block is run: implementation and checkpoint mode."""
+    """How a block or model is run: implementation and checkpoint mode."""
     return f"{cell.impl}/{cell.checkpoint}"
 
 

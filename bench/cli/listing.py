@@ -74,9 +74,11 @@ def _implementations() -> Table:
 
 def _models() -> Table:
     table = _table("published models (-a model=NAMES)", "name", "image size", "residual blocks")
-    for name in map(str, models()):
-        count = sum(site.count for site in resblock_sites(name))
-        table.add_row(name, str(PUBLISHED[name].image_size), str(count))
+    for name, config in PUBLISHED.items():
+        count = str(sum(site.count for site in resblock_sites(name)))
+        if name not in models():
+            count += ", with workload=model or blocks only"
+        table.add_row(name, str(config.image_size), count)
     return table
 
 
@@ -103,7 +105,8 @@ def planned_cells(planned: Sequence[PlannedCell], progress: Console) -> tuple[Re
                     format_mib(memory.peak_above_baseline_bytes),
                     format_mib(memory.saved_for_backward_bytes),
                 ]
-            count = str(item.multiplicity) if item.cell.model else ""
+            one_of_many = item.cell.model is not None and item.cell.workload == "block"
+            count = str(item.multiplicity) if one_of_many else ""
             table.add_row(Text(cell_name(item.cell)), count, *numbers)
             advance()
     notes = [

@@ -128,7 +128,7 @@ def run(
     ] = False,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no figures.")] = False,
 ) -> None:
-    """Measure a grid of residual blocks; with no argument, the default preset of this machine.
+    """Measure residual blocks or whole models; with no argument, this machine's default preset.
 
     Writes a run folder (cells.jsonl, environment.json, figures, a page), prints a table. Ctrl-C
     keeps what was measured and exits with 3.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .predictions import Predicted
 
-_UNUSED = {"impl", "checkpoint", "mode"}
+_UNUSED = {"workload", "microbatch", "impl", "checkpoint", "mode"}
 COUNTING = "counting bytes and compiling"
 
 

@@ -65,6 +65,7 @@ def predicted_cells(rows: Sequence[Row]) -> list[Row]:
         if row.status == "ok"
         and row.median_ms is not None
         and row.axes.impl == "fused"
+        and row.axes.workload == "block"
         and row.contract.device == "cuda"
         and architecture(row.device_name) is not None
     ]

@@ -25,7 +25,8 @@ def published_norms(batch: int, dtype: DType, layout: Layout) -> dict[Norm, int]
     how: Selection = {"batch": (batch,), "dtype": (dtype,), "layout": (layout,)}
     found: dict[Norm, int] = {}
     for model, config in PUBLISHED.items():
-        for item in plan([{"model": (model,), **how, "mode": ("inference",), "impl": ("fused",)}]):
+        one: Selection = {"model": (model,), **how, "mode": ("inference",), "impl": ("fused",)}
+        for item in plan([one], of_any_kind=True):
             for norm in norms_of_block(item.cell, partial(groups_of, config)):
                 elements = norm.channels * norm.positions * item.multiplicity
                 found[norm] = found.get(norm, 0) + elements

@@ -18,12 +18,12 @@ from pathlib import Path
 import msgspec
 import torch
 from msgspec import Struct
-from torch import Tensor
 
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, shortened, unknown
 from resblock_bench.bench.grid.axes import parse_arguments
 from resblock_bench.bench.grid.grid import plan
+from resblock_bench.bench.measure.models import zero_inputs
 from resblock_bench.bench.records import Cell, site_name
 from resblock_bench.reference import PUBLISHED, UNetConfig, build
 
@@ -33,9 +33,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-StepInputs = dict[str, Tensor]
-"""A model's arguments by name, and "target" for its loss."""
 
 _FILE_BYTES = 2**20
 _BOUNDS = {
@@ -50,7 +47,9 @@ _BOUNDS = {
 """Above these nobody trains; far above, sizes no longer fit 64 bits or nothing ends."""
 _LEVELS = 12
 _CHANNELS, _RESOLUTION = 65536, 8192
-_OTHER_AXES = ("batch", "dtype", "mode", "checkpoint", "impl", "layout")
+_OTHER_AXES = (
+    *("workload", "batch", "microbatch", "dtype", "mode", "checkpoint", "impl", "layout"),
+)
 
 
 class Subject(Struct, frozen=True, kw_only=True):
@@ -132,7 +131,7 @@ def _checked(config: UNetConfig, source: str) -> UNetConfig:
         )
     try:
         with torch.device("meta"):
-            inputs = draw_inputs(config, 1)
+            inputs = zero_inputs(config, 1)
             del inputs["target"]
             build(config)(**inputs)
     except (ValueError, TypeError) as error:
@@ -164,28 +163,3 @@ def _block(axes: Sequence[str]) -> Subject:
         )
     name = site_name(msgspec.structs.replace(cell, batch=1)).replace(" b1", "", 1)
     return Subject(name=name, cell=cell)
-
-
-def draw_inputs(config: UNetConfig, batch: int) -> StepInputs:
-    """A batch as the model was trained with; made on the default device."""
-    size = (config.image_size, config.image_size)
-    found = {
-        "x": torch.zeros(batch, config.in_channels, *size),
-        "timesteps": torch.zeros(batch),
-    }
-    if config.family == "super_res":
-        found["low_res"] = torch.zeros(
-            batch, config.in_channels, *(side // 4 or 1 for side in size)
-        )
-    if config.family == "encoder":
-        found["target"] = torch.zeros(batch, dtype=torch.int64)
-        return found
-    if config.num_classes is not None:
-        # EDM gives its classes as rows, one-hot but for classifier-free training.
-        edm = config.family.startswith("edm")
-        shape = (batch, config.num_classes) if edm else (batch,)
-        found["y"] = torch.zeros(shape, dtype=torch.float32 if edm else torch.int64)
-    if config.augment_dim:
-        found["augment_labels"] = torch.zeros(batch, config.augment_dim)
-    found["target"] = torch.zeros(batch, config.out_channels, *size)
-    return found

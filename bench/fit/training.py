@@ -23,23 +23,27 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from msgspec import Struct, structs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from resblock_bench.bench.measure import workload
-from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS, keeping_convolutions
+from resblock_bench.bench.measure.implementations import (
+    IMPLEMENTATIONS,
+    keep_convolutions_in_blocks,
+    keeping_convolutions,
+)
+from resblock_bench.bench.measure.models import NamedTensors, model_loss, zero_inputs
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.bench.records import Cell, Checkpoint
 from resblock_bench.kernels import fuse_
-from resblock_bench.reference import AttentionBlock, EDMBlock, ResBlock, UNetConfig, build
+from resblock_bench.reference import AttentionBlock, UNetConfig, build
 from resblock_bench.reference.torso import cast_convolutions
 
 from . import diffusers_model
 from .cuda_autocast import cuda_autocast
 from .lifetimes import Lifetimes
-from .subject import StepInputs, Subject, draw_inputs
+from .subject import Subject
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Impl = Literal["reference", "fused"]
@@ -148,24 +152,20 @@ class Training:
         edm = self.subject.config is not None and self.recipe.precision == "fp16"
         return nullcontext() if dtype is None or edm else cuda_autocast()
 
-    def _inputs(self, batch: int) -> StepInputs:
+    def _inputs(self, batch: int) -> NamedTensors:
         if self.subject.config is not None:
-            return draw_inputs(self.subject.config, batch)
+            return zero_inputs(self.subject.config, batch)
         if self.subject.diffusers is not None:
             return diffusers_model.draw_inputs(self.subject.diffusers, batch)
         return _block_inputs(self.subject, batch, self.recipe.precision)
 
-    def _loss(self, inputs: StepInputs) -> Tensor:
+    def _loss(self, inputs: NamedTensors) -> Tensor:
         arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
         if self.subject.diffusers is not None:
             out = diffusers_model.call(self.model, arguments)
         else:
             out = self.model(**arguments)
-        config = self.subject.config
-        if config is not None and config.family == "encoder":
-            return F.cross_entropy(out.float(), inputs["target"])
-        # As IDDPM writes it. F.mse_loss keeps a storage of the images' size for its one number.
-        return (out.float() - inputs["target"]).square().mean()
+        return model_loss(self.subject.config, out, inputs["target"])
 
 
 def published_precision(config: UNetConfig) -> Precision:
@@ -190,19 +190,19 @@ def _model(subject: Subject, recipe: Recipe) -> tuple[nn.Module, str | None]:
     in_fp16 = recipe.precision == "fp16" and autocast_dtype(subject, recipe.precision) is None
     if subject.config is not None:
         model = build(subject.config, use_checkpoint=recipe.checkpoint == "full", use_fp16=in_fp16)
-        if recipe.impl == "fused":
-            fuse_(model, "selective" if recipe.checkpoint == "selective" else None)
+        offered = IMPLEMENTATIONS[recipe.impl].model
+        assert offered is not None
+        offered(model, recipe.checkpoint)
     else:
         cell = _cell_of(subject, impl=recipe.impl, checkpoint=recipe.checkpoint)
         model = IMPLEMENTATIONS[recipe.impl].build(cell)
         if in_fp16:
             cast_convolutions([model], torch.float16)
-    keeps_convolutions = recipe.impl == "reference" and recipe.checkpoint == "selective"
+        if recipe.impl == "reference" and recipe.checkpoint == "selective":
+            keep_convolutions_in_blocks(model)
     for module in model.modules():
         if isinstance(module, AttentionBlock):
             module.use_checkpoint |= recipe.recompute_attention
-        elif isinstance(module, ResBlock | EDMBlock) and keeps_convolutions:
-            vars(module)["forward"] = keeping_convolutions(module.forward)
     return model, None
 
 
@@ -234,7 +234,7 @@ def _without_embedding(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, temb=None: call(x, temb)
 
 
-def _block_inputs(subject: Subject, batch: int, precision: Precision) -> StepInputs:
+def _block_inputs(subject: Subject, batch: int, precision: Precision) -> NamedTensors:
     drawn = workload.draw_inputs(
         _cell_of(subject, batch=batch, dtype=precision), torch.device("cpu"), seed=0
     )

@@ -57,7 +57,10 @@ def axes() -> dict[str, Axis]:
     """Every axis by name, in the order in which the grid is walked (the last runs fastest)."""
     _check_implementations()
     found = [
-        Axis("model", "choice", (), "published model: its own blocks", models()),
+        _choice(
+            "workload", records.WorkloadKind, "a block, a whole model, all its blocks", ("block",)
+        ),
+        Axis("model", "choice", (), "published model: its own blocks", tuple(PUBLISHED)),
         Axis("dims", "int", (2,), "spatial dimensions", (1, 2, 3)),
         Axis("resolution", "int", (32,), "spatial extent at the block's input"),
         Axis("channels", "int", (128,), "input channels, a multiple of 32"),
@@ -65,6 +68,7 @@ def axes() -> dict[str, Axis]:
         _choice("conditioning", records.Conditioning, "embedding", ("scale_shift",)),
         Axis("dropout", "float", (0.0,), "dropout probability; a model brings its own"),
         Axis("batch", "int", (8,), "images a step"),
+        Axis("microbatch", "int", (), "images that a model trains on at once, all by default"),
         _choice("dtype", records.DType, "dtype of convolutions and activations", ("fp32",)),
         _choice("layout", records.Layout, "memory format", ("nchw",)),
         _choice("mode", records.Mode, "what a step runs", ("train",)),

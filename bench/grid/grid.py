@@ -2,25 +2,26 @@
 
 Without `model` the axes multiply. With it, the sites are the model's own residual blocks, equal
 ones merged with their multiplicity, and resolution, channels, out_channels and conditioning pick
-among them; dropout overrides the model's. Checkpointing exists in train mode only. All variants
-(checkpoint × implementation) of one site stand next to each other, so that what is compared is
-measured close in time.
+among them; dropout overrides the model's. With `workload` the model is run whole, or all of its
+blocks are. Checkpointing exists in train mode only. All variants (checkpoint × implementation) of
+one site stand next to each other, so that what is compared is measured close in time.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from resblock_bench.bench.errors import NothingSelectedError, UsageError
 from resblock_bench.bench.records import Cell, cell_name
 from resblock_bench.bench.units import format_bytes
-from resblock_bench.reference import resblock_sites
+from resblock_bench.reference import PUBLISHED, resblock_sites
 
-from .axes import MOST_CELLS, AxisValue, Selection, axes
+from .axes import MOST_CELLS, AxisValue, Selection, axes, models
 
 GROUPS = 32
 EMB_CHANNELS = 512
@@ -39,17 +40,22 @@ class PlannedCell:
     multiplicity: int
 
 
-def plan(selections: Iterable[Selection], *, by_value: bool = False) -> list[PlannedCell]:
+def plan(
+    selections: Iterable[Selection], *, by_value: bool = False, of_any_kind: bool = False
+) -> list[PlannedCell]:
     """The cells of several selections, in order, each cell once.
 
     by_value    within each selection the heaviest sites first: by activation elements, times how
                 often the site occurs in its model. The selections stay in the order given.
+    of_any_kind also blocks that this suite has no cells of, for their sizes
 
     Raises UsageError where nothing is selected.
     """
     planned: dict[Cell, PlannedCell] = {}
     given = list(selections)
     for selection in given:
+        if not of_any_kind:
+            _refuse_other_blocks(selection)
         _refuse_too_many(selection)
         items = list(_expand(selection))
         if by_value:
@@ -81,6 +87,15 @@ def _refuse_too_many(selection: Selection) -> None:
         )
 
 
+def _refuse_other_blocks(selection: Selection) -> None:
+    others = [str(name) for name in selection.get("model", ()) if name not in models()]
+    if others and "block" in selection.get("workload", ("block",)):
+        raise UsageError(
+            f"{others[0]} is made of blocks of another kind, which are not measured alone: use "
+            "workload=model or workload=blocks"
+        )
+
+
 def _refuse_too_large(cell: Cell) -> None:
     count = weight(cell, 1) * _TRUTH_BYTES
     if count > _ADDRESSES:
@@ -91,9 +106,18 @@ def _refuse_too_large(cell: Cell) -> None:
 
 
 def weight(cell: Cell, multiplicity: int) -> int:
-    """Activation elements, times how often the site occurs in its model."""
-    positions: int = cell.resolution**cell.dims
-    return multiplicity * cell.batch * positions * (cell.channels + cell.out_channels)
+    """Activation elements, times how often the site occurs in its model; of a model all of them."""
+    if cell.workload != "block":
+        blocks = _sites_of(str(cell.model))
+        return sum(count * cell.batch * _elements(**site) for site, count in blocks)
+    return multiplicity * cell.batch * _elements(**asdict(cell))
+
+
+def _elements(
+    *, resolution: int, dims: int, channels: int, out_channels: int, **others: object
+) -> int:
+    """Of one image."""
+    return int(resolution**dims) * (channels + out_channels)
 
 
 def _describe(selection: Selection) -> str:
@@ -110,15 +134,65 @@ def _expand(selection: Selection) -> Iterator[PlannedCell]:
         for impl in chosen["impl"]
         if mode == "train" or checkpoint == "none"
     ]
-    sites = list(_model_sites(selection) if chosen["model"] else _free_sites(chosen))
+    if "microbatch" in selection and "model" not in chosen["workload"]:
+        raise UsageError("microbatch is for workload=model: give it that, or leave it out")
     names = ("batch", "dtype", "layout")
-    for (site, multiplicity), *values in itertools.product(sites, *(chosen[n] for n in names)):
-        for variant in variants:
-            fields = {**site, **dict(zip(names, values, strict=True)), **variant}
-            yield PlannedCell(msgspec.convert(fields, Cell), multiplicity)
+    for workload in chosen["workload"]:
+        sites = list(_sites(str(workload), selection, chosen))
+        for (site, multiplicity), *values in itertools.product(sites, *(chosen[n] for n in names)):
+            for variant in variants:
+                fields = {**site, **dict(zip(names, values, strict=True)), **variant}
+                cell = msgspec.convert(fields, Cell)
+                if cell.microbatch is not None and (
+                    cell.mode != "train" or cell.microbatch >= cell.batch
+                ):  # one pass takes all
+                    cell = msgspec.structs.replace(cell, microbatch=None)
+                yield PlannedCell(cell, multiplicity)
 
 
-def _free_sites(chosen: dict[str, tuple[AxisValue, ...]]) -> Iterator[tuple[dict[str, Any], int]]:
+def _sites(
+    workload: str, selection: Selection, chosen: Mapping[str, tuple[AxisValue, ...]]
+) -> Iterator[tuple[dict[str, Any], int]]:
+    if workload != "block":
+        return _whole_models(workload, selection)
+    return _model_sites(selection) if chosen["model"] else _free_sites(chosen)
+
+
+def _whole_models(workload: str, selection: Selection) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each model, or all its blocks, whose sizes are the model's own."""
+    if not selection.get("model"):
+        raise UsageError(
+            f"workload={workload} needs a model: give model=NAME, one of {', '.join(PUBLISHED)}"
+        )
+    wrong = [name for name in _PICKS if name in selection]
+    if wrong:
+        raise UsageError(
+            f"workload={workload} runs all of a model, and {', '.join(wrong)} would pick among its "
+            "blocks: leave it out, or use workload=block"
+        )
+    _refuse_dims(selection)
+    for model in map(str, selection["model"]):
+        config = PUBLISHED[model]
+        site = {
+            "workload": workload,
+            "model": model,
+            "dims": 2,
+            "resolution": config.image_size,
+            "channels": config.in_channels,
+            "out_channels": config.out_channels,
+            "emb_channels": config.emb_channels,
+            "conditioning": "scale_shift" if config.use_scale_shift_norm else "add",
+            "updown": "none",
+        }
+        microbatches = selection.get("microbatch", (None,)) if workload == "model" else (None,)
+        for dropout in selection.get("dropout", (config.dropout,)):
+            for microbatch in microbatches:
+                yield {**site, "dropout": dropout, "microbatch": microbatch}, 1
+
+
+def _free_sites(
+    chosen: Mapping[str, tuple[AxisValue, ...]],
+) -> Iterator[tuple[dict[str, Any], int]]:
     for name in ("channels", "out_channels"):
         for channels in chosen[name]:
             if int(channels) % GROUPS:
@@ -135,8 +209,7 @@ def _free_sites(chosen: dict[str, tuple[AxisValue, ...]]) -> Iterator[tuple[dict
 
 
 def _model_sites(selection: Selection) -> Iterator[tuple[dict[str, Any], int]]:
-    if selection.get("dims", (2,)) != (2,):
-        raise UsageError("published models are two-dimensional: leave out dims, or leave out model")
+    _refuse_dims(selection)
     for model in selection["model"]:
         sites = list(_sites_of(str(model)))
         for name in _PICKS:
@@ -155,6 +228,11 @@ def _model_sites(selection: Selection) -> Iterator[tuple[dict[str, Any], int]]:
         for site, count in kept:
             for dropout in selection.get("dropout", (site["dropout"],)):
                 yield {**site, "dropout": dropout}, count
+
+
+def _refuse_dims(selection: Selection) -> None:
+    if selection.get("dims", (2,)) != (2,):
+        raise UsageError("published models are two-dimensional: leave out dims, or leave out model")
 
 
 def _check_pick(

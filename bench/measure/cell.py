@@ -44,12 +44,13 @@ from resblock_bench.bench.records import (
 )
 
 from . import orders, stats
-from .correctness import LAST_INPUTS, check, checked_cell
+from .correctness import LAST_INPUTS, check
 from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
 from .fingerprint import code_of
 from .floor import floor_of
 from .implementations import caution, declined, packages_of, unusable_here, versions_of
+from .kinds import KINDS
 from .memory import MemoryMeter
 from .memory_limit import limit_memory
 from .origin import Origin
@@ -59,7 +60,7 @@ from .snapshot import recording
 from .telemetry import open_probe
 from .timing import Sampler, WarmUp, time_fn
 from .truth_file import FIRST, LAST, read_truth
-from .workload import INPUTS, PRECISION, STEPS, Inputs, Workload, draw_inputs, draw_weights
+from .workload import Workload
 
 SNAPSHOTS = "snapshots"
 TURNS = "the variants of a block, a burst each, in an order drawn anew for every round"
@@ -101,7 +102,7 @@ class CellJob(Struct, kw_only=True):
 
 def contract_of(task: Task) -> Contract:
     """The conditions under which a task's cell is timed."""
-    tools = TOOLS[task.device]
+    tools, kind = TOOLS[task.device], KINDS[task.cell.workload]
     return Contract(
         **asdict(task.rule),
         turns=TURNS,
@@ -111,9 +112,9 @@ def contract_of(task: Task) -> Contract:
         l2=tools.timer.l2,
         backend=tools.backend,
         seed=task.seed,
-        step=STEPS[task.cell.mode],
-        precision=PRECISION,
-        inputs=INPUTS,
+        step=kind.steps[task.cell.mode],
+        precision=kind.precision,
+        inputs=kind.inputs,
     )
 
 
@@ -287,16 +288,19 @@ def checked_workload(
     truth = read_truth(truth_file)
     if task.memory_limit_bytes is not None:
         limit_memory(task.memory_limit_bytes)
-    weights = draw_weights(cell, seed)
-    inputs = draw_inputs(cell, device.torch_device, seed)
-    workload = Workload(cell, weights, inputs, device.torch_device)
+    kind = KINDS[cell.workload]
+    weights = kind.draw_weights(cell, seed)
+    inputs = kind.draw_inputs(cell, device.torch_device, seed)
+    workload = kind.make(cell, weights, inputs, device.torch_device)
     cold_peak_bytes = None
     if meter is not None and meter.unusable(cell.impl) is None:
         results, cold_peak_bytes = meter.first_results(workload)
     else:
         results = workload.results()
     if cell.dropout:
-        results = Workload(checked_cell(cell), weights, inputs, device.torch_device).results()
+        del results
+        with workload.as_checked(weights) as plain:
+            results = plain.results()
     right, correctness = check(results, truth)
     verdict = Verified("ok", None, correctness)
     if not right:
@@ -371,13 +375,11 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
 
 def _checked_again(task: Task, checked: Checked, truth_file: Path, device: Device) -> CellStatus:
     """The same step with other inputs: what was kept from before is wrong now."""
-    cell, workload = task.cell, checked.workload
-    if cell.dropout:
-        weights = draw_weights(cell, task.seed)
-        inputs = Inputs(workload.x, workload.emb, workload.cotangent)
-        workload = Workload(checked_cell(cell), weights, inputs, device.torch_device)
-    workload.refill(draw_inputs(cell, device.torch_device, task.seed + LAST_INPUTS))
-    right, correctness = check(workload.results(copied=True), read_truth(truth_file))
+    kind = KINDS[task.cell.workload]
+    weights = kind.draw_weights(task.cell, task.seed)
+    with checked.workload.as_checked(weights) as plain:
+        plain.refill(kind.draw_inputs(task.cell, device.torch_device, task.seed + LAST_INPUTS))
+        right, correctness = check(plain.results(copied=True), read_truth(truth_file))
     if right:
         return CellStatus("ok", None)
     return CellStatus("wrong", f"with other inputs than at first, {_worst(correctness)}")

@@ -30,8 +30,8 @@ def capture(workload: Workload) -> Callable[[], object]:
     waiting for the device; the gradients are None then. A capture that failed may leave the
     device's random generator unusable, so capture after everything else.
     """
-    if workload.x.device.type != "cuda":
-        raise CaptureError(f"a CUDA graph needs a GPU, and this step runs on {workload.x.device}")
+    if workload.device.type != "cuda":
+        raise CaptureError(f"a CUDA graph needs a GPU, and this step runs on {workload.device}")
     first: Exception | None = None
     try:
         _warm_up(workload)

@@ -4,12 +4,15 @@
 
             inference, forward   x, emb and the parameters; out
             train                also the cotangent; the gradients of x, emb and the parameters
+            train of a model     inputs; the weights, AdamW's moments and the moving average, which
+                                 are read and written
 
-    flops   of the reference without checkpointing: its convolutions and linears, forward and, in
-            train mode, backward; two operations a multiply-add
+    flops   of the reference without checkpointing: its convolutions, linears and matrix products,
+            forward and, in train mode, backward; two operations a multiply-add
 
 Both are the same for every variant of a site. The times are bytes over the bandwidth of a large
-copy, and flops over the rate of a matrix product in the cell's dtype. A share near 1 is as good as
+copy, and flops over the rate of a matrix product in the cell's dtype. The latter over the median is
+the share of the matrix rate, which of a model is called MFU. A share near 1 is as good as
 it gets. A little above is no error: Winograd's convolutions need fewer operations than are counted,
 and on a CPU a small site stays in the cache. Far above is `impossible`.
 """
@@ -24,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resblock_bench.bench.records import Ceilings, Cell, Floor, Row, site_of
 from resblock_bench.bench.units import format_bytes
 
+from .models import least_model_work
 from .workload import Workload, draw_inputs, draw_weights
 
 TOLERANCE = 1.25
@@ -59,6 +63,13 @@ def _timed(
         flops_ms=flops_ms,
         share=None if median_ms is None else max(bytes_ms, flops_ms) / median_ms,
     )
+
+
+def matrix_share(row: Row) -> float | None:
+    """The share of the matrix rate that a measured step reaches (MFU); None where it is unknown."""
+    if row.floor is None or row.median_ms is None:
+        return None
+    return row.floor.flops_ms / row.median_ms
 
 
 def judged(row: Row, ceilings: Ceilings) -> Row:
@@ -97,6 +108,8 @@ def impossible(floor: Floor, ceilings: Ceilings, median_ms: float, fastest_ms: f
 
 @functools.cache
 def _work(site: Cell) -> LeastWork:
+    if site.workload != "block":
+        return LeastWork(*least_model_work(site))
     # Here and not above: it imports Triton, 70 MB that only the process of a cell needs.
     from torch.utils.flop_counter import FlopCounterMode
 

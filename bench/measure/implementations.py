@@ -25,13 +25,16 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 
-from resblock_bench.bench.records import Cell
+from resblock_bench.bench.records import Cell, Checkpoint
+from resblock_bench.reference import EDMBlock
 from resblock_bench.reference import ResBlock as ReferenceResBlock
 
 from .peers import EVERYTHING, PEERS, Ability, DeclinedError, Peer
 
 BlockCall = Callable[[Tensor, Tensor], Tensor]
 """(x, emb) -> out."""
+ModelCall = Callable[..., Any]
+"""As the module is called."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Implementation:
     unusable(device)    why it cannot run on "cpu" or "cuda" here, or None
     can                 which cells it is made for
     compiles            torch.compile is in it
+    model(module, mode) makes a module's reference blocks its own, in place, and returns what a step
+                        calls; None where it offers a block alone. They are built with full
+                        checkpointing where that is the mode
     """
 
     description: str
@@ -51,6 +57,7 @@ class Implementation:
     unusable: Callable[[str], str | None]
     can: Ability = EVERYTHING
     compiles: bool = False
+    model: Callable[[nn.Module, Checkpoint], ModelCall] | None = None
 
 
 def block_arguments(cell: Cell) -> dict[str, Any]:
@@ -115,6 +122,34 @@ def _wrap_compiled(module: nn.Module, cell: Cell, mode: str | None = None) -> Bl
     return torch.compile(_wrap_reference(module, cell), dynamic=False, mode=mode)
 
 
+def keep_convolutions_in_blocks(module: nn.Module) -> None:
+    """Selective checkpointing of every residual block in a module."""
+    for block in module.modules():
+        if isinstance(block, ReferenceResBlock | EDMBlock):
+            vars(block)["forward"] = keeping_convolutions(block.forward)
+
+
+def _reference_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
+    if checkpoint == "selective":
+        keep_convolutions_in_blocks(module)
+    return module
+
+
+def _compiled_model(
+    module: nn.Module, checkpoint: Checkpoint, mode: str | None = None
+) -> ModelCall:
+    torch._dynamo.reset()
+    call: ModelCall = torch.compile(_reference_model(module, checkpoint), dynamic=False, mode=mode)
+    return call
+
+
+def _fused_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
+    from resblock_bench.kernels import fuse_
+
+    fuse_(module, "selective" if checkpoint == "selective" else None)
+    return module
+
+
 def _always_usable(device: str) -> None:
     return None
 
@@ -145,7 +180,11 @@ def _of_peer(peer: Peer) -> Implementation:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(
-        "plain PyTorch, operator by operator", _build_reference, _wrap_reference, _always_usable
+        "plain PyTorch, operator by operator",
+        _build_reference,
+        _wrap_reference,
+        _always_usable,
+        model=_reference_model,
     ),
     "compiled": Implementation(
         "the reference under torch.compile",
@@ -153,6 +192,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _wrap_compiled,
         _compiler_missing,
         compiles=True,
+        model=_compiled_model,
     ),
     "compiled-max-autotune": Implementation(
         'the same with mode="max-autotune"',
@@ -160,8 +200,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         functools.partial(_wrap_compiled, mode="max-autotune"),
         _compiler_missing,
         compiles=True,
+        model=functools.partial(_compiled_model, mode="max-autotune"),
     ),
-    "fused": Implementation("this project's fused block", _build_fused, _as_it_is, _always_usable),
+    "fused": Implementation(
+        "this project's fused block", _build_fused, _as_it_is, _always_usable, model=_fused_model
+    ),
     **{name: _of_peer(peer) for name, peer in PEERS.items()},
 }
 

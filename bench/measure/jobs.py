@@ -10,11 +10,12 @@ from resblock_bench.bench.machine.process import ADDR_NO_RANDOMIZE, Ending
 from resblock_bench.bench.records import Status, site_of
 
 from .cell import CellJob, measure, reason_of, status_of
-from .correctness import LAST_INPUTS, checked_cell, compute_truth
+from .correctness import LAST_INPUTS, compute_truth
 from .devices import open_device
 from .fingerprint import code_fingerprint
 from .memory_limit import limit_memory
 from .truth_file import FIRST, LAST, write_truth
+from .workload import checked_cell
 
 
 def measure_cell(argument: bytes, channel: Channel) -> bytes:

@@ -17,10 +17,10 @@ checkpoint's own hooks, or as attributes of a context, and counts the block's in
 kept. Parameters are not part of it. Without checkpointing it equals the sum over
 `saved_tensors_hooks` of distinct storages that are not parameters.
 
-Live bytes come from MemTracker (storages of live tensors; scratch memory inside an operator is not
-seen) on a CPU and from the caching allocator (rounded up to its 512-byte blocks) on a GPU. On a CPU
-the cold peak differs from the warm one only where an implementation keeps tensors from its first
-step.
+Live bytes come on a CPU from MemTracker, of whole models from LiveBytes (storages of live tensors;
+scratch memory inside an operator is not seen), on a GPU from the caching allocator (rounded up to
+its 512-byte blocks). On a CPU the cold peak differs from the warm one only where an implementation
+keeps tensors from its first step.
 
 The first step is the cell's own. It serves the correctness check at once, but for a cell with
 dropout, whose check runs without: its masks would be missing from the cold peak, so such a cell
@@ -30,11 +30,14 @@ makes one step of its own before the check.
 import gc
 import resource
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from resblock_bench.bench.records import Memory
 
@@ -44,6 +47,9 @@ from .workload import Workload
 if TYPE_CHECKING:
     # 70 MB that the process which waits for the cells does not need.
     from torch.distributed._tools.mem_tracker import MemTracker
+
+
+Method = Literal["mem_tracker", "live_storages", "fake_tensors"]
 
 
 class MemoryMeter(Protocol):
@@ -64,7 +70,7 @@ class MemoryMeter(Protocol):
 class TrackerMeter:
     """Live CPU tensors, real ones or, for a prediction, fake ones."""
 
-    def __init__(self, method: Literal["mem_tracker", "fake_tensors"] = "mem_tracker") -> None:
+    def __init__(self, method: Method = "mem_tracker") -> None:
         self._method = method
 
     def unusable(self, impl: str) -> str | None:
@@ -77,6 +83,10 @@ class TrackerMeter:
             results = workload.results()
         return results, _peak_bytes(tracker)
 
+    def _method_of(self, workload: Workload) -> Method:
+        whole = workload.cell.workload != "block" and self._method == "mem_tracker"
+        return "live_storages" if whole else self._method
+
     def measure(self, workload: Workload, cold_peak_bytes: int | None = None) -> Memory:
         workload.freshen()
         with tracking(workload) as tracker:
@@ -86,7 +96,7 @@ class TrackerMeter:
         with tracking(workload) as tracker:
             saved = _graph_bytes(workload, lambda: _live_bytes(tracker))
         return Memory(
-            method=self._method,
+            method=self._method_of(workload),
             baseline_bytes=baseline,
             peak_bytes=peak,
             peak_above_baseline_bytes=peak - baseline,
@@ -103,29 +113,65 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def tracking(workload: Workload) -> "MemTracker":
+def tracking(workload: Workload) -> "MemTracker | LiveBytes":
     """A tracker that knows the workload's resident tensors; a tracker serves one step only."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     workload.reset()
     gc.collect()
+    if workload.cell.workload != "block":
+        return LiveBytes(workload.resident())
     tracker = MemTracker()
-    tracker.track_external(*resident(workload))
+    tracker.track_external(*workload.resident())
     return tracker
 
 
-def resident(workload: Workload) -> list[Tensor]:
-    """What is alive before a step."""
-    state = [*workload.block.parameters(), *workload.block.buffers()]
-    return [*state, workload.x, workload.emb, workload.cotangent]
-
-
-def _live_bytes(tracker: "MemTracker") -> int:
+def _live_bytes(tracker: "MemTracker | LiveBytes") -> int:
+    if isinstance(tracker, LiveBytes):
+        return tracker.live
     return int(tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"])
 
 
-def _peak_bytes(tracker: "MemTracker") -> int:
+def _peak_bytes(tracker: "MemTracker | LiveBytes") -> int:
+    if isinstance(tracker, LiveBytes):
+        return tracker.peak
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes of the storages that operators return, and of `tensors`, while they are alive.
+
+    MemTracker's count, which asks every storage after every operator: too slow for a model.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: dict[int, weakref.ref[UntypedStorage]] = {}
+        self.live = self.peak = 0
+        for tensor in tensors:
+            self._count(tensor.untyped_storage())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _count(self, storage: UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()  # its own while it lives, also in C++ alone
+        if key in self._storages:
+            return
+
+        def forget(_: weakref.ref[UntypedStorage]) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, forget)
+        self.live += size
 
 
 class CudaMeter:
@@ -192,15 +238,8 @@ def _graph_bytes(workload: Workload, live_bytes: Callable[[], int]) -> int:
     if workload.mode == "inference":
         return 0
     before = live_bytes()
-    graph = graph_of(workload)
+    graph = workload.graph()
     gc.collect()
     held = live_bytes() - before
     del graph
     return held
-
-
-def graph_of(workload: Workload) -> object:
-    """The graph of a forward pass; no backward pass runs, so no gradient is left behind."""
-    # Copies, so that they die with the last reference unless the graph keeps them.
-    x, emb = workload.x.clone(), workload.emb.clone()
-    return workload.call(x, emb).grad_fn

@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resblock_bench.bench.records import Cell, Memory
 
 from .implementations import not_offered, unusable_here
+from .kinds import KINDS
 from .memory import TrackerMeter
 from .peers import PEERS
-from .workload import Workload, draw_inputs, draw_weights, unsupported
+from .workload import Workload, unsupported
 
 _METER = TrackerMeter("fake_tensors")
 
@@ -34,5 +35,4 @@ def unpredictable(cell: Cell) -> str | None:
 
 def fake_workload(cell: Cell) -> Workload:
     """A cell's step, of tensors without data in a FakeTensorMode."""
-    cpu = torch.device("cpu")
-    return Workload(cell, draw_weights(cell, 0), draw_inputs(cell, cpu, 0), cpu)
+    return KINDS[cell.workload].drawn(cell, torch.device("cpu"), 0)

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from resblock_bench.bench.records import Cell, DType, Memory
 from resblock_bench.reference.layers import GROUPS
 
-from .memory import graph_of, resident, tracking
+from .memory import tracking
 from .predict_memory import fake_workload, predict_memory, unpredictable
 
 _SCALED = ("reference", "fused")
@@ -102,14 +102,14 @@ class ScaledMemory:
         for cell in cells:
             kind = _kind(cell)
             if kind is not None:
-                members.setdefault(kind, set()).add(replace(cell, model=None))
+                members.setdefault(kind, set()).add(_nameless(cell))
         self._members = members
         self._known: dict[Cell, Memory | None] = {}
         self._shapes: dict[_Kind, _Shape | None] = {}
 
     def memory(self, cell: Cell) -> Memory | None:
         """As `predict_memory`, and with its errors."""
-        cell = replace(cell, model=None)
+        cell = _nameless(cell)
         if cell not in self._known:
             # Predicting collects garbage again and again, and what PyTorch has imported is none.
             gc.freeze()
@@ -125,6 +125,11 @@ class ScaledMemory:
             members = self._members[kind]
             self._shapes[kind] = _tested_shape(kind, members) if len(members) > _FEW else None
         return self._shapes[kind]
+
+
+def _nameless(cell: Cell) -> Cell:
+    """Blocks of the same sizes are alike, whatever model they are from."""
+    return replace(cell, model=None) if cell.workload == "block" else cell
 
 
 def _tested_shape(kind: _Kind, members: Iterable[Cell]) -> _Shape | None:
@@ -143,7 +148,8 @@ def _sizes(cell: Cell) -> Sizes:
 
 def _kind(cell: Cell) -> _Kind | None:
     """None where no polynomial in the sizes is to be expected."""
-    if cell.impl not in _SCALED or (cell.updown == "down" and cell.resolution % 2):
+    halved_unevenly = cell.updown == "down" and cell.resolution % 2
+    if cell.workload != "block" or cell.impl not in _SCALED or halved_unevenly:
         return None
     single, same = tuple(size == 1 for size in _sizes(cell)), cell.channels == cell.out_channels
     # How probable dropout is has no size, but its mask has; of 16 bits there are two kinds.
@@ -168,7 +174,7 @@ def _shape(kind: _Kind, point: Sizes, primes: Sizes) -> _Shape:
     """From a step at one point, each of whose sizes has a prime of its own."""
     with FakeTensorMode():
         workload = fake_workload(kind.at(point))
-        state = resident(workload)
+        state = workload.resident()
         # The tracker is there for its hooks: they hold gradients, which is counted, too.
         with tracking(workload), _Ledger(state, point, primes) as ledger:
             baseline = ledger.alive()
@@ -176,7 +182,7 @@ def _shape(kind: _Kind, point: Sizes, primes: Sizes) -> _Shape:
         saved: Polynomial = Counter()
         if workload.mode != "inference":
             with tracking(workload), _Ledger(state, point, primes) as graphs:
-                graph = graph_of(workload)
+                graph = workload.graph()
                 gc.collect()
                 saved = graphs.alive()
                 saved.subtract(baseline)

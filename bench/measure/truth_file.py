@@ -14,7 +14,8 @@ import torch
 from resblock_bench.bench import files
 from resblock_bench.bench.records import Cell, site_of
 
-from .correctness import Truth, checked_cell
+from .correctness import Truth
+from .workload import checked_cell
 
 FIRST, LAST = "first.npz", "last.npz"
 _HEAD = "head"

@@ -9,9 +9,13 @@ import ctypes
 import math
 import random
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from resblock_bench.bench.records import Cell
@@ -41,8 +45,19 @@ STEPS = {
 }
 
 
+def checked_cell(cell: Cell) -> Cell:
+    """The cell as it is checked: without dropout, whose masks differ between implementations."""
+    plain: Cell = replace(cell, dropout=0.0)
+    return plain
+
+
 def unsupported(cell: Cell) -> str | None:
-    """Why PyTorch or the implementation has no such cell, or None."""
+    """Why there is no such cell in PyTorch, or of its implementation; or None."""
+    if cell.workload != "block":
+        offered = IMPLEMENTATIONS.get(cell.impl)
+        if offered is not None and offered.model is None:
+            return f"{cell.impl} offers a block and no whole models: measure it with workload=block"
+        return None
     if cell.layout == "nhwc" and cell.dims == 1:
         return "PyTorch has no channels-last layout for one spatial dimension"
     if any(cell.batch * channels * size <= GROUPS for channels, size in norm_shapes(cell)):
@@ -70,7 +85,7 @@ def draw_inputs(cell: Cell, device: torch.device, seed: int) -> Inputs:
     x = normal(cell.batch, cell.channels, *spatial)
     emb = normal(cell.batch, cell.emb_channels)
     cotangent = normal(cell.batch, cell.out_channels, *_output_size(cell))
-    return Inputs(_formatted(x, cell), emb, _formatted(cotangent, cell))
+    return Inputs(formatted(x, cell), emb, formatted(cotangent, cell))
 
 
 def _output_size(cell: Cell) -> tuple[int, ...]:
@@ -87,7 +102,7 @@ def norm_shapes(cell: Cell) -> tuple[tuple[int, int], tuple[int, int]]:
     return (cell.channels, positions), (cell.out_channels, math.prod(_output_size(cell)))
 
 
-def _formatted(tensor: Tensor, cell: Cell) -> Tensor:
+def formatted(tensor: Tensor, cell: Cell) -> Tensor:
     """In the cell's dtype; images and kernels also in its layout, which a bias does not have."""
     tensor = tensor.to(DTYPES[cell.dtype])
     if cell.layout == "nhwc" and tensor.ndim == cell.dims + 2:
@@ -104,13 +119,17 @@ def draw_weights(cell: Cell, seed: int) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     state = ResBlock(**block_arguments(cell)).state_dict()
-    for name, tensor in state.items():
-        normal = torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim > 1:
-            state[name] = normal / tensor[0].numel() ** 0.5
-        else:
-            state[name] = 0.1 * normal + float(name.endswith("weight"))
-    return state
+    return {
+        name: nontrivial(name, torch.randn(tensor.shape, generator=generator))
+        for name, tensor in state.items()
+    }
+
+
+def nontrivial(name: str, normal: Tensor) -> Tensor:
+    """A weight of this name, from a normal tensor of its shape; see `draw_weights`."""
+    if normal.ndim > 1:
+        return normal.div(normal[0].numel() ** 0.5)
+    return 0.1 * normal + float(name.endswith("weight"))
 
 
 def _converted(
@@ -124,7 +143,7 @@ def _converted(
         for name, _ in module.named_parameters(recurse=False)
     }
     return {
-        name: (_formatted(tensor, cell) if name in convolutions else tensor).to(device)
+        name: (formatted(tensor, cell) if name in convolutions else tensor).to(device)
         for name, tensor in weights.items()
     }
 
@@ -136,7 +155,7 @@ class Workload:
         self, cell: Cell, weights: dict[str, Tensor], inputs: Inputs, device: torch.device
     ) -> None:
         implementation = IMPLEMENTATIONS[cell.impl]
-        self.mode = cell.mode
+        self.cell, self.mode, self.device = cell, cell.mode, device
         block = implementation.build(cell)
         # Assigned, not copied: fake parameters cannot be converted in place.
         block.load_state_dict(_converted(weights, block, cell, device), assign=True)
@@ -161,7 +180,7 @@ class Workload:
         self.reset()
         with torch.no_grad():
             for tensor in self._inputs():
-                tensor[(0,) * tensor.ndim].normal_(generator=self._generator)
+                self._draw(tensor[(0,) * tensor.ndim])
 
     def redraw(self) -> None:
         """Other inputs; on a CPU, other places in memory for all that a step touches.
@@ -169,11 +188,14 @@ class Workload:
         Where its buffers happen to lie made a step of the same code a tenth slower for as long as
         its process lived: what is drawn by lot has to be drawn anew.
         """
-        if self.x.device.type == "cpu":
+        if self.device.type == "cpu":
             self._move()
         with torch.no_grad():
             for tensor in self._inputs():
-                tensor.normal_(generator=self._generator)
+                self._draw(tensor)
+
+    def _draw(self, tensor: Tensor) -> None:
+        tensor.normal_(generator=self._generator)
 
     def _move(self) -> None:
         self._gaps.clear()
@@ -186,17 +208,36 @@ class Workload:
             tensor.data = tensor.data.clone()
             self._gaps.append(torch.empty(int(2 ** gaps.uniform(4, 12))))
 
-    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self) -> Iterable[Tensor]:
         return self.x, self.emb, self.cotangent
 
-    def refill(self, inputs: Inputs) -> None:
+    def resident(self) -> list[Tensor]:
+        """What is alive before a step."""
+        return [*self.block.parameters(), *self.block.buffers(), *self._inputs()]
+
+    def graph(self) -> object:
+        """The graph of a forward pass; no backward pass runs, so no gradient is left behind."""
+        # Copies, so that they die with the last reference unless the graph keeps them.
+        return self.call(self.x.clone(), self.emb.clone()).grad_fn
+
+    @contextmanager
+    def as_checked(self, weights: dict[str, Tensor]) -> Iterator["Workload"]:
+        """The same with these weights, and without dropout, whose masks differ between
+        implementations. It shares the inputs' memory."""
+        if self.cell.dropout:
+            inputs = Inputs(self.x, self.emb, self.cotangent)
+            yield Workload(checked_cell(self.cell), weights, inputs, self.device)
+        else:
+            yield self
+
+    def refill(self, inputs: Any) -> None:
         """These inputs in the same memory."""
         with torch.no_grad():
             self.x.copy_(inputs.x)
             self.emb.copy_(inputs.emb)
             self.cotangent.copy_(inputs.cotangent)
 
-    def step(self) -> Tensor:
+    def step(self) -> Any:
         """One step of the cell's mode; what it contains is in STEPS."""
         if self.mode == "inference":
             with torch.no_grad():

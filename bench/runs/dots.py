@@ -17,7 +17,7 @@ from resblock_bench.bench.records import Cell, Row
 from resblock_bench.bench.units import MIB, format_bytes
 
 from .folder import Run
-from .quantities import Quantity, is_expected, note_of, walls
+from .quantities import Quantity, is_expected, note_of, subject_of, walls
 from .style import GREY, MODE_TITLES, colour_of, finish, handle, marker_of, plain_log, site_labels
 from .table import by_site
 
@@ -65,7 +65,7 @@ def draw_dots(run: Run, quantity: Quantity) -> Figure | None:
         _draw_wall(grid[0], len(sites), wall.values())
     note = note_of(run, quantity, wall)
     _widen(grid[0][0])
-    finish(figure, run, quantity.title, handles, note)
+    finish(figure, run, f"{quantity.title} {subject_of(run)}", handles, note)
     return figure
 
 
@@ -137,8 +137,8 @@ def _draw_line(
 
 def _site_order(site: Cell) -> tuple[object, ...]:
     return (
-        site.mode, site.dtype, site.layout, str(site.model), -site.resolution, site.channels,
-        site.out_channels, site.updown, site.batch,
+        site.workload, site.mode, site.dtype, site.layout, str(site.model), -site.resolution,
+        site.channels, site.out_channels, site.updown, site.batch, site.microbatch or 0,
     )  # fmt: skip
 
 

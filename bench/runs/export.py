@@ -22,7 +22,7 @@ from resblock_bench.bench.markdown import escaped, table
 from resblock_bench.bench.records import Row, site_name
 
 from .folder import Run
-from .table import HEADINGS, by_site, problems, source_of, summary, variant_line
+from .table import HEADINGS, by_site, notes_of, problems, source_of, summary, variant_line
 
 STEM = "cells"
 
@@ -83,10 +83,10 @@ def _present(kind: inspect.Type) -> inspect.Type:
     return kind
 
 
-def _leaf(record: dict[str, Any], path: tuple[str, ...]) -> Any:
-    value: Any = record
+def _leaf(row: Row, path: tuple[str, ...]) -> Any:
+    value: Any = row
     for name in path:
-        value = None if value is None else value[name]
+        value = None if value is None else getattr(value, name)
     return value
 
 
@@ -99,8 +99,8 @@ def _csv(run: Run) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(".".join(path) for path, _ in columns)
-    for record in map(msgspec.to_builtins, run.rows):
-        values = (_leaf(record, path) for path, _ in columns)
+    for row in run.rows:
+        values = (_leaf(row, path) for path, _ in columns)
         # The writer puts a float down as repr does, with all the digits that tell it apart.
         writer.writerow(_json(v) if isinstance(v, list | tuple | dict) else v for v in values)
     return text.getvalue().encode()
@@ -112,10 +112,9 @@ def _parquet(run: Run) -> bytes:
     import pyarrow
     from pyarrow import parquet
 
-    records = [msgspec.to_builtins(row) for row in run.rows]
     series, fields = {}, []
     for path, kind in _columns():
-        name, values = ".".join(path), [_leaf(record, path) for record in records]
+        name, values = ".".join(path), [_leaf(row, path) for row in run.rows]
         arrow, dtype = _parquet_types(kind)
         if isinstance(kind, inspect.DictType):
             values = [_json(value) for value in values]
@@ -149,8 +148,13 @@ def _parquet_types(kind: inspect.Type) -> tuple[Any, str]:
 
 def _markdown(run: Run) -> bytes:
     """A table for a comment on a change: a line a cell, then the summary and what went wrong."""
+    notes = notes_of(run.rows)
     cells = [
-        [site_name(site), f"{site.dtype} {site.layout} {site.mode}", *variant_line(row)]
+        [
+            site_name(site),
+            f"{site.dtype} {site.layout} {site.mode}",
+            *variant_line(row, notes.get(row.axes)),
+        ]
         for site, members in by_site(run.rows).items()
         for row in members
     ]

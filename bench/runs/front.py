@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from resblock_bench.bench.records import variant_name
 
 from .folder import Run
+from .quantities import subject_of
 from .style import GREY, MODE_MARKERS, MODE_TITLES, colour_of, finish, handle
 from .table import by_site, undisturbed
 
@@ -70,10 +71,13 @@ def draw_front(run: Run) -> Figure | None:
     drawn = [impl for impl in impls if any(key[0] == impl for key in points)]
     handles = [handle(impl, colour_of(impl, impls), "o") for impl in drawn]
     handles += [handle(MODE_TITLES[mode], GREY, MODE_MARKERS[mode]) for mode in modes]
-    note = f"reference: without checkpointing; small: each of {sites} blocks; large: geometric mean"
+    things = "blocks" if run.rows[0].axes.workload == "block" else "models"
+    note = (
+        f"reference: without checkpointing; small: each of {sites} {things}; large: geometric mean"
+    )
     if missing:
         note += "; not drawn: " + ", ".join(f"{n} {status}" for status, n in missing.items())
-    finish(figure, run, "Speed and memory of one residual block", handles, note, beside=True)
+    finish(figure, run, f"Speed and memory of {subject_of(run)}", handles, note, beside=True)
     return figure
 
 

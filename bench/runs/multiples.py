@@ -19,7 +19,7 @@ from resblock_bench.bench.records import Cell, Row
 from resblock_bench.bench.units import MIB, format_bytes
 
 from .folder import Run
-from .quantities import Quantity, is_expected, note_of, walls
+from .quantities import Quantity, is_expected, note_of, subject_of, walls
 from .style import GREY, MODE_TITLES, finish, marker_of, plain_log
 
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -90,7 +90,8 @@ def draw_multiples(run: Run, quantity: Quantity) -> Figure | None:
     plain_log(grid[0][0].yaxis, *grid[0][0].get_ylim())
     grid[0][0].set_ylabel(quantity.label)
     finish(
-        figure, run, quantity.title, _legend(impls, colours), note_of(run, quantity, wall),
+        figure, run, f"{quantity.title} {subject_of(run)}", _legend(impls, colours),
+        note_of(run, quantity, wall),
         beside=True,
     )  # fmt: skip
     return figure

@@ -1,7 +1,7 @@
 """Draws the figures of a run folder: throughput, peak memory, and the trade between the two.
 
-What a figure does not show is the same in all that it shows: rows that differ in mode, dtype,
-layout or dropout are drawn apart.
+What a figure does not show is the same in all that it shows: rows that differ in workload, mode,
+dtype, layout or dropout are drawn apart. (The dropout of whole models is the models' own.)
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from resblock_bench.bench import files
+from resblock_bench.bench.records import Cell
 
 from .dots import draw_dots
 from .folder import FIGURES, Run
@@ -20,7 +21,7 @@ from .multiples import draw_multiples, is_grid
 from .quantities import QUANTITIES
 from .style import styled
 
-_APART = ("mode", "dtype", "layout", "dropout")
+_APART = ("workload", "mode", "dtype", "layout", "dropout")
 _NAMES = {*(quantity.name for quantity in QUANTITIES), "front"}
 _SUFFIXES = {".png": {}, ".svg": {"Date": None}}
 
@@ -62,17 +63,20 @@ def all_figures(run: Run) -> Iterator[tuple[str, Figure]]:
 def parts(run: Run) -> dict[str, Run]:
     """The rows that may stand in one figure, by how the names of its files end."""
     rows = run.rows
-    differing = [name for name in _APART if len({getattr(row.axes, name) for row in rows}) > 1]
+    differing = [name for name in _APART if len({_apart(row.axes, name) for row in rows}) > 1]
     found: dict[str, Run] = {}
     for row in rows:
-        texts = [f"{getattr(row.axes, name)}" for name in differing]
-        end = "".join(
-            f"-dropout{text}" if name == "dropout" else f"-{text}"
-            for name, text in zip(differing, texts, strict=True)
-        )
+        end = "".join(_apart(row.axes, name) for name in differing)
         part = found.setdefault(end, dataclasses.replace(run, attempts=[]))
         part.attempts.append(row)
     return found
+
+
+def _apart(cell: Cell, name: str) -> str:
+    """How the name of a cell's figure ends by one of the fields that are drawn apart."""
+    if name == "dropout":
+        return f"-dropout{cell.dropout}" if cell.workload == "block" else ""
+    return f"-{getattr(cell, name)}"
 
 
 def _figures(run: Run) -> dict[str, Figure]:

@@ -67,7 +67,7 @@ def _peak_ratio(row: Row, reference: Row | None) -> str | None:
 QUANTITIES = (
     Quantity(
         "throughput",
-        "Throughput of one residual block",
+        "Throughput of",
         "images / s\n(log scale; more is better)",
         lambda row: row.throughput_images_per_s,
         _throughput_interval,
@@ -77,7 +77,7 @@ QUANTITIES = (
     ),
     Quantity(
         "memory",
-        "Peak memory of one residual block",
+        "Peak memory of",
         "MiB above parameters and inputs\n(log scale; less is better)",
         _peak_mib,
         lambda row: None,
@@ -86,6 +86,12 @@ QUANTITIES = (
         has_wall=True,
     ),
 )
+
+
+def subject_of(run: Run) -> str:
+    """What the rows of a figure are of."""
+    names = {"block": "one residual block", "model": "a whole model"}
+    return names.get(run.rows[0].axes.workload, "all residual blocks of a model")
 
 
 def ran_out(row: Row) -> bool:

@@ -61,17 +61,18 @@ def styled() -> Iterator[None]:
 
 
 def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:
-    """Two lines a site: channels and resolution, then what else differs between sites.
+    """Two lines a site: channels or model, and resolution; then what else differs between sites.
 
     What differs only because the model does is left to the model's name.
     """
     extra: dict[str, Callable[[Cell], str]] = {
-        "model": lambda cell: str(cell.model),
+        "model": lambda cell: str(cell.model) if cell.workload == "block" else "",
         "updown": lambda cell: "" if cell.updown == "none" else cell.updown,
         "conditioning": lambda cell: cell.conditioning,
         "dropout": lambda cell: f"p={cell.dropout:g}",
         "emb_channels": lambda cell: f"E={cell.emb_channels}",
         "batch": lambda cell: f"b{cell.batch}",
+        "microbatch": lambda cell: f"by {cell.microbatch or cell.batch}",
         "dtype": lambda cell: cell.dtype,
         "layout": lambda cell: cell.layout,
         "mode": lambda cell: cell.mode,
@@ -87,12 +88,14 @@ def site_labels(sites: Sequence[Cell]) -> dict[Cell, str]:
     ]
     labels = {}
     for site in sites:
-        channels = f"{site.channels}"
+        first = f"{site.channels}"
         if site.out_channels != site.channels:
-            channels += f"→{site.out_channels}"
+            first += f"→{site.out_channels}"
+        if site.workload != "block":
+            first = str(site.model)
         rest = ", ".join(text for name in varying if (text := extra[name](site)))
         size = f"{site.resolution}{'¹²³'[site.dims - 1]}"
-        labels[site] = visible(f"{channels}, {size}\n{rest}".strip())
+        labels[site] = visible(f"{first}, {size}\n{rest}".strip())
     return labels
 
 

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
 
+from msgspec.structs import replace
 from rich.table import Table
 from rich.text import Text
 
+from resblock_bench.bench.measure.floor import matrix_share
 from resblock_bench.bench.records import (
     Cell,
     Ratio,
@@ -24,6 +26,7 @@ from .folder import Run
 WIDTH = 100
 _LEAST_NAME = 12  # characters of a variant's name that fit any terminal
 HEADINGS = ("block, variant", "images/s", "±", "×ref ±", "floor", "peak MiB", "saved MiB", "error")
+PLURALS = {"block": "blocks", "model": "whole models", "blocks": "all blocks of models"}
 _STYLES: dict[Status, str] = {
     "ok": "",
     "skipped": "dim",
@@ -51,7 +54,8 @@ def undisturbed(row: Row) -> bool:
 
 def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
     """One section a site, one line a variant; of the columns, as many as `width` has room for."""
-    lines = {id(row): variant_line(row) for row in rows}
+    notes = notes_of(rows)
+    lines = {id(row): variant_line(row, notes.get(row.axes)) for row in rows}
     widths = [max(map(len, column)) for column in zip(HEADINGS, *lines.values(), strict=True)][1:]
     room = [width - _LEAST_NAME - 4]
     for own in widths:
@@ -64,7 +68,8 @@ def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
     for site, members in by_site(rows).items():
         title = f"{site_name(site)}"
         detail = f"{site.dtype} {site.layout} {site.mode}"
-        times = f", {members[0].multiplicity} in the model" if site.model else ""
+        in_model = site.model is not None and site.workload == "block"
+        times = f", {members[0].multiplicity} in the model" if in_model else ""
         table.add_section()
         table.add_row(Text(title, style="bold"))
         table.add_row(Text(f"  {detail}{times}", style="dim"))
@@ -76,9 +81,27 @@ def results_table(rows: Sequence[Row], width: int = WIDTH) -> Table:
     return table
 
 
-def variant_line(row: Row) -> list[str]:
-    """The cells of a row under HEADINGS."""
-    name = f"  {row.axes.impl} {row.axes.checkpoint}"
+def notes_of(rows: Sequence[Row]) -> dict[Cell, str]:
+    """Of whole models their share of the matrix rate, of all blocks that of their model's step."""
+    measured = {row.axes: row for row in rows if row.status == "ok" and row.median_ms is not None}
+    # A model that takes its batch in parts runs the same blocks; that which takes it whole is last.
+    whole_rows = [row for cell, row in measured.items() if cell.workload == "model"]
+    whole_rows.sort(key=lambda row: row.axes.microbatch is None)
+    wholes = {replace(row.axes, microbatch=None): row for row in whole_rows}
+    notes = {}
+    for cell, row in measured.items():
+        share = matrix_share(row)
+        if cell.workload == "model" and share is not None:
+            notes[cell] = f"MFU {share:.0%}"
+        whole = wholes.get(replace(cell, workload="model"))
+        if cell.workload == "blocks" and whole is not None and whole.median_ms and row.median_ms:
+            notes[cell] = f"{row.median_ms / whole.median_ms:.0%} of step"
+    return notes
+
+
+def variant_line(row: Row, note: str | None = None) -> list[str]:
+    """The cells of a row under HEADINGS, with a note behind its name."""
+    name = f"  {row.axes.impl} {row.axes.checkpoint}" + (f", {note}" if note else "")
     error = "–"
     if row.correctness is not None:
         worst = row.correctness.errors[row.correctness.worst]
@@ -151,8 +174,14 @@ def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     text = f"{of}{counted(len(rows) if planned is None else planned, 'cell')}: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
-    for impl in dict.fromkeys(row.axes.impl for row in rows if row.axes.impl != "reference"):
-        text += f"; {headline(impl, [row for row in rows if row.axes.impl == impl])}"
+    several = len({row.axes.workload for row in rows}) > 1
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.axes.impl != "reference":
+            kinds.setdefault((row.axes.workload, row.axes.impl), []).append(row)
+    for (workload, impl), members in kinds.items():
+        prefix = f"{PLURALS[workload]}: " if several else ""
+        text += f"; {prefix}{headline(impl, members)}"
     return text + "."
 
 

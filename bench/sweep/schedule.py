@@ -23,7 +23,8 @@ class OomRecord:
     """The cells that ran out of memory, and which others therefore will.
 
     A series are the cells that differ in batch, resolution and channels only, whatever model they
-    are from; a cell is larger than another of its series if none of these is smaller.
+    are from (of whole models, of one model); a cell is larger than another of its series if none of
+    these is smaller.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -46,8 +47,10 @@ class OomRecord:
 def _is_larger(cell: Cell, other: Cell) -> bool:
     if any(getattr(cell, size) < getattr(other, size) for size in _SIZES):
         return False
-    same = {size: getattr(other, size) for size in _SIZES}
-    return msgspec.structs.replace(cell, **same, model=other.model) == other
+    same: dict[str, object] = {size: getattr(other, size) for size in _SIZES}
+    if cell.workload == "block":
+        same["model"] = other.model
+    return msgspec.structs.replace(cell, **same) == other
 
 
 def blocks_of(tasks: Iterable[Task]) -> list[list[Task]]:

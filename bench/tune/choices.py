@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.axes import Selection, models, parse_arguments
 from resblock_bench.bench.grid.grid import GROUPS, PlannedCell, plan
 from resblock_bench.bench.measure.workload import DTYPES, norm_shapes
@@ -54,6 +55,8 @@ def select(arguments: Sequence[str]) -> list[PlannedCell]:
     unless one says which blocks.
     """
     given = parse_arguments(arguments)
+    if "workload" in given:
+        raise UsageError("the norms of blocks are tuned, whatever runs them: leave out workload")
     sites: Selection = {} if any(name in given for name in _SITES) else {"model": models()}
     return plan([{**sites, **DEFAULTS, **given}])
 

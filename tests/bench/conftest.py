@@ -21,12 +21,12 @@ from resblock_bench.bench.machine.channel import Channel
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure.cell import CellJob, Task
-from resblock_bench.bench.measure.correctness import LAST_INPUTS, checked_cell, compute_truth
+from resblock_bench.bench.measure.correctness import LAST_INPUTS, compute_truth
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
 from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
 from resblock_bench.bench.measure.truth_file import FIRST, LAST, truths_folder, write_truth
-from resblock_bench.bench.measure.workload import unsupported
+from resblock_bench.bench.measure.workload import checked_cell, unsupported
 from resblock_bench.bench.records import Cell, Environment, Row, site_of
 from resblock_bench.bench.sweep import engines
 

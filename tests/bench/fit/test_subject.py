@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.fit.subject import draw_inputs, read_subject
+from resblock_bench.bench.fit.subject import read_subject
+from resblock_bench.bench.measure.models import zero_inputs
 from resblock_bench.reference import PUBLISHED, build
 
 TOML = """
@@ -117,7 +118,7 @@ def test_what_is_no_subject_is_one_sentence(
 def test_every_published_model_takes_its_inputs(name: str) -> None:
     config = PUBLISHED[name]
     with torch.device("meta"):
-        inputs = draw_inputs(config, 2)
+        inputs = zero_inputs(config, 2)
         target = inputs.pop("target")
         out = build(config)(**inputs)
     assert len(out) == len(target) == 2

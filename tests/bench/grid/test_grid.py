@@ -1,12 +1,13 @@
 import csv
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.grid.axes import models, parse_arguments
-from resblock_bench.bench.grid.grid import PlannedCell, plan
-from resblock_bench.bench.records import variant_name
+from resblock_bench.bench.grid.grid import PlannedCell, plan, weight
+from resblock_bench.bench.records import site_name, variant_name
 
 SHAPES = Path(__file__).parents[2] / "data" / "resblock_shapes.csv"
 
@@ -130,3 +131,75 @@ def test_what_a_model_does_not_have_is_refused(text: str, message: str) -> None:
 def test_what_nobody_can_measure_is_no_plan(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         planned(text)
+
+
+def test_a_whole_model_is_one_site_with_the_sizes_of_its_images() -> None:
+    cells = [
+        item.cell
+        for item in planned(
+            "workload=model model=iddpm-cifar10-uncond batch=2 checkpoint=none,full impl=fused"
+        )
+    ]
+    assert [variant_name(cell) for cell in cells] == ["fused/none", "fused/full"]
+    assert {(c.resolution, c.channels, c.out_channels, c.dropout) for c in cells} == {
+        (32, 3, 6, 0.3)
+    }
+    assert {site_name(cell) for cell in cells} == {"iddpm-cifar10-uncond whole model 32² b2 p=0.3"}
+
+
+def test_models_of_another_block_are_run_whole_alone() -> None:
+    name = "edm-cifar10-ddpmpp-cond"
+    cells = planned(f"workload=model,blocks model={name} impl=reference")
+    assert [item.cell.workload for item in cells] == ["model", "blocks"]
+    with pytest.raises(UsageError, match=r"blocks of another kind.*workload=model or workload=bl"):
+        planned(f"model={name}")
+    with pytest.raises(UsageError, match="blocks of another kind"):
+        planned(f"workload=block,model model={name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workload=model", "needs a model: give model=NAME, one of iddpm-cifar10"),
+        ("workload=blocks", "needs a model"),
+        ("workload=model resolution=8", "needs a model"),
+        ("workload=model model=adm-lsun256 resolution=8", "resolution would pick .*workload=block"),
+        ("workload=blocks model=adm-lsun256 channels=256", "channels would pick among"),
+        ("workload=model model=adm-lsun256 dims=3", "two-dimensional"),
+        ("workload=modell", "did you mean 'model'"),
+        ("workload=model model=adm-lsun255", "did you mean 'adm-lsun256'"),
+        ("microbatch=2", "microbatch is for workload=model"),
+        ("microbatch=2 workload=blocks model=adm-lsun256", "microbatch is for workload=model"),
+        ("workload=model model=adm-lsun256 microbatch=0", "integers from 1"),
+    ],
+)
+def test_what_no_whole_model_has_is_refused_in_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as refusal:
+        planned(text)
+    assert "\n" not in str(refusal.value)
+
+
+def test_microbatches_are_of_training_and_smaller_than_the_batch() -> None:
+    text = "workload=model,blocks model=adm-lsun256 batch=2,4 microbatch=1,2 mode=train,inference"
+    cells = [item.cell for item in planned(f"{text} impl=reference")]
+    assert len(cells) == len(set(cells))
+    assert {(c.workload, c.mode, c.batch, c.microbatch) for c in cells} == {
+        ("model", "train", 2, None), ("model", "train", 2, 1),
+        ("model", "train", 4, 1), ("model", "train", 4, 2),
+        *((w, m, b, None) for w, m in (("model", "inference"), ("blocks", "train"),
+                                       ("blocks", "inference")) for b in (2, 4)),
+    }  # fmt: skip
+
+
+def test_a_model_weighs_as_much_as_its_blocks() -> None:
+    name = "adm-imagenet64-cond"
+    (whole,) = planned(f"workload=model model={name} batch=3 impl=reference")
+    blocks = planned(f"model={name} batch=3 impl=reference")
+    assert weight(whole.cell, 1) == sum(weight(b.cell, b.multiplicity) for b in blocks)
+
+
+def test_cells_of_blocks_are_written_as_before_there_were_models() -> None:
+    (cell,) = (item.cell for item in planned("impl=reference"))
+    assert {"workload", "microbatch"}.isdisjoint(msgspec.json.decode(msgspec.json.encode(cell)))
+    (whole,) = (item.cell for item in planned("workload=model model=adm-lsun256 impl=reference"))
+    assert msgspec.json.decode(msgspec.json.encode(whole), type=type(whole)) == whole

@@ -16,7 +16,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "smoke"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "models", "smoke"])
 def test_every_preset_selects_cells(name: str) -> None:
     cells = [planned.cell for planned in plan(named(name).grids)]
     assert {"reference", "fused"} <= {cell.impl for cell in cells}

@@ -59,7 +59,7 @@ def workload(cuda: Cuda, step: Callable[[], object] = lambda: "out") -> SimpleNa
         return step()
 
     return SimpleNamespace(
-        x=SimpleNamespace(device=torch.device("cuda")),
+        device=torch.device("cuda"),
         reset=lambda: cuda.happened.append("reset"),
         step=noted,
     )

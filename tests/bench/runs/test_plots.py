@@ -23,7 +23,7 @@ from resblock_bench.bench.runs.dots import draw_dots
 from resblock_bench.bench.runs.folder import Run
 from resblock_bench.bench.runs.front import draw_front
 from resblock_bench.bench.runs.multiples import draw_multiples
-from resblock_bench.bench.runs.plots import draw_all
+from resblock_bench.bench.runs.plots import draw_all, parts
 from resblock_bench.bench.runs.quantities import QUANTITIES
 from resblock_bench.bench.runs.style import colour_of, marker_of, site_labels
 
@@ -394,3 +394,27 @@ def test_sixteen_other_implementations_differ_in_colour_or_marker() -> None:
     names = ["reference", "fused", *(f"peer{number}" for number in range(16))]
     looks = {(colour_of(name, names), marker_of(name, names)) for name in names}
     assert len(looks) == len(names)
+
+
+def test_a_model_is_a_line_of_its_own_and_drawn_apart_from_blocks(run: Run) -> None:
+    names = ("iddpm-cifar10-uncond", "adm-imagenet64-cond")
+    rows = list(run.rows)
+    for row in run.rows:
+        name, dropout = names[row.axes.batch == 4], 0.3 * (row.axes.batch == 4)
+        cell = msgspec.structs.replace(
+            row.axes, workload="model", model=name, dropout=dropout, batch=1
+        )
+        rows.append(msgspec.structs.replace(row, axes=cell))
+    mixed = dataclasses.replace(run, attempts=rows)
+    found = parts(mixed)
+    assert list(found) == ["-block-dropout0.0", "-model"]
+    whole = found["-model"]
+    figure = draw_dots(whole, QUANTITIES[0])
+    assert figure is not None
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert {label.split(",")[0] for label in labels} == set(names)
+    assert "Throughput of a whole model" in " ".join(t.get_text() for t in figure.texts)
+    front = draw_front(whole)
+    assert front is not None
+    assert "each of 2 models" in " ".join(supxlabels(front))
+    plt.close("all")

@@ -245,3 +245,54 @@ def test_a_channels_last_block_says_which_torch_its_baseline_is(
     assert "fp32 nhwc inference" in text
     assert " torch 2.99.1 " in text
     assert text.count("torch") == 1
+
+
+MODEL = {"model": "iddpm-cifar10-uncond", "workload": "model"}
+
+
+def test_the_share_of_a_model_s_step_that_its_blocks_are_is_shown(
+    make_row: Callable[..., Row],
+) -> None:
+    blocks = {**MODEL, "workload": "blocks"}
+    rows = [
+        make_row(10.0, **MODEL),
+        make_row(8.0, impl="fused", **MODEL),
+        make_row(7.0, **blocks),
+        make_row(6.0, impl="fused", **blocks),
+        make_row(5.0, batch=5, **blocks),
+    ]
+    text = shown(rows)
+    assert "reference none, 70% of step" in text
+    assert "fused none, 75% of step" in text
+    assert text.count("of step") == 2, "no share of a step that was not measured"
+    parts = {**MODEL, "batch": 5, "microbatch": 1}
+    assert "reference none, 50% of step" in shown([*rows, make_row(10.0, **parts)])
+    failed = [make_row(None, "failed", **MODEL), make_row(7.0, **blocks)]
+    assert "of step" not in shown(failed)
+
+
+def test_the_share_of_the_matrix_rate_is_shown_of_whole_models(
+    make_row: Callable[..., Row],
+) -> None:
+    floor = Floor(bytes=1, flops=1, bytes_ms=9.0, flops_ms=2.0, share=0.9)
+    rows = [replace(make_row(10.0, **MODEL), floor=floor), replace(make_row(10.0), floor=floor)]
+    text = shown(rows)
+    assert "reference none, MFU 20%" in text
+    assert text.count("MFU") == 1
+
+
+def test_a_model_stands_for_itself_alone(make_row: Callable[..., Row]) -> None:
+    text = shown([make_row(10.0, **MODEL)])
+    assert "in the model" not in text
+    assert "whole" in text
+
+
+def test_models_and_blocks_have_means_of_their_own(make_row: Callable[..., Row]) -> None:
+    rows = [
+        make_row(5.0, impl="fused", ratio=of(2.0, 0.1)),
+        make_row(5.0, impl="fused", ratio=of(3.0, 0.1), **MODEL),
+    ]
+    text = summary(rows)
+    assert "blocks: fused runs at 2.00×" in text
+    assert "whole models: fused runs at 3.00×" in text
+    assert "whole models" not in summary(rows[1:])

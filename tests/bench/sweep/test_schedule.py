@@ -259,3 +259,15 @@ def test_blocks_are_asked_for_one_by_one(block: list[Task]) -> None:
     other = [replace(task, cell=replace(task.cell, batch=7)) for task in block]
     rows = {n: row_of(task, "ok") for n, task in enumerate([*block, *other]) if n != 5}
     assert asked_for([*block, *other], rows) == [[(4, 2), (5, 1), (6, 2), (7, 2)]]
+
+
+def test_a_model_that_ran_out_of_memory_says_nothing_of_others(
+    make_task: Callable[..., Task],
+) -> None:
+    whole = replace(make_task().cell, workload="model", model="adm-lsun256")
+    ran_out = row_of(replace(make_task(), cell=whole), "oom", "why")
+    record = OomRecord([ran_out])
+    assert record.verdict(replace(whole, batch=whole.batch + 1)) is not None
+    assert record.verdict(replace(whole, batch=whole.batch + 1, microbatch=1)) is None
+    assert record.verdict(replace(whole, model="adm-imagenet256-uncond")) is None
+    assert record.verdict(replace(whole, workload="blocks")) is None
