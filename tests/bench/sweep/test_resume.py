@@ -203,7 +203,7 @@ def test_resuming_with_other_options_is_refused(run_cli: Callable, finished: Pat
     assert "begun with seed 0, and 7 was asked for" in done.err
     done = run_cli("run", *TINY, *QUICK, "--max-time", "2s", "--resume", "--output", finished)
     assert done.code == 2
-    assert "begun with max_time_s 3.0, and 2.0 was asked for" in done.err
+    assert "begun with max_time_s 3.5, and 2.0 was asked for" in done.err
 
 
 def test_the_same_command_with_resume_adds_cells(run_cli: Callable, finished: Path) -> None:
