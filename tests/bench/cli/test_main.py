@@ -82,7 +82,7 @@ def test_options_reach_the_contract(run_cli: Callable, tmp_path: Path) -> None:
     )  # fmt: skip
     (row,) = read_run(tmp_path / "r").rows
     contract = row.contract
-    assert (contract.min_samples, contract.max_samples, contract.max_time_s) == (7, 7, 3.5)
+    assert (contract.min_samples, contract.max_samples, contract.max_time_s) == (7, 7, 3.0)
     assert (contract.seed, row.seed, contract.threads) == (5, 5, 1)
     assert len(row.samples_ms or []) == 7
 
