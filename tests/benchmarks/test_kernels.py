@@ -22,7 +22,13 @@ from resblock_bench.bench.grid.grid import GROUPS, plan
 from resblock_bench.bench.measure import correctness
 from resblock_bench.bench.measure.devices import default_kind
 from resblock_bench.bench.measure.floor import floor_of
-from resblock_bench.bench.measure.workload import DTYPES, Workload, draw_inputs, draw_weights
+from resblock_bench.bench.measure.workload import (
+    DTYPES,
+    Workload,
+    checked_cell,
+    draw_inputs,
+    draw_weights,
+)
 from resblock_bench.bench.records import Ceilings, Cell, Floor, site_of
 
 CUDA = default_kind() == "cuda"
@@ -59,7 +65,7 @@ def block_cells(model: str, resolution: int, channels: int, batch: int) -> list[
         "impl": ("reference", "fused"),
         "checkpoint": ("none", "selective", "full"),
     }
-    cells = [correctness.checked_cell(item.cell) for item in plan([selection])]
+    cells = [checked_cell(item.cell) for item in plan([selection])]
     return [cell for cell in cells if cell.updown == "none"]
 
 
