@@ -13,9 +13,9 @@ from resblock_bench.bench.measure.cell import CellJob, row_of
 from resblock_bench.bench.measure.jobs import measure_cell
 from resblock_bench.bench.records import Row, StopRule
 
-CLOCK_FACTOR, CLOCK_MS, HELD_UP_MS = 3.0, 2.0, 10.0
-"""What a burst may take from outside: so many times what its steps say, so much more for the work
-around each, and once for others that hold it up. In one burst at least."""
+CLOCK_FACTOR, CLOCK_MS = 3.0, 2.0
+"""What a step may take from outside, without what its process waited for a CPU: so many times what
+it says, and so much more for the work around it. In one burst at least."""
 A = TypeVar("A", orders.Ready, orders.Samples, orders.Counters)
 
 
@@ -63,14 +63,15 @@ class Party:
     def burst(self, seconds: float, most: int | None = None) -> list[float]:
         """Samples in milliseconds, of inputs not seen before."""
         self._ask(orders.Redraw(), orders.Ready)
-        before = self._used_s
+        before, held_up_s = self._used_s, self._process.held_up_s()
         answer = self._ask(orders.Burst(seconds, most), orders.Samples)
         samples = answer.samples_ms
         if self.energy_j is not None:
             self.energy_j = None if answer.energy_j is None else self.energy_j + answer.energy_j
-        said_ms, seen_ms = sum(samples), 1e3 * (self._used_s - before)
+        held_up_s = self._process.held_up_s() - held_up_s
+        said_ms, seen_ms = sum(samples), 1e3 * (self._used_s - before - held_up_s)
         steps = len(samples) + 1  # the first after others' turns is not told
-        beyond_ms = seen_ms - CLOCK_FACTOR * said_ms - CLOCK_MS * steps - HELD_UP_MS
+        beyond_ms = seen_ms - CLOCK_FACTOR * said_ms - CLOCK_MS * steps
         burst = (beyond_ms, said_ms, seen_ms)
         self._closest = min(self._closest or burst, burst)
         return samples

@@ -124,9 +124,8 @@ class Testbed:
         Raises Ended where they cannot be.
         """
         folder = truths_folder(self._folder, task.cell, task.seed)
-        if not (
-            folder / LAST
-        ).exists():  # written last: a folder alone is of an attempt that failed
+        # Written last: a folder without it is of an attempt that failed.
+        if not (folder / LAST).exists():
             argument = msgspec.json.encode(CellJob(task=task, truths=str(folder)))
             ending = self._processes.run(
                 jobs.compute_site_truths, argument, limit_s=self.limit_s, environment=self.variables

@@ -3,6 +3,7 @@
 `root` is where these hang. What cannot be read is None.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -46,6 +47,16 @@ def is_relative(pid: int, root: Path = ROOT) -> bool:
     """Whether the process is this one, or one of its ancestors or descendants."""
     own = os.getpid()
     return pid == own or pid in _ancestors(own, root) or own in _ancestors(pid, root)
+
+
+def waited_for_cpu_s(pid: int, root: Path = ROOT) -> float:
+    """Seconds that a process's threads were ready to run and had no CPU, of all together; those
+    that have ended and what cannot be read count nothing."""
+    waited_ns = 0
+    for path in (root / f"proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            waited_ns += int(path.read_text().split()[1])  # running, waiting, time slices
+    return waited_ns / 1e9
 
 
 def _machine_s(root: Path) -> tuple[float, float]:

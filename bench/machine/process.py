@@ -33,7 +33,7 @@ from resblock_bench.bench.units import format_duration
 
 from .channel import PHASE, REPLY, Function
 from .parent import end_tree
-from .proc import oom_kills
+from .proc import oom_kills, waited_for_cpu_s
 from .server import COUNT, Request, Setup
 
 OUTPUT_BYTES = 16 * 1024
@@ -250,6 +250,10 @@ class Process:
         """Its next message; None where none comes within the limit, or ever: `finish` tells."""
         self._watch(limit_s, lambda: bool(self._messages) or self._reply is not None)
         return self._messages.pop(0) if self._messages else None
+
+    def held_up_s(self) -> float:
+        """What its threads have waited for a CPU that others used, seconds since its start."""
+        return 0.0 if self._pid is None else waited_for_cpu_s(self._pid)
 
     def finish(self, limit_s: float | None = None) -> Ending:
         """Wait for its end. After the limit it is killed; what it has started is in any case."""

@@ -325,8 +325,10 @@ class ModelWorkload(Workload):
             for master, p in zip(self._masters, self.block.parameters(), strict=False):
                 master.copy_(p)
         self._drop(0.0)
-        yield self
-        self._drop(self.cell.dropout)
+        try:
+            yield self
+        finally:
+            self._drop(self.cell.dropout)
 
     def _drop(self, p: float) -> None:
         for module in self.block.modules():

@@ -126,6 +126,10 @@ def ratio_of(
     )
 
 
+_MOST_DIFFERENCES = 200
+"""Beyond these, neighbours are taken together: the number of their means grows with the square."""
+
+
 def signed_rank_interval(
     differences: Sequence[float], confidence: float
 ) -> tuple[float, tuple[float, float] | None]:
@@ -138,16 +142,13 @@ def signed_rank_interval(
     rounds than the mean's, where the median's takes 57 %.
     """
     values = np.asarray(differences)
-    if len(values) > _MOST_DIFFERENCES:  # neighbours together, which stay as independent
+    if len(values) > _MOST_DIFFERENCES:
         values = np.array([np.median(part) for part in np.array_split(values, _MOST_DIFFERENCES)])
     first, second = np.triu_indices(len(values))
     means = np.sort((values[first] + values[second]) / 2)
     rank = _signed_rank(len(values), confidence)
     interval = None if rank == 0 else (float(means[rank - 1]), float(means[-rank]))
     return float(np.median(means)), interval
-
-
-_MOST_DIFFERENCES = 200
 
 
 @functools.cache

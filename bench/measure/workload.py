@@ -204,7 +204,7 @@ class Workload:
         gaps = self._places
         self._gaps += [torch.empty(int(2 ** gaps.uniform(4, 18))) for _ in range(_GAPS)]
         self._gaps.append(torch.ones(int(gaps.uniform(0, _HELD_BYTES / 4))))
-        for tensor in (*self._inputs(), *self.block.parameters()):
+        for tensor in self.resident():
             tensor.data = tensor.data.clone()
             self._gaps.append(torch.empty(int(2 ** gaps.uniform(4, 12))))
 

@@ -38,6 +38,10 @@ class Cell:
         self.answers: list[orders.Response] = [orders.Ready()]
         self.wall_s: float | None = None
         self.silent = False
+        self.held_up, self.held_s = 0.0, 0.0
+
+    def held_up_s(self) -> float:
+        return self.held_s
 
     def send(self, message: bytes) -> None:
         if self.silent:
@@ -57,6 +61,7 @@ class Cell:
         spent = self.step_s * (self.steps if isinstance(answer, orders.Samples) else 1)
         assert limit_s is not None
         self.clock.now_s += min(limit_s, spent)
+        self.held_s += self.held_up * spent
         return None if answer is None or spent > limit_s else msgspec.json.encode(answer)
 
     def finish(self, limit_s: float | None = None) -> Ending:
@@ -144,6 +149,13 @@ def test_one_burst_that_nobody_held_up_clears_a_clock(begin: Callable) -> None:
         cell.said_ms = 0.1 if held_up else 50.0
         party.burst(0.0)
     assert party.finish("samples").status == "ok"
+
+
+def test_what_it_waited_for_a_cpu_is_no_lie(begin: Callable) -> None:
+    for held_up, status in ((0.0, "impossible"), (0.9, "ok")):
+        party, cell = begin(step_s=0.05, said_ms=5.0, steps=4)
+        cell.held_up = held_up
+        assert ended(party, 8).status == status
 
 
 def test_what_surrounds_a_tiny_step_is_no_lie(begin: Callable) -> None:
