@@ -25,7 +25,7 @@ from .alterations import alteration, kernel_of
 from .dispatch import choose_backend
 from .functional import group_norm_silu, norm_act_kernel
 from .op import Kernel, residual_add
-from .resample import Resample
+from .resample import Direction, Resample
 
 CheckpointMode = Literal["none", "selective", "full"]
 
@@ -64,7 +64,7 @@ class FusedBlock:
         shift: Tensor | None = None,
         pre_shift: Tensor | None = None,
         dropout_p: float = 0.0,
-        resample: Literal["up", "down"] | None = None,
+        resample: Direction | None = None,
         without_bias: Kernel | None = None,
     ) -> Tensor:
         """without_bias: the convolution, whose bias is left to the caller."""
@@ -98,7 +98,7 @@ class FusedBlock:
         *,
         modulated: bool,
         dropout_p: float,
-        resample: Literal["up", "down"] | None,
+        resample: Direction | None,
     ) -> tuple[Tensor, Tensor | None]:
         """conv(norm(conv(norm(x)))) modulated by e, and the last bias if it is still to be added.
 
@@ -155,7 +155,7 @@ class FusedResBlock(FusedBlock):
         """What in the block is not as its class builds it."""
         return alteration(cast(nn.Module, self))
 
-    def _direction(self) -> Literal["up", "down"] | None:
+    def _direction(self) -> Direction | None:
         return _direction(cast(Any, self).h_upd)
 
     def _skip(self, x: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def check_mode(mode: CheckpointMode) -> None:
         raise ValueError(f"checkpoint is {mode!r}; allowed are 'none', 'selective' and 'full'.")
 
 
-def _direction(resampling: nn.Module) -> Literal["up", "down"] | None:
+def _direction(resampling: nn.Module) -> Direction | None:
     if isinstance(resampling, reference.Upsample):
         return "up"
     return "down" if isinstance(resampling, reference.Downsample) else None

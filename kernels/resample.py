@@ -6,11 +6,13 @@ upᵀ = k·pool and poolᵀ = up / k, so neither backward needs what the forward
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Direction = Literal["up", "down"]
 
 
 class Resample(NamedTuple):

@@ -29,13 +29,16 @@ from resblock_bench.kernels.alterations import is_exactly, recomputable, replace
 from resblock_bench.kernels.blocks import FusedBlock
 from resblock_bench.kernels.modules import GroupNormSiLU, normalise
 from resblock_bench.kernels.op import Kernel, residual_add
+from resblock_bench.kernels.resample import Direction
 from resblock_bench.reference.checkpoint import checkpoint
 
 from .family import (
     Context,
     Found,
     checkpoint_attributes,
+    describe_block,
     fused_class,
+    named,
     parameter_of,
     random_like,
     unfused_class,
@@ -75,9 +78,7 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
     if altered is not None:
         return Found(None, f"{cls.__name__} is not as built: {altered}", parts=norms)
     mode = context.mode(block.checkpoint if isinstance(block, FusedBlock) else "none")
-    what = f"{cls.__name__}, checkpoint {mode}"
-    if mode == "selective" and (kept := _called(block)):
-        what += f", which keeps the input of {' and '.join(kept)}"
+    what = describe_block(cls.__name__, mode, _called(block))
     return Found(FusedResnetBlock2D, what, norms, checkpoint_attributes(mode), _inputs)
 
 
@@ -157,7 +158,7 @@ class FusedResnetBlock2D(FusedBlock):
         conv: nn.Module,
         *,
         dropout_p: float = 0.0,
-        resample: Literal["up", "down"] | None = None,
+        resample: Direction | None = None,
         without_bias: Kernel | None = None,
         **modulation: Tensor | None,
     ) -> Tensor:
@@ -217,7 +218,7 @@ def _resampler(block: Any) -> Layer | None:
     return found
 
 
-def _direction(resample: Any) -> Literal["up", "down"] | None:
+def _direction(resample: Any) -> Direction | None:
     """Of a resampling that is nearest-neighbour times two or the mean of two by two."""
     if isinstance(resample, partial):
         if resample.args:
@@ -253,7 +254,7 @@ def _called(block: Any) -> list[str]:
             names = [getattr(layer, "__name__", type(layer).__name__) for layer in between]
             kept.append(f"conv{number} (behind {names[0].replace('<lambda>', 'a function')})")
         elif not recomputable(conv):
-            kept.append(f"conv{number} ({type(conv).__name__})")
+            kept.append(named(f"conv{number}", conv))
     return kept
 
 

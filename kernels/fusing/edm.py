@@ -8,7 +8,7 @@ without resampling, is its parameters alone; another one is called, and keeps it
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resblock_bench.kernels.alterations import is_untouched
 from resblock_bench.kernels.blocks import FusedBlock, add
 from resblock_bench.kernels.op import Convolution, Kernel
-from resblock_bench.kernels.resample import Resample
+from resblock_bench.kernels.resample import Direction, Resample
 from resblock_bench.reference.checkpoint import checkpoint
 
 from .family import (
@@ -25,6 +25,7 @@ from .family import (
     Found,
     checkpoint_attributes,
     describe_block,
+    named,
     parameter_of,
     random_like,
     unfused_class,
@@ -38,7 +39,6 @@ _ATTRIBUTES = {
 }  # fmt: skip
 _CHILDREN = {"norm0", "conv0", "affine", "norm1", "conv1", "skip", "norm2", "qkv", "proj"}
 _CONVOLUTION = {"in_channels", "out_channels", "up", "down", "fused_resample"}
-Direction = Literal["up", "down"]
 
 
 class FusedEDMBlock(FusedBlock):
@@ -134,7 +134,8 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
         "_norms": (block.norm0, block.norm1),
         "_plain": tuple(c if _is_plain(c) else None for c in convolutions.values()),
     }
-    what = describe_block(name, mode, convolutions, _is_plain)
+    kept = [named(n, c) for n, c in convolutions.items() if not _is_plain(c)]
+    what = describe_block(name, mode, kept)
     return Found(FusedEDMBlock, what, parts, attributes, _inputs)
 
 
@@ -156,15 +157,9 @@ def _is_plain(conv: Any) -> bool:
         return False
     if not all(hasattr(conv, name) for name in (*_CONVOLUTION, "weight", "bias")):
         return False
-    if (
-        conv.fused_resample
-        or conv.weight is None
-        or set(dict(conv.named_parameters()))
-        - {
-            "weight",
-            "bias",
-        }
-    ):
+    if conv.fused_resample or conv.weight is None:
+        return False
+    if {name for name, _ in conv.named_parameters()} - {"weight", "bias"}:
         return False
     if conv.up or conv.down:
         taps = getattr(conv, "resample_filter", None)

@@ -13,7 +13,7 @@ made by its own class's methods and become fused again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -77,21 +77,22 @@ def checkpoint_attributes(mode: CheckpointMode) -> dict[str, Any]:
     return {"use_checkpoint": mode == "full", "_selective": mode == "selective"}
 
 
-def describe_block(
-    name: str,
-    mode: CheckpointMode,
-    convolutions: Mapping[str, nn.Module],
-    plain: Callable[[nn.Module], bool] = recomputable,
-) -> str:
-    """What a block becomes, for the report.
-
-    convolutions: by name, those that the block computes by their parameters where they are `plain`.
-    """
+def describe_block(name: str, mode: CheckpointMode, kept: Sequence[str]) -> str:
+    """What a block becomes, for the report; `kept` are the convolutions that are called, and so
+    keep their input in selective mode."""
     what = f"{name}, checkpoint {mode}"
-    kept = [f"{n} ({type(c).__name__})" for n, c in convolutions.items() if not plain(c)]
     if mode == "selective" and kept:
         what += f", which keeps the input of {' and '.join(kept)}"
     return what
+
+
+def called(convolutions: Mapping[str, nn.Module]) -> list[str]:
+    """Those that are more than their parameters."""
+    return [named(name, conv) for name, conv in convolutions.items() if not recomputable(conv)]
+
+
+def named(name: str, conv: nn.Module) -> str:
+    return f"{name} ({type(conv).__name__})"
 
 
 def become(module: nn.Module, mixin: type, attributes: Mapping[str, Any]) -> None:

@@ -56,8 +56,8 @@ def fuse_(
 
     Modules change class and stay the same objects: parameters are shared with every optimizer that
     holds them, state-dict keys remain, and each is still an instance of its own class. Known are
-    the blocks of this project, of improved-diffusion, guided-diffusion and EDM, a group norm with
-    the SiLU and the dropout behind it in an nn.Sequential, and group norms alone.
+    the blocks of this project, of improved-diffusion, guided-diffusion, EDM and diffusers, a group
+    norm with the SiLU and the dropout behind it in an nn.Sequential, and group norms alone.
 
     What would compute something else is left alone: blocks whose norm, activation, dropout or
     resampling was replaced or has hooks, and classes whose forward is another. With "selective" a

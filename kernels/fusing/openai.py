@@ -7,7 +7,7 @@ is this project's: theirs is wrong with dropout and fails with frozen weights.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,13 @@ from resblock_bench.kernels.alterations import (
     is_untouched,
 )
 from resblock_bench.kernels.blocks import FusedResBlock
-from resblock_bench.kernels.resample import Resample
+from resblock_bench.kernels.resample import Direction, Resample
 from resblock_bench.reference.checkpoint import checkpoint
 
 from .family import (
     Context,
     Found,
+    called,
     checkpoint_attributes,
     describe_block,
     parameter_of,
@@ -36,7 +37,6 @@ from .family import (
 from .norm import channels_of, is_norm, is_silu
 from .trial import agree, aside, bare, public_attributes, randomised, trial
 
-Direction = Literal["up", "down"]
 _ATTRIBUTES = {
     "channels", "emb_channels", "dropout", "out_channels", "use_conv", "use_checkpoint",
     "use_scale_shift_norm", "updown",
@@ -104,7 +104,7 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
         "_resampling": resampling,
     }
     convolutions = {"in_layers.2": block.in_layers[2], "out_layers.3": block.out_layers[3]}
-    what = describe_block(name, mode, convolutions)
+    what = describe_block(name, mode, called(convolutions))
     return Found(FusedOpenAIBlock, what, parts, attributes, _inputs)
 
 

@@ -13,6 +13,7 @@ from resblock_bench.kernels.blocks import EDMBlock, ResBlock
 from .family import (
     Context,
     Found,
+    called,
     checkpoint_attributes,
     describe_block,
     parameter_of,
@@ -42,7 +43,7 @@ def recognise(module: nn.Module, context: Context) -> Found | None:
         mode = context.mode(module.checkpoint)
     else:
         mode = context.mode("full" if module.use_checkpoint else "none")
-    what = describe_block(name, mode, _convolutions(module))
+    what = describe_block(name, mode, called(_convolutions(module)))
     return Found(mixin, what, _parts(module), checkpoint_attributes(mode), _inputs)
 
 

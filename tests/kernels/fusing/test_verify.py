@@ -12,7 +12,8 @@ from support.parity import drawn, randomised
 from torch import Tensor, nn
 
 from resblock_bench import reference
-from resblock_bench.kernels import fuse_
+from resblock_bench.kernels import fuse_, group_norm_silu
+from resblock_bench.kernels.fusing import sequential
 from resblock_bench.kernels.fusing.openai import FusedOpenAIBlock
 
 
@@ -51,6 +52,29 @@ def test_what_is_right_is_kept(name: str, mode: str) -> None:
     assert [m.training for m in model.modules()] == training
     assert [p.requires_grad for p in model.parameters()] == wants
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_no_device_s_random_state_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed seeds every device's generator, and a CUDA one's is not given back."""
+
+    class Untried(openai.ResBlock):
+        """A class is tried once."""
+
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("all devices were seeded"))
+    assert fuse_(Untried(32, 16, 0.0), verify=True).fused
+
+
+def test_a_gradient_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shift that is zero the output does not show that it is left out."""
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    monkeypatch.setattr(sequential, "normalise", without_shift)
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = fuse_(model, verify=True)
+    assert "the gradient of 0.bias is missing" in report.left[""]
+
+
+def without_shift(norm: Any, x: Tensor, **arguments: Any) -> Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, None)
 
 
 @pytest.mark.parametrize(
