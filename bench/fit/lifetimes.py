@@ -1,16 +1,13 @@
 """When every storage of a step is made and let go of, and what it is for.
 
-A storage is the memory behind a tensor and its views. What is alive changes only where one is made
-or let go of, so a step is the list of its storages in order of their birth, each with its size and
-the moment of its death: all that is asked of a step's memory follows, and what a storage was for
-can be decided once the step is over. Real and fake tensors are the same here; scratch memory inside
-an operator is not seen.
+What is alive changes only where a storage is made or let go of, so a step is the list of its
+storages in order of their birth, each with its size and the moment of its death: all that is asked
+of a step's memory follows, and what a storage was for can be decided once the step is over.
 """
 
 from __future__ import annotations
 
 import bisect
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +23,8 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from resblock_bench.bench.measure.storages import StorageWatch
 
 from .allocator import reserved_peak
 
@@ -70,7 +68,7 @@ class Peak(Struct, frozen=True):
     places: dict[str, int]
 
 
-class Lifetimes(TorchDispatchMode):
+class Lifetimes(StorageWatch):
     """Watches a step: the storages of whatever operators return within the context.
 
     model   the names of its modules, cut to two parts such as input_blocks.3, say where a storage
@@ -87,7 +85,6 @@ class Lifetimes(TorchDispatchMode):
         self._kinds: dict[int, Purpose] = {}  # of those that were labelled
         self._places: list[str] = []
         self._phases: list[tuple[int, Phase]] = []  # each with the number of storages before it
-        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address
         self._running: list[str] = []
         self._ends: tuple[list[int], list[str]] = ([], [])  # of modules: last node, name
         self._hooks = ExitStack()
@@ -95,7 +92,7 @@ class Lifetimes(TorchDispatchMode):
     def label(self, kind: Purpose, *tensors: Tensor) -> None:
         """Say what tensors are for, and count those that were made before the step."""
         for tensor in tensors:
-            self._kinds[self._see(tensor)] = kind
+            self._kinds[self.see(tensor)] = kind
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -120,14 +117,6 @@ class Lifetimes(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         self._hooks.close()
         self._alive.clear()  # what dies from now on is alive to the end of the step
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, tuple | list) else (out,):
-            for tensor in item if isinstance(item, tuple | list) else (item,):
-                if isinstance(tensor, Tensor):
-                    self._see(tensor)
-        return out
 
     def live_bytes(self) -> NDArray[np.int64]:
         """What is alive after the birth of each storage."""
@@ -165,24 +154,14 @@ class Lifetimes(TorchDispatchMode):
         deaths = [self._died(born) for born in range(len(self._sizes))]
         return reserved_peak(self._sizes, deaths, before)
 
-    def _see(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage."""
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._alive:
-            return self._alive[address][0]
-        if storage.nbytes() > MOST_BYTES:
+    def born(self, number: int, size: int) -> None:
+        if size > MOST_BYTES:
             raise TooLargeError
-        number = len(self._sizes)
-        self._sizes.append(storage.nbytes())
+        self._sizes.append(size)
         self._places.append(self._place())
 
-        def bury(_: object) -> None:
-            if self._alive.pop(address, None) is not None:
-                self._deaths[number] = len(self._sizes)
-
-        self._alive[address] = number, weakref.ref(storage, bury)
-        return number
+    def died(self, number: int, size: int) -> None:
+        self._deaths[number] = len(self._sizes)
 
     def _begin(self, module: nn.Module, inputs: object) -> None:
         self._running.append(self._names.get(module, ""))

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from resblock_bench.bench.errors import first_line
 from resblock_bench.bench.machine.channel import Channel
+from resblock_bench.bench.measure import storages
 from resblock_bench.bench.measure.memory import peak_resident_bytes
 from resblock_bench.kernels.dispatch import (
     interpreting,
@@ -151,7 +152,7 @@ def _problem(error: Exception, job: VariantJob) -> str:
 
 
 def _line_of(error: Exception) -> str:
-    """The innermost line of an error's traceback that is not PyTorch's own."""
+    """The innermost line of an error's traceback that is neither PyTorch's nor what watches it."""
     frames = list(_foreign(traceback.extract_tb(error.__traceback__)))
     if not frames:
         return "PyTorch"
@@ -160,7 +161,8 @@ def _line_of(error: Exception) -> str:
 
 
 def _foreign(frames: traceback.StackSummary) -> Iterator[traceback.FrameSummary]:
-    own = {Path(torch.__file__).parent, Path(__file__).parent}
+    own = {Path(torch.__file__).parent, Path(__file__).parent, Path(storages.__file__)}
     for frame in frames:
-        if not own & set(Path(frame.filename).parents):
+        path = Path(frame.filename)
+        if not own & {path, *path.parents}:
             yield frame

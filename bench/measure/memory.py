@@ -30,18 +30,16 @@ makes one step of its own before the check.
 import gc
 import resource
 import sys
-import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from resblock_bench.bench.records import Memory
 
 from .implementations import compiles
+from .storages import StorageWatch
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -138,40 +136,24 @@ def _peak_bytes(tracker: "MemTracker | LiveBytes") -> int:
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of the storages that operators return, and of `tensors`, while they are alive.
+class LiveBytes(StorageWatch):  # type: ignore[no-untyped-call]
+    """The bytes of all storages that are alive, those of `tensors` among them.
 
     MemTracker's count, which asks every storage after every operator: too slow for a model.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._storages: dict[int, weakref.ref[UntypedStorage]] = {}
+        super().__init__()
         self.live = self.peak = 0
         for tensor in tensors:
-            self._count(tensor.untyped_storage())
+            self.see(tensor)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _count(self, storage: UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()  # its own while it lives, also in C++ alone
-        if key in self._storages:
-            return
-
-        def forget(_: weakref.ref[UntypedStorage]) -> None:
-            del self._storages[key]
-            self.live -= size
-
-        self._storages[key] = weakref.ref(storage, forget)
+    def born(self, number: int, size: int) -> None:
         self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def died(self, number: int, size: int) -> None:
+        self.live -= size
 
 
 class CudaMeter:

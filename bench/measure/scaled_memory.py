@@ -12,22 +12,20 @@ don't, and for an implementation of another package, every cell is predicted by 
 """
 
 import gc
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from resblock_bench.bench.records import Cell, DType, Memory
 from resblock_bench.reference.layers import GROUPS
 
 from .memory import tracking
 from .predict_memory import fake_workload, predict_memory, unpredictable
+from .storages import StorageWatch
 
 _SCALED = ("reference", "fused")
 _FEW = 4
@@ -199,34 +197,29 @@ def _largest(moments: Sequence[Polynomial], point: Sizes) -> list[Polynomial]:
     return sorted(kept, key=lambda moment: sorted(moment.items()))
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The polynomials of what is alive, at the end of every operator.
+class _Ledger(StorageWatch):
+    """The polynomials of what is alive, at the end of every operator, that of `tensors` with it.
 
-    As torch's MemTracker it counts the storages of what operators return, and of `tensors`. Of
-    operators in a row the last one is enough, while nothing is let go of between them.
+    Of operators in a row the last one is enough, while nothing is let go of between them.
     """
 
     def __init__(self, tensors: Iterable[Tensor], point: Sizes, primes: Sizes) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._point, self._primes = point, primes
-        self._alive: Polynomial = Counter()
-        self._storages: dict[int, weakref.ref[UntypedStorage]] = {}
+        self._bytes: Polynomial = Counter()
         self._ended = False
         self.moments: list[Polynomial] = []
         for tensor in tensors:
-            self._count(tensor.untyped_storage())
+            self.see(tensor)
 
     def alive(self) -> Polynomial:
         """What is alive now."""
-        return +self._alive
+        return +self._bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         self._ended = True
         return out
 
@@ -234,19 +227,14 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._remember()
 
-    def _count(self, storage: UntypedStorage) -> None:
-        key = id(storage)  # stays the storage's own, also while only C++ knows it
-        if key in self._storages:
-            return
-        exponents, coefficient = _factors(storage.nbytes(), self._point, self._primes)
+    def born(self, number: int, size: int) -> None:
+        exponents, coefficient = _factors(size, self._point, self._primes)
+        self._bytes[exponents] += coefficient
 
-        def forget(_: weakref.ref[UntypedStorage]) -> None:
-            self._remember()
-            del self._storages[key]
-            self._alive[exponents] -= coefficient
-
-        self._storages[key] = weakref.ref(storage, forget)
-        self._alive[exponents] += coefficient
+    def died(self, number: int, size: int) -> None:
+        self._remember()
+        exponents, coefficient = _factors(size, self._point, self._primes)
+        self._bytes[exponents] -= coefficient
 
     def _remember(self) -> None:
         if self._ended:
