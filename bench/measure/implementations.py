@@ -117,9 +117,13 @@ def _wrap_reference(module: nn.Module, cell: Cell) -> BlockCall:
 
 
 def _wrap_compiled(module: nn.Module, cell: Cell, mode: str | None = None) -> BlockCall:
+    return _compiled(_wrap_reference(module, cell), mode)
+
+
+def _compiled(call: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
     # Without a reset a sweep runs into dynamo's limit of recompilations and silently goes eager.
     torch._dynamo.reset()
-    return torch.compile(_wrap_reference(module, cell), dynamic=False, mode=mode)
+    return torch.compile(call, dynamic=False, mode=mode)
 
 
 def keep_convolutions_in_blocks(module: nn.Module) -> None:
@@ -138,9 +142,7 @@ def _reference_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
 def _compiled_model(
     module: nn.Module, checkpoint: Checkpoint, mode: str | None = None
 ) -> ModelCall:
-    torch._dynamo.reset()
-    call: ModelCall = torch.compile(_reference_model(module, checkpoint), dynamic=False, mode=mode)
-    return call
+    return _compiled(_reference_model(module, checkpoint), mode)
 
 
 def _fused_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:

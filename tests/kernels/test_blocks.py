@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.oracle import error
+from support.saved import saved_bytes
 from torch import Tensor, nn
 
 from resblock_bench import kernels, reference
@@ -197,23 +198,6 @@ def test_dropout_has_one_mask_in_every_mode(options: dict[str, Any]) -> None:
     fused.eval()
     block, _ = pair("none", **options)
     torch.testing.assert_close(fused(x, emb), block(x, emb))
-
-
-def saved_bytes(block: nn.Module, x: Tensor, emb: Tensor) -> int:
-    """Bytes that autograd keeps for the backward, parameters aside, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    sizes: dict[int, int] = {}
-    keep = []
-
-    def pack(t: Tensor) -> Tensor:
-        keep.append(t)
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = block(x, emb)
-    del y
-    return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
 @pytest.mark.parametrize(

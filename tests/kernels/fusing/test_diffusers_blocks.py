@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.diffusers_models import ResnetBlock2D, block, cast, check, outcome, randomise, truth
+from support.saved import saved_bytes
 from torch import Tensor, nn
 
 from resblock_bench.kernels import fuse_, prefer, unfuse_
@@ -108,23 +109,6 @@ def test_all_is_dropped() -> None:
     original = block(dropout=1.0)
     x = inputs(original)
     torch.testing.assert_close(fused(original)(*x), original(*x))
-
-
-def saved_bytes(block: nn.Module, x: Tensor, temb: Tensor) -> int:
-    """Bytes that autograd keeps for the backward, parameters aside, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    sizes: dict[int, int] = {}
-    keep = []
-
-    def pack(t: Tensor) -> Tensor:
-        keep.append(t)
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = block(x, temb)
-    del y
-    return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
 def test_what_each_mode_keeps() -> None:
