@@ -29,7 +29,8 @@ EMB_CHANNELS = 512
 
 _TRUTH_BYTES = 8
 _ADDRESSES = 2**60  # Bytes: PyTorch counts those of a tensor in 63 bits.
-_PICKS = ("resolution", "channels", "out_channels", "conditioning")
+PICKS = ("resolution", "channels", "out_channels", "conditioning")
+"""Axes that choose among the blocks of a model."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _refuse_too_many(selection: Selection) -> None:
     """Before they are written down. With a model its blocks are picked, else all axes multiply."""
     chosen = {name: selection.get(name, axis.default) for name, axis in axes().items()}
     if chosen["model"]:
-        chosen = {name: values for name, values in chosen.items() if name not in _PICKS}
+        chosen = {name: values for name, values in chosen.items() if name not in PICKS}
     count = math.prod(len(values) for values in chosen.values() if values)
     if count > MOST_CELLS:
         raise UsageError(
@@ -164,7 +165,7 @@ def _whole_models(workload: str, selection: Selection) -> Iterator[tuple[dict[st
         raise UsageError(
             f"workload={workload} needs a model: give model=NAME, one of {', '.join(PUBLISHED)}"
         )
-    wrong = [name for name in _PICKS if name in selection]
+    wrong = [name for name in PICKS if name in selection]
     if wrong:
         raise UsageError(
             f"workload={workload} runs all of a model, and {', '.join(wrong)} would pick among its "
@@ -212,15 +213,15 @@ def _model_sites(selection: Selection) -> Iterator[tuple[dict[str, Any], int]]:
     _refuse_dims(selection)
     for model in selection["model"]:
         sites = list(_sites_of(str(model)))
-        for name in _PICKS:
+        for name in PICKS:
             _check_pick(str(model), name, selection, sites)
         kept = [
             (site, count)
             for site, count in sites
-            if all(site[name] in selection.get(name, (site[name],)) for name in _PICKS)
+            if all(site[name] in selection.get(name, (site[name],)) for name in PICKS)
         ]
         if not kept:
-            asked = {name: selection[name] for name in _PICKS if name in selection}
+            asked = {name: selection[name] for name in PICKS if name in selection}
             raise UsageError(
                 f"no block of {model} has all of {_describe(asked)}: see its blocks with "
                 f"'resblock-bench list -a model={model}'"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from resblock_bench.bench.errors import InvalidError, UsageError, command
 from resblock_bench.bench.grid.axes import axes
-from resblock_bench.bench.grid.grid import plan
+from resblock_bench.bench.grid.grid import PICKS, plan
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.grid.presets import Preset, choose, presets
 from resblock_bench.bench.records import Cell, Row
@@ -66,7 +66,10 @@ def _given(arguments: Sequence[str]) -> list[str]:
 def _arguments(cells: Sequence[Cell]) -> list[str]:
     """The values that the cells have on each axis, but for those that are the default."""
     found = []
+    whole = all(cell.workload != "block" for cell in cells)
     for axis in axes().values():
+        if whole and axis.name in PICKS:  # of a model they are its own
+            continue
         values = tuple(dict.fromkeys(getattr(cell, axis.name) for cell in cells))
         as_many = axis.name == "out_channels" and all(c.out_channels == c.channels for c in cells)
         of_model = axis.name == "dropout" and all(cell.model for cell in cells)

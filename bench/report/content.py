@@ -25,7 +25,7 @@ from resblock_bench.bench.runs.folder import Run
 from resblock_bench.bench.runs.plots import all_figures
 from resblock_bench.bench.runs.quantities import is_expected, ran_out
 from resblock_bench.bench.runs.style import styled
-from resblock_bench.bench.runs.table import disturbed, headline, undisturbed, variant_line
+from resblock_bench.bench.runs.table import disturbed, headlines, undisturbed, variant_line
 from resblock_bench.bench.terminal import visible
 from resblock_bench.bench.units import (
     counted,
@@ -129,11 +129,7 @@ def content_of(run: Run, figures: Figures, *, predict: bool) -> RunContent:
         title=f"{run.environment.machine}, {run.folder.resolve().name}",
         folder=folder,
         validity=validity(run),
-        lead=[
-            f"{headline(impl, [row for row in rows if row.axes.impl == impl])}."
-            for impl in dict.fromkeys(row.axes.impl for row in rows)
-            if impl != "reference"
-        ],
+        lead=[f"{sentence}." for sentence in headlines(rows)],
         equal_batch=_equal_batch(standings(rows)),
         equal_memory=_equal_memory(largest_batches(rows)),
         figures=drawn,
@@ -287,7 +283,7 @@ def _equal_batch(found: Sequence[Standing]) -> DataTable | None:
         Heading("speed × reference, none"),
         Heading("peak × reference, none"),
         Heading("kept × reference, none"),
-        Heading("blocks compared"),
+        Heading("compared"),
     ]
     rows = []
     for line in found:
@@ -297,7 +293,7 @@ def _equal_batch(found: Sequence[Standing]) -> DataTable | None:
                 Entry(f"{line.impl}, {line.checkpoint}"),
                 Entry(" ".join(line.kind)),
                 *map(_mean_entry, (line.speed, line.speed_to_none, line.peak, line.kept)),
-                Entry(f"{max(compared, default=0)} of {line.blocks}"),
+                Entry(f"{max(compared, default=0)} of {line.sites}"),
             ]
         )
     return DataTable(headings, rows)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from resblock_bench.bench.records import Cell, Memory, Ratio, Row, site_of, variant_name
 from resblock_bench.bench.runs.front import over
 from resblock_bench.bench.runs.quantities import ran_out
-from resblock_bench.bench.runs.table import by_site, mean_interval, undisturbed
+from resblock_bench.bench.runs.table import PLURALS, by_site, mean_interval, undisturbed
 
 BASE = "reference/none"
 """The variant that everything is compared with: no kernel, no checkpointing."""
@@ -27,21 +27,21 @@ class Mean:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a variant stands to the reference in blocks of one mode, dtype and layout.
+    """How a variant stands to the reference in blocks, or models, of one mode, dtype and layout.
 
     speed            over the reference in the same checkpoint mode
     speed_to_none    over the reference without checkpointing, as are `peak` and `kept`
-    blocks           in which it was to be measured; a mean says how many it is of
+    sites            in which it was to be measured; a mean says how many it is of
     """
 
-    kind: tuple[str, str, str]
+    kind: tuple[str, ...]
     impl: str
     checkpoint: str
     speed: Mean | None
     speed_to_none: Mean | None
     peak: Mean | None
     kept: Mean | None
-    blocks: int
+    sites: int
 
 
 def standings(rows: Iterable[Row]) -> list[Standing]:
@@ -49,12 +49,14 @@ def standings(rows: Iterable[Row]) -> list[Standing]:
 
     A speed that was measured while the machine was disturbed is left out; bytes are not disturbed.
     """
-    groups: dict[tuple[tuple[str, str, str], str, str], list[tuple[Row, Memory | None]]] = {}
+    groups: dict[tuple[tuple[str, ...], str, str], list[tuple[Row, Memory | None]]] = {}
     for site, members in by_site(rows).items():
         base = next((row for row in members if variant_name(row.axes) == BASE), None)
         memory = base.memory if base is not None and base.status == "ok" else None
         for row in members:
-            key = (site.mode, site.dtype, site.layout), row.axes.impl, row.axes.checkpoint
+            whole = () if site.workload == "block" else (PLURALS[site.workload],)
+            kind = *whole, site.mode, site.dtype, site.layout
+            key = kind, row.axes.impl, row.axes.checkpoint
             groups.setdefault(key, []).append((row, memory))
     found = []
     for (kind, impl, checkpoint), pairs in groups.items():
@@ -70,9 +72,9 @@ def standings(rows: Iterable[Row]) -> list[Standing]:
                 speed_to_none=_mean(row.ratio_to_none for row in calm),
                 peak=_of_bytes(pairs, lambda memory: memory.peak_above_baseline_bytes),
                 kept=_of_bytes(pairs, lambda memory: memory.saved_for_backward_bytes)
-                if kind[0] != "inference"
+                if "inference" not in kind
                 else None,
-                blocks=len(pairs),
+                sites=len(pairs),
             )
         )
     return found

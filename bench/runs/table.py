@@ -174,15 +174,20 @@ def summary(rows: Sequence[Row], planned: int | None = None) -> str:
     text = f"{of}{counted(len(rows) if planned is None else planned, 'cell')}: " + (
         ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
     )
+    return "; ".join([text, *headlines(rows)]) + "."
+
+
+def headlines(rows: Sequence[Row]) -> list[str]:
+    """Of every implementation but the reference its headline, of blocks and of models apart."""
     several = len({row.axes.workload for row in rows}) > 1
     kinds: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.axes.impl != "reference":
             kinds.setdefault((row.axes.workload, row.axes.impl), []).append(row)
-    for (workload, impl), members in kinds.items():
-        prefix = f"{PLURALS[workload]}: " if several else ""
-        text += f"; {prefix}{headline(impl, members)}"
-    return text + "."
+    return [
+        (f"{PLURALS[workload]}: " if several else "") + headline(impl, members)
+        for (workload, impl), members in kinds.items()
+    ]
 
 
 def headline(impl: str, rows: Sequence[Row]) -> str:

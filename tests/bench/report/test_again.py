@@ -51,6 +51,8 @@ def test_a_run_of_a_preset_names_it(of: Callable[..., Plan]) -> None:
         ("channels=64,96", "resolution=8,16"),
         ("model=iddpm-cifar10-uncond", "resolution=32", "checkpoint=none,full"),
         ("channels=64", "out_channels=32,96", "dropout=0.1", "mode=inference", "impl=fused"),
+        ("workload=model,blocks", "model=iddpm-cifar10-uncond", "batch=2", "checkpoint=none,full"),
+        ("workload=model", "model=iddpm-cifar10-uncond", "batch=4", "microbatch=2"),
         ("dims=1,2", "conditioning=add", "dtype=bf16", "layout=nhwc", "batch=1,3"),
     ],
 )
@@ -79,7 +81,9 @@ def test_cells_that_no_axes_select_have_no_command(of: Callable[..., Plan]) -> N
 
 
 def test_a_cell_s_command_selects_it(of: Callable[..., Plan], make_row: Callable[..., Row]) -> None:
-    for asked in of("model=iddpm-cifar10-uncond", "batch=2", "checkpoint=full").cells:
+    blocks = of("model=iddpm-cifar10-uncond", "batch=2", "checkpoint=full").cells
+    wholes = of("workload=model,blocks", "model=edm-cifar10-ddpmpp-cond", "impl=fused").cells
+    for asked in blocks + wholes:
         found = command_of_cell(make_row(axes=asked.cell, seed=5))
         assert options(found, "--seed") == ["5"]
         assert asked.cell in [item.cell for item in selected(found)]

@@ -34,7 +34,7 @@ def test_a_variant_stands_with_the_geometric_mean_of_its_blocks(make_row: MakeRo
     assert 0.9 < low < 1 < high < 1.1, "two intervals of a tenth make one that is narrower"
     assert line.peak is not None and line.peak.value == pytest.approx(0.5)
     assert line.kept is not None and line.kept.value == pytest.approx(0.1)
-    assert (line.speed.count, line.blocks) == (2, 2)
+    assert (line.speed.count, line.sites) == (2, 2)
 
 
 def test_a_disturbed_speed_is_left_out_and_its_bytes_are_not(make_row: MakeRow) -> None:
@@ -43,7 +43,7 @@ def test_a_disturbed_speed_is_left_out_and_its_bytes_are_not(make_row: MakeRow) 
     (line,) = standings(rows)
     assert line.speed is not None and (line.speed.value, line.speed.count) == (0.5, 1)
     assert line.peak is not None and line.peak.count == 2
-    assert line.blocks == 2
+    assert line.sites == 2
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed", "impossible"])
@@ -64,6 +64,16 @@ def test_nothing_is_kept_where_there_is_no_backward(make_row: MakeRow) -> None:
 def test_steps_that_differ_do_not_share_a_mean(make_row: MakeRow) -> None:
     rows = block(make_row, 2.0) + block(make_row, 0.5, layout="nhwc")
     assert [line.kind[2] for line in standings(rows)] == ["nchw", "nhwc"]
+
+
+def test_models_and_blocks_do_not_share_a_mean(make_row: MakeRow) -> None:
+    model = {"workload": "model", "model": "iddpm-cifar10-uncond"}
+    rows = block(make_row, 2.0) + block(make_row, 0.5, **model)
+    found = {line.kind: line.speed and line.speed.value for line in standings(rows)}
+    assert found == {
+        ("train", "fp32", "nchw"): 2.0,
+        ("whole models", "train", "fp32", "nchw"): 0.5,
+    }
 
 
 def batches(make_row: MakeRow, peaks: dict[str, dict[int, int]]) -> list[Row]:
