@@ -25,7 +25,13 @@ from resblock_bench.bench.runs.folder import Run
 from resblock_bench.bench.runs.plots import all_figures
 from resblock_bench.bench.runs.quantities import is_expected, ran_out
 from resblock_bench.bench.runs.style import styled
-from resblock_bench.bench.runs.table import disturbed, headlines, undisturbed, variant_line
+from resblock_bench.bench.runs.table import (
+    disturbed,
+    headlines,
+    notes_of,
+    undisturbed,
+    variant_line,
+)
 from resblock_bench.bench.terminal import visible
 from resblock_bench.bench.units import (
     counted,
@@ -436,10 +442,11 @@ def _cells(rows: Sequence[Row], expected: Mapping[Cell, Memory]) -> DataTable:
         Heading("kept MiB"),
         Heading("error"),
     ]
-    return DataTable(headings, [_cell_line(row, expected) for row in rows])
+    notes = notes_of(rows)
+    return DataTable(headings, [_cell_line(row, expected, notes.get(row.axes)) for row in rows])
 
 
-def _cell_line(row: Row, expected: Mapping[Cell, Memory]) -> list[Entry]:
+def _cell_line(row: Row, expected: Mapping[Cell, Memory], note: str | None) -> list[Entry]:
     cell, memory, forecast = row.axes, row.memory, expected.get(row.axes)
     _, rate, half, _, floor, _, _, error = variant_line(row)
     ok = row.status == "ok"
@@ -447,7 +454,7 @@ def _cell_line(row: Row, expected: Mapping[Cell, Memory]) -> list[Entry]:
     line = [
         Entry(site_name(cell)),
         Entry(f"{cell.dtype} {cell.layout} {cell.mode}"),
-        Entry(variant_name(cell)),
+        Entry(variant_name(cell) + (f", {note}" if note else "")),
         Entry(row.status if undisturbed(row) else f"{row.status}, disturbed"),
         Entry(_NO_NUMBER if speed is None else rate, speed),
         Entry(half or _NO_NUMBER, _half_width(row) if ok else None),

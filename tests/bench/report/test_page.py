@@ -281,6 +281,17 @@ def test_every_cell_stands_in_the_table_with_what_it_is_sorted_by(run: Run) -> N
             assert "data-v" not in cell.attributes
 
 
+def test_of_a_whole_model_the_page_says_which_part_its_blocks_are(run: Run) -> None:
+    first = run.rows[0]
+
+    def row(workload: str, median_ms: float) -> Row:
+        cell = msgspec.structs.replace(first.axes, model="iddpm-cifar10-uncond", workload=workload)
+        return msgspec.structs.replace(first, axes=cell, median_ms=median_ms)
+
+    rows = row("model", 10.0), row("blocks", 7.0)
+    assert "reference/none, 70% of step" in page_of(with_rows(run, *rows)).text()
+
+
 def test_a_cell_without_a_measurement_has_its_reason_and_the_command_that_tries_it_again(
     run: Run,
 ) -> None:
