@@ -72,6 +72,7 @@ class Party:
         said_ms, seen_ms = sum(samples), 1e3 * (self._used_s - before - held_up_s)
         steps = len(samples) + 1  # the first after others' turns is not told
         beyond_ms = seen_ms - CLOCK_FACTOR * said_ms - CLOCK_MS * steps
+        beyond_ms -= CLOCK_BURST_MS[self.task.device]
         burst = (beyond_ms, said_ms, seen_ms)
         self._closest = min(self._closest or burst, burst)
         return samples
