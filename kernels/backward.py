@@ -19,17 +19,14 @@ import triton.language as tl
 from .tiles import (
     activation_gradient,
     arrive,
-    came_within,
     corner_of,
     draw_ticket,
     dropout_gain,
     fold_groups,
-    held,
     leave,
     load_channels,
     load_group_parts,
     load_groups,
-    load_held,
     load_modulation,
     load_tile,
     store_group_parts,
@@ -83,22 +80,6 @@ def sums_of(
                 d = tl.where((hw + o_j < end)[None, :], d, 0.0)
             lane_d += d
     return tl.sum(lane_dz, axis=1), tl.sum(lane_dzd, axis=1), tl.sum(lane_d, axis=1)
-
-
-@triton.jit
-def tile_sums(
-    d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, hw, end, HW, BLOCK_HW: tl.constexpr,
-    SHIFTED: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """dz of a tile whose positions begin at `hw`, and what `sums_of` returns of it."""
-    dz = gradient_of(d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION)
-    s1 = tl.sum(dz, axis=1)
-    s2 = tl.sum(dz * d, axis=1)
-    s3 = s1
-    if SHIFTED:
-        o_hw = hw + tl.arange(0, BLOCK_HW)
-        s3 = tl.sum(d if EVEN else tl.where((o_hw < end)[None, :], d, 0.0), axis=1)
-    return dz, s1, s2, s3
 
 
 @triton.jit
@@ -172,63 +153,6 @@ def sum_group_parts(
 
 
 @triton.jit
-def store_sums(
-    s1, s2, s3, b_gain, p_pre, p_partial_s1, p_partial_s2, p_partial_s3, p_group_s1, p_group_s2,
-    i_unit, i_part, parts, i_n, o_i, o_c, m_c, C, splits, CG: tl.constexpr, SLAB: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """S1, S2 and S3 of a part: by channel for the parameters, and folded to groups."""
-    o_partial = (i_n.to(tl.int64) * splits + i_part % splits) * C + o_c
-    tl.store(p_partial_s1 + o_partial, s1, mask=m_c)
-    tl.store(p_partial_s2 + o_partial, s2, mask=m_c)
-    if p_pre is not None:
-        tl.store(p_partial_s3 + o_partial, s3, mask=m_c)
-    g1 = fold_groups(b_gain * s1, o_i, m_c, CG, BLOCK_G)
-    g2 = fold_groups(b_gain * s2, o_i, m_c, CG, BLOCK_G)
-    store_group_parts(p_group_s1, g1, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
-    store_group_parts(p_group_s2, g2, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
-
-
-@triton.jit
-def finish_sums(
-    p_c1, p_c2, p_group_s1, p_group_s2, i_unit, parts, i_n, i_slab, C, HW, CG: tl.constexpr,
-    SLAB: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """Store c1 and c2 of a unit, of which all parts are there."""
-    elements = HW * 1.0 * CG
-    c2 = sum_group_parts(p_group_s1, i_unit, parts, CG, SLAB, BLOCK_S, BLOCK_G) / elements
-    c1 = sum_group_parts(p_group_s2, i_unit, parts, CG, SLAB, BLOCK_S, BLOCK_G) / elements
-    o_group, m_group = unit_groups(i_n, i_slab, C, CG, SLAB, BLOCK_G)
-    tl.store(p_c1 + o_group, c1, mask=m_group)
-    tl.store(p_c2 + o_group, c2, mask=m_group)
-
-
-@triton.jit
-def finish_parameters(
-    p_rstd, p_c1, p_c2, p_s1, p_s2, p_weight, p_bias, p_scale, p_pre, p_dweight, p_dbias, p_dscale,
-    p_dshift, p_dpre, p_partial_s1, p_partial_s2, p_partial_s3, p_slab, i_n, i_slab, N, C, HW,
-    splits, scale_n, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_SLAB: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """`parameter_gradients` of a divided unit, of which all parts are there."""
-    o_k = i_slab * SLAB + tl.arange(0, BLOCK_SLAB)
-    m_k = (tl.arange(0, BLOCK_SLAB) < SLAB) & (o_k < C)
-    s1 = sum_channel_parts(p_partial_s1, i_n, o_k, m_k, C, splits, BLOCK_SLAB, BLOCK_N)
-    s2 = sum_channel_parts(p_partial_s2, i_n, o_k, m_k, C, splits, BLOCK_SLAB, BLOCK_N)
-    s3 = s1
-    if p_pre is not None:
-        s3 = sum_channel_parts(p_partial_s3, i_n, o_k, m_k, C, splits, BLOCK_SLAB, BLOCK_N)
-    k_gain = load_modulation(p_weight, None, p_scale, None, i_n, o_k, m_k, scale_n, 0)[0]
-    parameter_gradients(
-        s1, s2, s3, load_groups(p_c1, i_n, i_slab, o_k, m_k, C, CG, BLOCK_G),
-        load_groups(p_c2, i_n, i_slab, o_k, m_k, C, CG, BLOCK_G), k_gain,
-        load_groups(p_rstd, i_n, i_slab, o_k, m_k, C, CG, BLOCK_G), p_s1, p_s2, p_weight,
-        p_bias, p_scale, p_pre, p_dweight, p_dbias, p_dscale, p_dshift, p_dpre, p_slab, i_n,
-        o_k, m_k, N, C, HW, scale_n, BLOCK_SLAB, BLOCK_N,
-    )  # fmt: skip
-
-
-@triton.jit
 def sums_part(
     p_dy, p_x, p_mean, p_rstd, p_c1, p_c2, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed,
     p_partial_s1, p_partial_s2, p_partial_s3, p_group_s1, p_group_s2, p_word, i_unit, i_part,
@@ -253,16 +177,23 @@ def sums_part(
         b_offset[:, None], seed, dropout_p, i_n, o_c, HW, BLOCK_C, BLOCK_HW, p_pre is not None,
         EVEN, FULL, ACTIVATION, STAGES,
     )  # fmt: skip
-    store_sums(
-        s1, s2 * rstd, s3 * rstd, b_gain, p_pre, p_partial_s1, p_partial_s2, p_partial_s3,
-        p_group_s1, p_group_s2, i_unit, i_part, parts, i_n, o_i, o_c, m_c, C, splits, CG, SLAB,
-        BLOCK_G,
-    )  # fmt: skip
+    s2 *= rstd
+    o_partial = (i_n.to(tl.int64) * splits + i_part % splits) * C + o_c
+    tl.store(p_partial_s1 + o_partial, s1, mask=m_c)
+    tl.store(p_partial_s2 + o_partial, s2, mask=m_c)
+    if p_pre is not None:
+        tl.store(p_partial_s3 + o_partial, s3 * rstd, mask=m_c)
+    g1 = fold_groups(b_gain * s1, o_i, m_c, CG, BLOCK_G)
+    g2 = fold_groups(b_gain * s2, o_i, m_c, CG, BLOCK_G)
+    store_group_parts(p_group_s1, g1, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
+    store_group_parts(p_group_s2, g2, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
     if arrive(p_word) == parts - 1:
-        finish_sums(
-            p_c1, p_c2, p_group_s1, p_group_s2, i_unit, parts, i_n, i_slab, C, HW, CG, SLAB,
-            BLOCK_S, BLOCK_G,
-        )  # fmt: skip
+        elements = HW * 1.0 * CG
+        c2 = sum_group_parts(p_group_s1, i_unit, parts, CG, SLAB, BLOCK_S, BLOCK_G) / elements
+        c1 = sum_group_parts(p_group_s2, i_unit, parts, CG, SLAB, BLOCK_S, BLOCK_G) / elements
+        o_group, m_group = unit_groups(i_n, i_slab, C, CG, SLAB, BLOCK_G)
+        tl.store(p_c1 + o_group, c1, mask=m_group)
+        tl.store(p_c2 + o_group, c2, mask=m_group)
         arrive(p_word)
 
 
@@ -274,7 +205,8 @@ def apply_part(
     HW, splits, scale_n, shift_n, dropout_p, CG: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_SLAB: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    ACTIVATION: tl.constexpr, STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of a part once its unit's c1 and c2 are there; the first part sees to the parameters."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
@@ -307,113 +239,22 @@ def apply_part(
         b_dx = gain * dz - (slope * d + level)
         store_tile(p_dx + o_hw, b_dx, m_c, hw + o_j, end, EVEN, FULL)
     if i_part == 0:
-        finish_parameters(
-            p_rstd, p_c1, p_c2, p_s1, p_s2, p_weight, p_bias, p_scale, p_pre, p_dweight, p_dbias,
-            p_dscale, p_dshift, p_dpre, p_partial_s1, p_partial_s2, p_partial_s3, p_slab, i_n,
-            i_slab, N, C, HW, splits, scale_n, CG, SLAB, BLOCK_SLAB, BLOCK_N, BLOCK_G,
+        o_k = i_slab * SLAB + tl.arange(0, BLOCK_SLAB)
+        m_k = (tl.arange(0, BLOCK_SLAB) < SLAB) & (o_k < C)
+        s1 = sum_channel_parts(p_partial_s1, i_n, o_k, m_k, C, splits, BLOCK_SLAB, BLOCK_N)
+        s2 = sum_channel_parts(p_partial_s2, i_n, o_k, m_k, C, splits, BLOCK_SLAB, BLOCK_N)
+        s3 = s1
+        if p_pre is not None:
+            s3 = sum_channel_parts(p_partial_s3, i_n, o_k, m_k, C, splits, BLOCK_SLAB, BLOCK_N)
+        k_gain = load_modulation(p_weight, None, p_scale, None, i_n, o_k, m_k, scale_n, 0)[0]
+        parameter_gradients(
+            s1, s2, s3, load_groups(p_c1, i_n, i_slab, o_k, m_k, C, CG, BLOCK_G),
+            load_groups(p_c2, i_n, i_slab, o_k, m_k, C, CG, BLOCK_G), k_gain,
+            load_groups(p_rstd, i_n, i_slab, o_k, m_k, C, CG, BLOCK_G), p_s1, p_s2, p_weight,
+            p_bias, p_scale, p_pre, p_dweight, p_dbias, p_dscale, p_dshift, p_dpre, p_slab, i_n,
+            o_k, m_k, N, C, HW, scale_n, BLOCK_SLAB, BLOCK_N,
         )  # fmt: skip
     leave(p_word, 2 * parts)
-
-
-@triton.jit
-def held_part(
-    p_dy, p_x, p_dx, o_unit, o_here, o_tile, p_mean, p_rstd, p_c1, p_c2, p_s1, p_s2, p_weight,
-    p_bias, p_scale, p_shift, p_pre, p_seed, p_dweight, p_dbias, p_dscale, p_dshift, p_dpre,
-    p_partial_s1, p_partial_s2, p_partial_s3, p_group_s1, p_group_s2, p_slab, p_word, p_gone,
-    i_unit, i_part, parts, i_n, i_slab, o_i, o_c, m_c, b_pre, begin, end, N, C, HW, splits, chunk,
-    tries, scale_n, shift_n, pre_n, dropout_p, CG: tl.constexpr, SLAB: tl.constexpr,
-    BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr,
-    FULL: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Sums and dx of a part, which stays in registers until its unit's are there.
-
-    o_unit, o_here: offsets of the unit and of the part.
-    """
-    seed = p_seed
-    if p_seed is not None:
-        seed = tl.load(p_seed)
-    o_j = tl.arange(0, BLOCK_HW)
-    b_x = load_held(p_x + o_here + o_tile, m_c, begin + o_j, end, EVEN, FULL, "evict_first")
-    b_dy = load_held(p_dy + o_here + o_tile, m_c, begin + o_j, end, EVEN, FULL, "evict_first")
-    b_gain, b_offset = load_modulation(
-        p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, shift_n
-    )
-    mean = load_groups(p_mean, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
-    rstd = load_groups(p_rstd, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
-    gain = (b_gain * rstd)[:, None]
-    centre = (mean - b_pre)[:, None]
-    _, s1, s2, s3 = tile_sums(
-        b_x.to(tl.float32) - centre, b_dy.to(tl.float32), gain, b_offset[:, None], seed, dropout_p,
-        i_n, o_c, begin, end, HW, BLOCK_HW, p_pre is not None, EVEN, ACTIVATION,
-    )  # fmt: skip
-    store_sums(
-        s1, s2 * rstd, s3 * rstd, b_gain, p_pre, p_partial_s1, p_partial_s2, p_partial_s3,
-        p_group_s1, p_group_s2, i_unit, i_part, parts, i_n, o_i, o_c, m_c, C, splits, CG, SLAB,
-        BLOCK_G,
-    )  # fmt: skip
-    if arrive(p_word) == parts - 1:
-        finish_sums(
-            p_c1, p_c2, p_group_s1, p_group_s2, i_unit, parts, i_n, i_slab, C, HW, CG, SLAB,
-            BLOCK_S, BLOCK_G,
-        )  # fmt: skip
-        arrive(p_word)
-    if not came_within(p_word, parts + 1, tries):
-        # As in the forward: what the others would do, to the same bits.
-        stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
-        for i in range(parts):
-            first = i // splits * BLOCK_C
-            start = i % splits * chunk
-            stop = tl.minimum(HW, start + chunk)
-            o_k = first + tl.arange(0, BLOCK_C)
-            o_t = i_slab * SLAB + o_k
-            m_k = (o_k < SLAB) & (o_t < C)
-            o_first = o_unit + first.to(tl.int64) * stride_c + start.to(tl.int64) * stride_hw
-            t_x = load_tile(p_x + o_first + o_tile, m_k, start + o_j, stop, EVEN, FULL, "")
-            t_dy = load_tile(p_dy + o_first + o_tile, m_k, start + o_j, stop, EVEN, FULL, "")
-            t_pre = load_channels(p_pre, i_n, o_t, m_k, pre_n, 0.0)
-            t_gain, t_offset = load_modulation(
-                p_weight, p_bias, p_scale, p_shift, i_n, o_t, m_k, scale_n, shift_n
-            )
-            t_mean = load_groups(p_mean, i_n, i_slab, o_t, m_k, C, CG, BLOCK_G)
-            t_rstd = load_groups(p_rstd, i_n, i_slab, o_t, m_k, C, CG, BLOCK_G)
-            _, t_s1, t_s2, t_s3 = tile_sums(
-                t_x - (t_mean - t_pre)[:, None], t_dy, (t_gain * t_rstd)[:, None],
-                t_offset[:, None], seed, dropout_p, i_n, o_t, start, stop, HW, BLOCK_HW,
-                p_pre is not None, EVEN, ACTIVATION,
-            )  # fmt: skip
-            store_sums(
-                t_s1, t_s2 * t_rstd, t_s3 * t_rstd, t_gain, p_pre, p_partial_s1, p_partial_s2,
-                p_partial_s3, p_group_s1, p_group_s2, i_unit, i, parts, i_n, o_k, o_t, m_k, C,
-                splits, CG, SLAB, BLOCK_G,
-            )  # fmt: skip
-        tl.debug_barrier()
-        finish_sums(
-            p_c1, p_c2, p_group_s1, p_group_s2, i_unit, parts, i_n, i_slab, C, HW, CG, SLAB,
-            BLOCK_S, BLOCK_G,
-        )  # fmt: skip
-        tl.debug_barrier()
-    c1 = load_groups(p_c1, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
-    c2 = load_groups(p_c2, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
-    zeros = tl.zeros(o_c.shape, tl.float32)
-    slope = (zeros + rstd * rstd * c1)[:, None]
-    level = (zeros + rstd * c2)[:, None]
-    d = held(b_x) - centre
-    dz = gradient_of(
-        d, held(b_dy), gain, b_offset[:, None], seed, dropout_p, i_n, o_c, begin, HW, BLOCK_HW,
-        ACTIVATION,
-    )  # fmt: skip
-    b_dx = gain * dz - (slope * d + level)
-    store_tile(p_dx + o_here + o_tile, b_dx, m_c, begin + o_j, end, EVEN, FULL)
-    if i_part == 0:
-        finish_parameters(
-            p_rstd, p_c1, p_c2, p_s1, p_s2, p_weight, p_bias, p_scale, p_pre, p_dweight, p_dbias,
-            p_dscale, p_dshift, p_dpre, p_partial_s1, p_partial_s2, p_partial_s3, p_slab, i_n,
-            i_slab, N, C, HW, splits, scale_n, CG, SLAB, BLOCK_SLAB, BLOCK_N, BLOCK_G,
-        )  # fmt: skip
-    if tl.atomic_add(p_gone, 1, sem="relaxed") == parts - 1:
-        tl.store(p_gone, 0)  # Nobody looks at either any more.
-        tl.store(p_word, 0)
 
 
 @triton.jit
@@ -442,10 +283,14 @@ def whole_unit(
     if PHASE == "resident":
         d = load_tile(p_x, m_c, o_j, HW, EVEN, FULL, "evict_first") - centre
         b_dy = load_tile(p_dy, m_c, o_j, HW, EVEN, FULL, "evict_first")
-        dz, s1, s2, s3 = tile_sums(
-            d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, 0, HW, HW, BLOCK_HW,
-            p_pre is not None, EVEN, ACTIVATION,
-        )  # fmt: skip
+        dz = gradient_of(
+            d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, 0, HW, BLOCK_HW, ACTIVATION
+        )
+        s1 = tl.sum(dz, axis=1)
+        s2 = tl.sum(dz * d, axis=1)
+        s3 = s1
+        if p_pre is not None:
+            s3 = tl.sum(d if EVEN else tl.where((o_j < HW)[None, :], d, 0.0), axis=1)
     else:
         s1, s2, s3 = sums_of(
             p_dy, p_x, m_c, 0, HW, stride_hw, centre, gain, offset, seed, dropout_p, i_n, o_c, HW,
@@ -478,12 +323,12 @@ def whole_unit(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "splits", "tiles", "lag", "tries"])
+@triton.jit(do_not_specialize=["N", "splits", "tiles", "lag"])
 def backward_kernel(
     p_dy, p_x, p_dx, p_mean, p_rstd, p_c1, p_c2, p_s1, p_s2, p_weight, p_bias, p_scale, p_shift,
     p_pre, p_seed, p_dweight, p_dbias, p_dscale, p_dshift, p_dpre, p_partial_s1, p_partial_s2,
-    p_partial_s3, p_group_s1, p_group_s2, p_words, N, C, HW, splits, tiles, lag, tries, scale_n,
-    shift_n, pre_n, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
+    p_partial_s3, p_group_s1, p_group_s2, p_words, N, C, HW, splits, tiles, lag, scale_n, shift_n,
+    pre_n, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -495,8 +340,6 @@ def backward_kernel(
     chunk = tiles * BLOCK_HW
     if PHASE == "split":
         is_sums, i_work = work_of(draw_ticket(p_words), lag)
-    elif PHASE == "held":
-        i_work = draw_ticket(p_words)
     else:
         i_work = tl.program_id(0)
     i_unit = i_work // parts
@@ -512,10 +355,9 @@ def backward_kernel(
     i_c = i_slab * SLAB + i_part // splits * BLOCK_C
     o_corner = corner_of(i_n, i_c, begin, C, HW, CHANNELS_LAST)
     o_tile = tile_offsets(C, HW, BLOCK_C, BLOCK_HW, CHANNELS_LAST)
-    if PHASE != "held":
-        p_dy += o_corner + o_tile
-        p_x += o_corner + o_tile
-        p_dx += o_corner + o_tile
+    p_dy += o_corner + o_tile
+    p_x += o_corner + o_tile
+    p_dx += o_corner + o_tile
 
     p_slab = None
     if p_s1 is not None:
@@ -539,19 +381,6 @@ def backward_kernel(
                 CG, SLAB, BLOCK_SLAB, BLOCK_HW, BLOCK_N, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
                 ACTIVATION, STAGES,
             )  # fmt: skip
-    elif PHASE == "held":
-        p_word = p_words + 1 + slabs + i_unit
-        p_gone = p_word + tl.num_programs(0) // parts
-        o_unit = corner_of(i_n, i_slab * SLAB, begin * 0, C, HW, CHANNELS_LAST)
-        held_part(
-            p_dy, p_x, p_dx, o_unit, o_corner, o_tile, p_mean, p_rstd, p_c1, p_c2, p_s1, p_s2,
-            p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_dweight, p_dbias, p_dscale,
-            p_dshift, p_dpre, p_partial_s1, p_partial_s2, p_partial_s3, p_group_s1, p_group_s2,
-            p_slab, p_word, p_gone, i_unit, i_part, parts, i_n, i_slab, o_i, o_c, m_c, b_pre, begin,
-            end, N, C, HW, splits, chunk, tries, scale_n, shift_n, pre_n, dropout_p, CG, SLAB,
-            BLOCK_SLAB, BLOCK_C, BLOCK_HW, BLOCK_N, BLOCK_S, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
-            ACTIVATION,
-        )  # fmt: skip
     else:
         whole_unit(
             p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2, p_weight, p_bias, p_scale, p_shift, p_pre,

@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,13 +52,13 @@ def prefer(backend: Backend, tier: Tier | None = None) -> Iterator[None]:
     """Within the block, all calls of the process take `backend`, or raise where it cannot run.
 
     "aten" measures or debugs without Triton. "triton" on CPU tensors runs the kernels in Triton's
-    interpreter and needs TRITON_INTERPRET=1 in the environment before Python starts. `tier` ("A" to
-    "D", or "H") overrides Triton's choice; a call that the tier cannot hold raises ValueError.
+    interpreter and needs TRITON_INTERPRET=1 in the environment before Python starts. `tier` "A" to
+    "D" overrides Triton's choice; a call that the tier cannot hold raises ValueError.
     """
     if backend not in ("triton", "aten"):
         raise ValueError(f"backend is 'triton' or 'aten', not {backend!r}.")
-    if tier not in (None, *get_args(Tier)):
-        raise ValueError(f"tier is 'A', 'B', 'C', 'D', 'H' or None, not {tier!r}.")
+    if tier not in (None, "A", "B", "C", "D"):
+        raise ValueError(f"tier is 'A', 'B', 'C', 'D' or None, not {tier!r}.")
     with _set(backend, tier, _cpu_is_gpu):
         yield
 

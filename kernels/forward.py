@@ -5,7 +5,6 @@ One kernel, in phases that a launch picks (docs/kernels.md):
     "resident"   a program owns a unit and holds it in registers (tier A)
     "whole"      a program owns a unit and reads it twice (tier B)
     "split"      a program draws the statistics of a part of a unit, or its output (C, D)
-    "held"       a program draws a part of a unit, and holds it in registers (H)
     "rewrite"    the output once more, from saved statistics
 
 Statistics are centred: Welford's update over the tiles, lane by lane, and Chan's merge of lanes,
@@ -21,17 +20,14 @@ import triton.language as tl
 from .tiles import (
     activate,
     arrive,
-    came_within,
     corner_of,
     draw_ticket,
     dropout_gain,
     fold_groups,
-    held,
     leave,
     load_channels,
     load_group_parts,
     load_groups,
-    load_held,
     load_modulation,
     load_tile,
     store_group_parts,
@@ -129,36 +125,30 @@ def statistics_of(
 
 
 @triton.jit
-def tile_statistics(
-    b_x, b_pre, o_i, o_j, m_c, size, channels, CG: tl.constexpr, BLOCK_G: tl.constexpr,
-    TOGETHER: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
+def resident_statistics(
+    b_x, b_pre, o_i, o_j, m_c, HW, CG: tl.constexpr, BLOCK_G: tl.constexpr, EVEN: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """Mean and M2 of the groups in a tile, of `size` positions, as `merge_channels` returns them.
-
-    channels: as there. TOGETHER: of one group, all at once. Sums over one of many short channels
-    after another would take most of the instructions; over few, they do not round each pre_shift.
-    """
-    if TOGETHER:
-        elements = size * 1.0 * channels
+    """Mean and M2 of the groups in a tile that holds all of them, as `merge_channels` returns."""
+    if BLOCK_G == 1:
+        # All at once: sums over one channel after another would take most of the instructions.
         b_h = b_x + b_pre[:, None]
         if not (EVEN and FULL):
-            b_h = tl.where(within(m_c, o_j, size, EVEN, FULL), b_h, 0.0)
-        mean = tl.sum(b_h) / elements
+            b_h = tl.where(within(m_c, o_j, HW, EVEN, FULL), b_h, 0.0)
+        mean = tl.sum(b_h) / (HW * 1.0 * CG)
         deviation = b_h - mean
         if not (EVEN and FULL):
-            deviation = tl.where(within(m_c, o_j, size, EVEN, FULL), deviation, 0.0)
-        mean += tl.sum(deviation) / elements
+            deviation = tl.where(within(m_c, o_j, HW, EVEN, FULL), deviation, 0.0)
+        mean += tl.sum(deviation) / (HW * 1.0 * CG)
         m2 = tl.sum(deviation * deviation)
     else:
-        of_channel = tl.sum(b_x, axis=1) / size
+        of_channel = tl.sum(b_x, axis=1) / HW
         deviation = b_x - of_channel[:, None]
         if not EVEN:
-            deviation = tl.where((o_j < size)[None, :], deviation, 0.0)
-        of_channel += tl.sum(deviation, axis=1) / size
+            deviation = tl.where((o_j < HW)[None, :], deviation, 0.0)
+        of_channel += tl.sum(deviation, axis=1) / HW
         squares = tl.sum(deviation * deviation, axis=1)
-        mean, m2 = merge_channels(
-            of_channel + b_pre, squares, o_i, m_c, size, channels, CG, BLOCK_G
-        )  # fmt: skip
+        mean, m2 = merge_channels(of_channel + b_pre, squares, o_i, m_c, HW, CG, CG, BLOCK_G)
     return mean, m2
 
 
@@ -174,22 +164,6 @@ def output_of(
     if seed is not None:
         b_y *= dropout_gain(seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW)
     return b_y
-
-
-@triton.jit
-def finish_statistics(
-    p_mean, p_rstd, p_partial_mean, p_partial_m2, i_unit, parts, i_n, i_slab, C, HW, splits, chunk,
-    eps, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """Store the statistics of a unit, of which all parts are there."""
-    mean, m2 = merge_parts(
-        p_partial_mean, p_partial_m2, i_unit, parts, HW, splits, chunk, CG, SLAB, BLOCK_C, BLOCK_S,
-        BLOCK_G,
-    )  # fmt: skip
-    o_group, m_group = unit_groups(i_n, i_slab, C, CG, SLAB, BLOCK_G)
-    tl.store(p_mean + o_group, mean, mask=m_group)
-    tl.store(p_rstd + o_group, 1.0 / tl.sqrt(m2 / (HW * 1.0 * CG) + eps), mask=m_group)
 
 
 @triton.jit
@@ -209,10 +183,13 @@ def statistics_part(
     store_group_parts(p_partial_mean, mean, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
     store_group_parts(p_partial_m2, m2, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
     if arrive(p_word) == parts - 1:
-        finish_statistics(
-            p_mean, p_rstd, p_partial_mean, p_partial_m2, i_unit, parts, i_n, i_slab, C, HW, splits,
-            chunk, eps, CG, SLAB, BLOCK_C, BLOCK_S, BLOCK_G,
+        unit_mean, unit_m2 = merge_parts(
+            p_partial_mean, p_partial_m2, i_unit, parts, HW, splits, chunk, CG, SLAB, BLOCK_C,
+            BLOCK_S, BLOCK_G,
         )  # fmt: skip
+        o_group, m_group = unit_groups(i_n, i_slab, C, CG, SLAB, BLOCK_G)
+        tl.store(p_mean + o_group, unit_mean, mask=m_group)
+        tl.store(p_rstd + o_group, 1.0 / tl.sqrt(unit_m2 / (HW * 1.0 * CG) + eps), mask=m_group)
         arrive(p_word)
 
 
@@ -253,87 +230,6 @@ def apply_part(
 
 
 @triton.jit
-def held_part(
-    p_unit, p_part, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed,
-    p_partial_mean, p_partial_m2, p_word, p_gone, i_unit, i_part, parts, i_n, i_slab, o_tile, o_i,
-    o_c, m_c, begin, end, C, HW, splits, chunk, tries, scale_n, shift_n, pre_n, eps, dropout_p,
-    CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr,
-    FULL: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Statistics and output of a part, which stays in registers until its unit's are there.
-
-    p_unit, p_part: x at the unit and, with the offsets of a tile, at the part.
-    """
-    seed = p_seed
-    if p_seed is not None:
-        seed = tl.load(p_seed)
-    o_j = tl.arange(0, BLOCK_HW)
-    b_x = load_held(p_part, m_c, begin + o_j, end, EVEN, FULL, "evict_first")
-    b_pre = load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
-    b_gain, b_offset = load_modulation(
-        p_weight, p_bias, p_scale, p_shift, i_n, o_c, m_c, scale_n, shift_n
-    )
-    channels = tl.minimum(SLAB - i_part // splits * BLOCK_C, BLOCK_C) if BLOCK_G == 1 else CG
-    mean, m2 = tile_statistics(
-        b_x.to(tl.float32),
-        b_pre,
-        o_i,
-        o_j,
-        m_c,
-        end - begin,
-        channels,
-        CG,
-        BLOCK_G,
-        False,
-        EVEN,
-        FULL,
-    )
-    store_group_parts(p_partial_mean, mean, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
-    store_group_parts(p_partial_m2, m2, i_unit, i_part, parts, o_i, m_c, CG, SLAB, BLOCK_G)
-    if arrive(p_word) == parts - 1:
-        finish_statistics(
-            p_mean, p_rstd, p_partial_mean, p_partial_m2, i_unit, parts, i_n, i_slab, C, HW, splits,
-            chunk, eps, CG, SLAB, BLOCK_C, BLOCK_S, BLOCK_G,
-        )  # fmt: skip
-        arrive(p_word)
-    if not came_within(p_word, parts + 1, tries):
-        # The others may never run while this one does: it does what they would, to the same bits.
-        stride_c, stride_hw = strides(C, HW, CHANNELS_LAST)
-        for i in range(parts):
-            first = i // splits * BLOCK_C
-            start = i % splits * chunk
-            stop = tl.minimum(HW, start + chunk)
-            o_k = first + tl.arange(0, BLOCK_C)
-            m_k = (o_k < SLAB) & (i_slab * SLAB + o_k < C)
-            o_first = first.to(tl.int64) * stride_c + start.to(tl.int64) * stride_hw
-            b_t = load_tile(p_unit + o_first + o_tile, m_k, start + o_j, stop, EVEN, FULL, "")
-            t_pre = load_channels(p_pre, i_n, i_slab * SLAB + o_k, m_k, pre_n, 0.0)
-            of_part = tl.minimum(SLAB - first, BLOCK_C) if BLOCK_G == 1 else CG
-            t_mean, t_m2 = tile_statistics(
-                b_t, t_pre, o_k, o_j, m_k, stop - start, of_part, CG, BLOCK_G, False, EVEN, FULL
-            )
-            store_group_parts(p_partial_mean, t_mean, i_unit, i, parts, o_k, m_k, CG, SLAB, BLOCK_G)
-            store_group_parts(p_partial_m2, t_m2, i_unit, i, parts, o_k, m_k, CG, SLAB, BLOCK_G)
-        tl.debug_barrier()
-        finish_statistics(
-            p_mean, p_rstd, p_partial_mean, p_partial_m2, i_unit, parts, i_n, i_slab, C, HW, splits,
-            chunk, eps, CG, SLAB, BLOCK_C, BLOCK_S, BLOCK_G,
-        )  # fmt: skip
-        tl.debug_barrier()
-    unit_mean = load_groups(p_mean, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
-    rstd = load_groups(p_rstd, i_n, i_slab, o_c, m_c, C, CG, BLOCK_G)
-    b_y = output_of(
-        held(b_x), (unit_mean - b_pre)[:, None], (b_gain * rstd)[:, None], b_offset[:, None], seed,
-        dropout_p, i_n, o_c, begin, HW, BLOCK_HW, ACTIVATION,
-    )  # fmt: skip
-    store_tile(p_y, b_y, m_c, begin + o_j, end, EVEN, FULL)
-    if tl.atomic_add(p_gone, 1, sem="relaxed") == parts - 1:
-        tl.store(p_gone, 0)  # Nobody looks at either any more.
-        tl.store(p_word, 0)
-
-
-@triton.jit
 def whole_unit(
     p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, i_n, i_slab, o_i,
     o_c, m_c, C, HW, scale_n, shift_n, pre_n, eps, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr,
@@ -350,8 +246,8 @@ def whole_unit(
     o_j = tl.arange(0, BLOCK_HW)
     if PHASE == "resident":
         b_x = load_tile(p_x, m_c, o_j, HW, EVEN, FULL, "evict_first")
-        mean, m2 = tile_statistics(
-            b_x, b_pre, o_i, o_j, m_c, HW, CG, CG, BLOCK_G, BLOCK_G == 1, EVEN, FULL
+        mean, m2 = resident_statistics(
+            b_x, b_pre, o_i, o_j, m_c, HW, CG, BLOCK_G, EVEN, FULL
         )  # fmt: skip
     else:
         of_channel, squares = statistics_of(
@@ -385,11 +281,11 @@ def whole_unit(
             store_tile(p_y + o_hw, b_y, m_c, hw + o_j, HW, EVEN, FULL)
 
 
-@triton.jit(do_not_specialize=["splits", "tiles", "lag", "tries"])
+@triton.jit(do_not_specialize=["splits", "tiles", "lag"])
 def forward_kernel(
     p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_partial_mean,
-    p_partial_m2, p_words, C, HW, splits, tiles, lag, tries, scale_n, shift_n, pre_n, eps,
-    dropout_p, PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr,
+    p_partial_m2, p_words, C, HW, splits, tiles, lag, scale_n, shift_n, pre_n, eps, dropout_p,
+    PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -400,8 +296,6 @@ def forward_kernel(
     chunk = tiles * BLOCK_HW
     if PHASE == "split":
         is_statistics, i_work = work_of(draw_ticket(p_words), lag)
-    elif PHASE == "held":
-        i_work = draw_ticket(p_words)
     else:
         i_work = tl.program_id(0)
     i_unit = i_work // parts
@@ -416,7 +310,6 @@ def forward_kernel(
     i_c = i_slab * SLAB + i_part // splits * BLOCK_C
     o_corner = corner_of(i_n, i_c, begin, C, HW, CHANNELS_LAST)
     o_tile = tile_offsets(C, HW, BLOCK_C, BLOCK_HW, CHANNELS_LAST)
-    p_unit = p_x + corner_of(i_n, i_slab * SLAB, begin * 0, C, HW, CHANNELS_LAST)
     p_x += o_corner + o_tile
     p_y += o_corner + o_tile
 
@@ -435,16 +328,6 @@ def forward_kernel(
                 dropout_p, PHASE, CG, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
                 ACTIVATION, STAGES,
             )  # fmt: skip
-    elif PHASE == "held":
-        p_word = p_words + 1 + i_unit
-        p_gone = p_word + tl.num_programs(0) // parts
-        held_part(
-            p_unit, p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed,
-            p_partial_mean, p_partial_m2, p_word, p_gone, i_unit, i_part, parts, i_n, i_slab,
-            o_tile, o_i, o_c, m_c, begin, end, C, HW, splits, chunk, tries, scale_n, shift_n, pre_n,
-            eps, dropout_p, CG, SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, EVEN,
-            FULL, ACTIVATION,
-        )  # fmt: skip
     elif PHASE == "rewrite":
         apply_part(
             p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, None,

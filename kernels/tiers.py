@@ -7,9 +7,6 @@ A tier says how many programs share a group and where the second pass over it is
     B   one program reads its groups twice, the second time from L2
     C   several programs share a group; they apply so soon after they sum that L2 still has it
     D   as C, but a group alone is too large for that: the second pass comes from memory
-    H   several programs share a group, and each holds its part in registers until all have summed
-
-No rule takes H: it is for tables that were measured.
 """
 
 from __future__ import annotations
@@ -18,10 +15,9 @@ import functools
 import math
 from typing import Literal, NamedTuple
 
-Tier = Literal["A", "B", "C", "D", "H"]
+Tier = Literal["A", "B", "C", "D"]
 Direction = Literal["forward", "backward"]
 TIERS: dict[str, Tier] = {"A": "A", "B": "B", "C": "C", "D": "D"}
-"""Those that rules take."""
 
 # Elements of one register-resident tile, padding included: 64 KiB in fp32, 32 registers a thread
 # at 512 threads. The backward keeps two such tiles, so it gets half.
@@ -44,10 +40,6 @@ SPLIT_TILES = {
 LEAST_STREAM_ELEMENTS = 1024
 # Those of a thread where the tile is resident. Measured on an H100, of units of 8192 elements.
 RESIDENT_THREAD_ELEMENTS = {"forward": 64, "backward": 32}
-# Those of a thread where a part is held.
-HELD_THREAD_ELEMENTS = {"forward": 64, "backward": 32}
-# Programs of a multiprocessor that are taken to run at once where they hold parts, and wait.
-HELD_WAVES = 2
 # Above this, the groups that are in flight at once no longer share L2.
 TWO_READ_BYTES = 128 * 1024
 # Up to this, one multiprocessor reads a unit twice sooner than others could help it.
@@ -133,16 +125,11 @@ class Launch(NamedTuple):
     @property
     def split(self) -> bool:
         """Whether several programs share a unit."""
-        return self.tier in ("C", "D", "H")
-
-    @property
-    def counters(self) -> int:
-        """Words in which the programs of a unit count themselves."""
-        return 2 if self.tier == "H" else 1
+        return self.tier in ("C", "D")
 
     @property
     def phase(self) -> str:
-        return {"A": "resident", "B": "whole", "H": "held"}.get(self.tier, "split")
+        return "split" if self.split else "resident" if self.tier == "A" else "whole"
 
     @property
     def parts(self) -> int:
@@ -155,8 +142,8 @@ class Launch(NamedTuple):
         return self.tiles * self.block_hw
 
     def programs(self, units: int) -> int:
-        """Of the launch: one a unit or part, or one for the sums and one for the output of it."""
-        return units * self.parts * (2 if self.phase == "split" else 1)
+        """Of the launch: one a unit, or one for the sums and one for the output of every part."""
+        return 2 * units * self.parts if self.split else units
 
 
 @functools.lru_cache(maxsize=4096)
@@ -202,9 +189,6 @@ def rule_choice(direction: Direction, problem: Problem, machine: Machine, tier: 
     if tier == "B":
         tile = STREAM_ELEMENTS * THREAD_ELEMENTS[direction] // 16
         return Choice(tier, tile, warps_for(tile, THREAD_ELEMENTS[direction]))
-    if tier == "H":
-        tile = RESIDENT_ELEMENTS[direction]
-        return Choice(tier, tile, warps_for(tile, HELD_THREAD_ELEMENTS[direction]))
     tile, warps, waves = SPLIT_TILES[direction, problem.channels_last]
     tile_bytes = tile * problem.element_size * _tensors(direction)
     return Choice(
@@ -240,8 +224,6 @@ def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choi
     if choice.tier == "D":
         why = f"{kib}, sums and output each read from memory"
         return _split(direction, problem, machine, choice, slab, why)
-    if choice.tier == "H":
-        return _held_parts(problem, machine, choice, slab, f"{kib}, divided, in registers")
     if not _second_read_from_l2(direction, problem, machine, choice):
         raise ValueError(
             f"tier C reads units of {unit.bytes} bytes a second time from L2, and "
@@ -335,34 +317,6 @@ def _whole(problem: Problem, choice: Choice, slab: int, reason: str) -> Launch:
         tiles=ceil_div(problem.HW, block_hw),
         lag=0,
         num_warps=min(choice.warps, warps_for(block_c * block_hw, 8)),
-        reason=reason,
-    )
-
-
-def _held_parts(
-    problem: Problem, machine: Machine, choice: Choice, slab: int, reason: str
-) -> Launch:
-    """Tier H: a part is one tile. Raises ValueError where those of a unit may not run at once."""
-    if problem.channels_last:
-        raise ValueError("tier H holds units in NCHW; take tier A, C or D in channels-last.")
-    block_c, block_hw = _split_tile(problem, choice.tile, slab)
-    splits = ceil_div(problem.HW, block_hw)
-    parts = ceil_div(slab, block_c) * splits
-    if not 1 < parts <= HELD_WAVES * machine.sms:
-        raise ValueError(
-            f"tier H holds a unit in 2 to {HELD_WAVES * machine.sms} tiles, and one of {slab} "
-            f"channels by {problem.HW} positions has {parts} of {choice.tile} elements; take tier "
-            "A, C or D."
-        )
-    return Launch(
-        tier="H",
-        slab=slab,
-        block_c=block_c,
-        block_hw=block_hw,
-        splits=splits,
-        tiles=1,
-        lag=0,
-        num_warps=choice.warps,
         reason=reason,
     )
 

@@ -59,37 +59,16 @@ def within(m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def load_held(
+def load_tile(
     p_tile, m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr, EVICTION: tl.constexpr
 ):
-    """A tile as it is stored, 0 outside. Without a mask where none is needed: it would keep loads
-    apart."""
+    """A tile in fp32, 0 outside. Without a mask where none is needed: it would keep loads apart."""
     if EVEN and FULL:
         b_tile = tl.load(p_tile, eviction_policy=EVICTION)
     else:
         mask = within(m_c, o_hw, end, EVEN, FULL)
         b_tile = tl.load(p_tile, mask=mask, other=0.0, eviction_policy=EVICTION)
-    return b_tile
-
-
-@triton.jit
-def load_tile(
-    p_tile, m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr, EVICTION: tl.constexpr
-):
-    """A tile in fp32, 0 outside."""
-    return load_held(p_tile, m_c, o_hw, end, EVEN, FULL, EVICTION).to(tl.float32)
-
-
-@triton.jit
-def held(b_tile):
-    """A tile of `load_held` in fp32, converted here: compilers would keep what they have."""
-    if INTERPRETED or b_tile.dtype == tl.float32:
-        b_held = b_tile
-    else:
-        b_held = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [b_tile], dtype=b_tile.dtype, is_pure=False, pack=2
-        )
-    return b_held.to(tl.float32)
+    return b_tile.to(tl.float32)
 
 
 @triton.jit
@@ -288,22 +267,6 @@ def wait_until(p_word, count):
             # Programs run one after the other, so whoever is to come never does.
             tl.static_assert(now > before, "waits for ever for programs that come later")
     tl.debug_barrier()
-
-
-@triton.jit
-def came_within(p_word, count, tries):
-    """Whether `count` programs came here before it was asked so often; if so as `wait_until`.
-
-    What is interpreted is asked once: programs run one after the other.
-    """
-    now = tl.atomic_add(p_word, 0, sem="acquire")
-    if not INTERPRETED:
-        asked = now * 0
-        while (now < count) & (asked < tries):
-            now = tl.atomic_add(p_word, 0, sem="acquire")
-            asked += 1
-    tl.debug_barrier()
-    return now >= count
 
 
 @triton.jit

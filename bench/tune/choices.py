@@ -36,11 +36,6 @@ DEFAULTS: Selection = {"dtype": ("bf16",), "batch": (8, 64), "impl": ("fused",)}
 _SITES = ("model", "dims", "resolution", "channels", "out_channels", "conditioning")
 # Of a program that owns a unit (B).
 TILES = (2048, 4096, 8192)
-# Tile and warps where parts are held (H).
-HELD = {
-    "forward": ((16384, 8), (16384, 16), (8192, 8)),
-    "backward": ((8192, 8), (8192, 16), (4096, 8)),
-}
 
 
 @dataclass(frozen=True)
@@ -137,8 +132,6 @@ def candidates(
             launch = _shaped(direction, problem, machine, Choice("B", tile, 1))
             if launch is not None and launch.block_hw < problem.HW:
                 choices += [Choice("B", tile, warps_for(tile, elements)) for elements in (8, 16)]
-    if resident is None:
-        choices += [Choice("H", *how) for how in HELD[direction]]
     if resident is None or units < machine.sms:
         choices += _divided(direction, problem, machine)
     kept: dict[Launch, Choice] = {}
@@ -206,6 +199,6 @@ def choice_name(choice: Choice) -> str:
     if choice.tier == "A":
         return f"A w{choice.warps}"
     name = f"{choice.tier} {choice.tile} w{choice.warps}"
-    if choice.tier in ("B", "H"):
+    if choice.tier == "B":
         return name
     return f"{name} ×{choice.waves} t{choice.tiles}"

@@ -98,6 +98,8 @@ def counters() -> Iterator[dict[tuple[torch.device, int], Tensor]]:
 def ticket_launches(direction: Direction, site: tiers.Problem, tier: Tier) -> list[Launch]:
     """As planned; with the least lag, so that most wait; and in small parts with the least lag."""
     machine, _ = dispatch._machine(torch.device("cuda", torch.cuda.current_device()))
+    if site.channels_last:  # Where L2 does not hold all of a call, C is refused. Both launch alike.
+        tier = "D"
     choice = tiers.rule_choice(direction, site, machine, tier)
     planned = tiers.shape(direction, site, machine, choice)
     small = tiers.shape(direction, site, machine, choice._replace(tile=256, waves=1, tiles=1))
@@ -141,8 +143,8 @@ FEW, LARGE = (2, 64, 4096, 8), (2, 16, 1024 * 1024, 1)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
     ("tier", "sizes"),
-    [("C", MANY), ("C", UNEVEN), ("C", ONE_GROUP), ("D", LARGE), ("H", MANY), ("H", UNEVEN)],
-    ids=["C many", "C uneven", "C one group", "D", "H many", "H uneven"],
+    [("C", MANY), ("C", UNEVEN), ("C", ONE_GROUP), ("D", LARGE)],
+    ids=["C many", "C uneven", "C one group", "D"],
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_ticket_launches_repeat(
@@ -152,8 +154,6 @@ def test_ticket_launches_repeat(
     channels_last: bool,
     counters: dict[object, Tensor],
 ) -> None:
-    if tier == "H" and channels_last:
-        pytest.skip("tier H is for NCHW")
     site = tiers.Problem(*sizes, channels_last, 4)
     case, truth = drawn(direction, site)
     for how in ticket_launches(direction, site, tier):
@@ -161,25 +161,6 @@ def test_ticket_launches_repeat(
         assert mistake(first, truth) is None, (how, mistake(first, truth))
         for _ in range(100):
             assert_same(run_poisoned(case, how), first)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_held_parts_also_where_they_wait_for_nobody(
-    direction: Direction, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each program then computes what the others would, to the bit."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    machine, _ = dispatch._machine(device)
-    for sizes in ((3, 64, 4096, 2), (3, 60, 4095, 6), (3, 12, 128 * 127, 2)):
-        site = tiers.Problem(*sizes, False, dtype.itemsize)
-        case = draw_case(direction, site, dtype, device, 0)
-        how = tiers.plan_launch(direction, site, machine, "H")
-        together = run_poisoned(case, how)
-        assert mistake(together, truth_of(case)) is None
-        with monkeypatch.context() as patched:
-            patched.setattr("resblock_bench.kernels.launch.HELD_TRIES", 0)
-            assert_same(run_poisoned(case, how), together)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

@@ -296,28 +296,6 @@ def test_several_tiles_to_a_program(crowded: None, tier: tiers.Tier, channels_la
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
-@pytest.mark.parametrize(("size", "C"), [((9, 17), 4), ((8, 16), 6)], ids=["uneven", "even"])
-def test_parts_that_are_held(
-    size: tuple[int, int], C: int, crowded: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interpreted, they find no other done, but for the last: each computes what those would."""
-    monkeypatch.setattr(tiers, "RESIDENT_ELEMENTS", {"forward": 64, "backward": 32})
-    monkeypatch.setattr(dispatch, "DEFAULT_MACHINE", tiers.Machine(sms=8, l2_bytes=2**20))
-    p = problem(3, C, *size, groups=2, pre_shift=True, mean=1e3)
-    with dispatch.prefer("triton", "H"):
-        for direction in ("forward", "backward"):
-            how = dispatch.launch_for(direction, p.x, 2)
-            assert how.parts > how.splits > 1 == how.tiles
-        check(run_operator, p)
-        torch.manual_seed(0)
-        dropped = run_operator(p, dropout_p=0.5) != 0
-    with dispatch.prefer("triton", "D"):
-        torch.manual_seed(0)
-        assert torch.equal(dropped, run_operator(p, dropout_p=0.5) != 0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [(9, 17), (8, 16)], ids=["uneven", "even"])
 def test_several_tiles_of_a_slab_that_is_not_full(crowded: None, size: tuple[int, int]) -> None:
     """About zero, where a tile that is read twice shows; 40 channels in slabs of 32."""
