@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -488,9 +489,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _tool(name: str) -> str | None:
-    """The path of a program of CUDA, also where it is not on the PATH."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", "/opt/cuda"]
-    folders = [os.path.join(home, part) for home in homes if home for part in ("bin", name)]
+    """The path of a program of CUDA, also where it is not on the PATH: in the toolkit, or in one of
+    the packages that PyTorch brings."""
+    packages = Path(sysconfig.get_path("purelib"), "nvidia")
+    homes = [*map(Path, ("/usr/local/cuda", "/opt/cuda")), *packages.glob("*")]
+    if "CUDA_HOME" in os.environ:
+        homes.insert(0, Path(os.environ["CUDA_HOME"]))
+    folders = [str(home / part) for home in homes for part in ("bin", name)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 

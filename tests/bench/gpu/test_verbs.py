@@ -75,7 +75,7 @@ def test_a_machine_that_does_not_answer_is_measured_all_the_same(
 
 
 def test_make_runs_them_with_and_without_an_environment() -> None:
-    for arguments, python in ((["PYTHON=python9"], "python9"), ([], "python")):
+    for arguments, python in ((["PYTHON=python9"], "python9"), ([], "python3")):
         done = subprocess.run(
             ["make", "-n", "gpu-results", "INSTALLED=none", "ARGS=--parts 1", *arguments],
             cwd=ROOT,
