@@ -40,10 +40,9 @@ from resblock_bench.bench.terminal import say, visible
 from resblock_bench.bench.units import counted, format_duration
 from resblock_bench.kernels import tuned
 
-from .parts import TABLE_FILE, GpuPart, GpuStep, Stage
+from .parts import FOLDERS, MACHINES, TABLE_FILE, GpuPart, GpuStep, Stage
 
 OUTCOMES = "steps.jsonl"
-MACHINES = "machines"
 SENTENCE = 300  # characters
 SPENT = "the time budget is spent"
 """What `run`, `tune` and the operators say when they stopped for it."""
@@ -136,7 +135,8 @@ def opened(output: Path) -> Iterator[OutcomeFile]:
     with files.explained(output, _ADVICE):
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is not a folder: give another --output")
-        output.mkdir(parents=True, exist_ok=True)
+        for folder in (output, *(output / name for name in FOLDERS)):
+            folder.mkdir(parents=True, exist_ok=True)
         file = files.open_to_append(path, create=True)
     try:
         try:
@@ -333,9 +333,7 @@ def _ask_machine(request: SliceRequest, console: Console) -> str:
         )
     content = files.as_json(found)
     name = hashlib.sha256(content).hexdigest()[:12]
-    folder = request.output / MACHINES
-    files.make_folder(folder)
-    path = folder / f"{name}.json"
+    path = request.output / MACHINES / f"{name}.json"
     if not path.exists():
         with files.whole(path) as file:
             file.write(content)
@@ -379,7 +377,6 @@ def _run(
     limit_s = min(step.limit_s - spent_s, left_s)
     words = command_of(request, step, tool, budget_s=limit_s, again=_is_again(step, before))
     log = request.output / "logs" / f"{step.name}.txt"
-    files.make_folder(log.parent)
     with contextlib.ExitStack() as stack:
         paths = [os.path.abspath(step.path)] if step.path else []
         if step.tuned:
@@ -520,7 +517,6 @@ def _with_table(table: Path) -> Iterator[Path]:
 
 def _keep(output: Path, pattern: str) -> None:
     folder = output / "calibration"
-    files.make_folder(folder)
     for path in checkout_around(Path.cwd()).glob(pattern):
         shutil.copy(path, folder / path.name)
 
