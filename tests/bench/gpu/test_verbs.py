@@ -55,8 +55,9 @@ def test_a_machine_is_kept_once(
     answer(monkeypatch, found)
     console = steps.Console(quiet=True)
     request = steps.SliceRequest(parts=[], output=tmp_path, stage="cpu", seconds=60)
-    name = steps._ask_machine(request, console)
-    assert steps._ask_machine(request, console) == name
+    with steps.opened(tmp_path):
+        name = steps._ask_machine(request, console)
+        assert steps._ask_machine(request, console) == name
     (path,) = (tmp_path / steps.MACHINES).iterdir()
     assert path.stem == name
     assert msgspec.json.decode(path.read_bytes(), type=Environment) == found
