@@ -8,7 +8,6 @@ escaped.
 import base64
 import hashlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from markupsafe import Markup
 
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, command
+from resblock_bench.bench.machine.environment import versions
 from resblock_bench.bench.runs.folder import Run
 
 from .content import content_of, shown
@@ -65,7 +65,7 @@ def rendered(runs: Sequence[Run], made_by: str, *, predict: bool = True) -> str:
         title=f"resblock-bench: {', '.join(content.title for content in contents)}",
         runs=contents,
         made_by=made_by,
-        version=metadata.version("resblock-bench"),
+        version=versions()["resblock-bench"] or "of a checkout",
         policy=(
             f"default-src 'none'; style-src '{_digest(css)}'; script-src '{_digest(script)}'; "
             "base-uri 'none'; form-action 'none'"

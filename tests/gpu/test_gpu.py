@@ -65,13 +65,16 @@ def test_every_tier(tier: Tier, dtype: torch.dtype, channels_last: bool) -> None
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_every_published_norm(channels_last: bool) -> None:
+def published_norms() -> list[tuple[int, int, int]]:
     with SHAPES.open() as file:
-        sites = {(int(r["c_in"]), int(r["h"]), int(r["w"])) for r in csv.DictReader(file)}
-    for C, h, w in sorted(sites):
-        p = problem(2, C, h, w, groups=32, dtype=torch.bfloat16, channels_last=channels_last)
-        check(run_operator, on_gpu(p))
+        return sorted({(int(r["c_in"]), int(r["h"]), int(r["w"])) for r in csv.DictReader(file)})
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("C", "h", "w"), published_norms())
+def test_every_published_norm(C: int, h: int, w: int, channels_last: bool) -> None:
+    p = problem(2, C, h, w, groups=32, dtype=torch.bfloat16, channels_last=channels_last)
+    check(run_operator, on_gpu(p))
 
 
 # Launches with tickets, whose programs wait for each other. A race shows itself now and then, so
