@@ -5,15 +5,18 @@ expected to take on an H100 and the longest that it may take. What a step writes
 folder:
 
     runs/STEP          a run folder
-    operators.jsonl    the operator at published sites, a row a line
+    operators.jsonl    the operator at published sites, a row a line; with tuned launches in
+                       operators-tuned.jsonl
     tables/tuned.json  the launches that `tune` found
     plans/STEP.json    what `plan` says of a model that was measured
     calibration/       what `calibrate` stored
     logs/STEP.txt      all that it printed
+    earlier/           rows that were asked for again
     machines/          the machines that outcomes name
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,9 +28,9 @@ Stage = Literal["cuda", "cpu"]
 """A GPU; or a CPU, where everything is tiny and interpreted, and only the way is tried."""
 
 PROGRAM = ("{python}", "-m", "resblock_bench.bench")
-OPERATORS_FILE = "operators.jsonl"
+OPERATORS = ("{python}", "-m", "resblock_bench.bench.gpu.operators")
 MACHINES = "machines"
-FOLDERS = ("runs", "tables", "plans", "calibration", "logs", MACHINES)
+FOLDERS = ("runs", "tables", "plans", "calibration", "logs", "earlier", MACHINES)
 """Of an output folder; a run makes its own."""
 TABLE_FILE = "tables/tuned.json"
 FAULTS = "tests/faults"
@@ -42,7 +45,10 @@ class GpuStep:
               path of `tool`
     seconds   that it is expected to take on an H100
     limit_s   that it may take, over all slices
-    resumes   it takes a --time-budget, and goes on where the last slice cut it
+    budget    how it takes a --time-budget, {} being seconds: it goes on where that ended it
+    turn_s    it is called again and again, for so long at a time, whatever a call dies of, as long
+              as each adds to `rows`
+    rows      the file that it appends to
     endless   it takes all the time that it is given
     run       its run folder below the output folder, "" for none
     after     the step that must be over before
@@ -57,7 +63,9 @@ class GpuStep:
     words: Words
     seconds: float
     limit_s: float
-    resumes: bool = False
+    budget: str = ""
+    turn_s: float = math.inf
+    rows: str = ""
     endless: bool = False
     run: str = ""
     after: str = ""
@@ -65,6 +73,10 @@ class GpuStep:
     tuned: bool = False
     keep: str = ""
     path: str = ""
+
+    @property
+    def resumes(self) -> bool:
+        return bool(self.budget)
 
 
 @dataclass(frozen=True)
@@ -151,11 +163,21 @@ def _tests(stage: Stage) -> tuple[GpuStep, ...]:
 
 
 def _operators(stage: Stage, label: str = "") -> GpuStep:
-    words = ("{python}", "-m", "resblock_bench.bench.gpu.operators")
-    words += ("--output", f"{{output}}/{OPERATORS_FILE}", *(("--label", label) if label else ()))
-    what = "forward and backward, both layouts, beside eager, compiled and peers"
+    """In turns: what breaks or hangs the GPU takes one, and the next leaves it out."""
     name = f"operators-{label}" if label else "operators"
-    return GpuStep(name, what, words, 300, 540, resumes=True)
+    options = ["--device", stage, *(("--label", label) if label else ())]
+    if stage == "cpu":
+        options += ["--sites", "1", "--stages", "eager,fused"]
+    return GpuStep(
+        name,
+        "forward and backward, both layouts, beside eager, compiled and peers",
+        (*OPERATORS, "--output", f"{{output}}/{name}.jsonl", *options),
+        300,
+        540,
+        budget="{}",
+        turn_s=100,
+        rows=f"{name}.jsonl",
+    )
 
 
 def _run(
@@ -177,7 +199,7 @@ def _run(
         (*PROGRAM, "run", *options, "--max-time", time),
         seconds,
         max(120, 2.5 * seconds),
-        resumes=True,
+        budget="{}s",
         run=f"runs/{name}",
         path=path,
     )
@@ -229,7 +251,7 @@ def _blocks(stage: Stage) -> tuple[GpuStep, ...]:
 def _tuning(stage: Stage) -> tuple[GpuStep, ...]:
     words = (*PROGRAM, "tune", "-a", "layout=nchw,nhwc", "--output", f"{{output}}/{TABLE_FILE}")
     tune = GpuStep(
-        "tune", "launches, heaviest calls first", words, 300, 300, resumes=True, endless=True
+        "tune", "launches, heaviest calls first", words, 300, 300, budget="{}s", endless=True
     )
     again = replace(_operators(stage, "tuned"), after="tune", tuned=True, seconds=240)
     return (tune, again)

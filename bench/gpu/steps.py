@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -300,13 +301,17 @@ def _slice(
         files.check_writable(book.path, parents=True)
         first = False
         say(console, f"{part.number} {step.name}: {step.what}")
-        outcome = _run(request, part, step, book.outcomes, left, machine)
-        if outcome.status != "ok":
-            # A full disk is not what the step is about: it is run again when there is room.
-            files.check_writable(book.path, parents=True)
-        book.append(outcome)
-        took = format_duration(outcome.seconds)
-        say(console, f"  {outcome.status} after {took}: {outcome.sentence}")
+        while True:
+            outcome = _run(request, part, step, book.outcomes, left, machine)
+            if outcome.status != "ok":
+                # A full disk is not what the step is about: it is run again when there is room.
+                files.check_writable(book.path, parents=True)
+            book.append(outcome)
+            took = format_duration(outcome.seconds)
+            say(console, f"  {outcome.status} after {took}: {outcome.sentence}")
+            left = deadline - clock() - _MARGIN_S
+            if not step.rows or outcome.status != "cut" or left < _LEAST_S:
+                break
     return None
 
 
@@ -374,9 +379,13 @@ def _run(
             return outcome("skipped", f"{step.tool} is not installed here: it is part of CUDA")
         tool = found
     spent_s = _spent_s(step, before)
-    limit_s = min(step.limit_s - spent_s, left_s)
-    words = command_of(request, step, tool, budget_s=limit_s, again=_is_again(step, before))
+    limit_s = min(step.limit_s - spent_s, step.turn_s, left_s)
+    again = _last_status(step, before) == "again"
+    if again and step.rows:
+        _put_away(request.output, step.rows)
+    words = command_of(request, step, tool, budget_s=limit_s, again=again)
     log = request.output / "logs" / f"{step.name}.txt"
+    size = _size(request.output, step)
     with contextlib.ExitStack() as stack:
         paths = [os.path.abspath(step.path)] if step.path else []
         if step.tuned:
@@ -390,23 +399,32 @@ def _run(
             code = _waited(words, log, environment_of(request, paths), longest_s)
         except _NotStarted as error:
             return outcome("failed", str(error), words=words)
-    said = tail(log)
-    by_the_slice = limit_s < step.limit_s - spent_s
-    status: StepStatus
-    said_last = last_line(said)
-    if code is None or (step.resumes and code == exitcodes.INCOMPLETE and SPENT in said):
-        if by_the_slice and (step.resumes or not _was_cut(step, before)):
-            return outcome("cut", f"cut off by the end of the slice: {said_last}", code, words)
-        status = "ok" if step.endless and code is not None else "timeout"
-        limit = format_duration(limit_s if by_the_slice else step.limit_s)
-        return outcome(status, f"its {limit} are spent: {said_last}", code, words)
+    took_s = time.monotonic() - began
+    printed = tail(log)
+    said = last_line(printed) or "it printed nothing"
+    if code is not None and code < 0:
+        said = f"ended by {_signal_name(-code)}: {said}"
+    ended = code is None
+    if step.resumes and code in (exitcodes.OK, exitcodes.INCOMPLETE):
+        ended = SPENT in printed or took_s >= limit_s
+    if ended and limit_s == step.limit_s - spent_s:
+        status: StepStatus = "ok" if step.endless and code is not None else "timeout"
+        return outcome(
+            status, f"its {format_duration(step.limit_s)} are spent: {said}", code, words
+        )
+    if step.rows and (ended or code != exitcodes.OK):
+        # What it was at is left out by the next call, if it got so far.
+        if _size(request.output, step) > size:
+            return outcome("cut", f"goes on after this: {said}", code, words)
+        return outcome("timeout" if ended else "failed", said, code, words)
+    if ended and (step.resumes or _last_status(step, before) != "cut"):
+        return outcome("cut", f"cut off by the end of the slice: {said}", code, words)
+    if ended:
+        took = format_duration(limit_s)
+        return outcome("timeout", f"not done in two slices, {took} this time: {said}", code, words)
     if step.keep and code == exitcodes.OK:
         _keep(request.output, step.keep)
-    status = "ok" if code == exitcodes.OK else "failed"
-    sentence = said_last or "it printed nothing"
-    if code < 0:
-        sentence = f"ended by {_signal_name(-code)}: {sentence}"
-    return outcome(status, sentence, code, words)
+    return outcome("ok" if code == exitcodes.OK else "failed", said, code, words)
 
 
 def command_of(
@@ -420,7 +438,7 @@ def command_of(
         for word in step.words
     ]  # fmt: skip
     if step.resumes:
-        words += ["--time-budget", f"{max(1, int(budget_s))}s"]
+        words += ["--time-budget", step.budget.format(max(1, int(budget_s)))]
     if step.run and (request.output / step.run / "plan.json").exists():
         words += ["--resume", *(["--retry-failed"] if again else [])]
     return words
@@ -448,7 +466,7 @@ def _waited(
     It and all that it starts ends with this process.
     """
     with log.open("ab") as file:
-        file.write(f"\n$ {' '.join(words)}\n".encode())
+        file.write(f"\n$ {' '.join(shlex.join(words).split())}\n".encode())
         file.flush()
         parent = os.getpid()
         try:
@@ -521,13 +539,17 @@ def _keep(output: Path, pattern: str) -> None:
         shutil.copy(path, folder / path.name)
 
 
-def _is_again(step: GpuStep, before: Sequence[StepOutcome]) -> bool:
-    """Whether an outcome of the step was voided, and nothing has come of it since."""
-    return _last_status(step, before) == "again"
+def _size(output: Path, step: GpuStep) -> int:
+    """Bytes of the rows of a step."""
+    path = output / step.rows
+    return path.stat().st_size if step.rows and path.exists() else 0
 
 
-def _was_cut(step: GpuStep, before: Sequence[StepOutcome]) -> bool:
-    return _last_status(step, before) == "cut"
+def _put_away(output: Path, name: str) -> None:
+    """Rows that do not count any more, for which their program would else find nothing to do."""
+    path = output / name
+    if path.exists():
+        path.replace(output / "earlier" / f"{_now().replace(':', '')}-{name}")
 
 
 def _last_status(step: GpuStep, before: Sequence[StepOutcome]) -> StepStatus | None:

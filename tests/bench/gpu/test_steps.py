@@ -128,7 +128,7 @@ def test_what_the_end_of_a_slice_cuts_off_goes_on_in_the_next(
         "print('' if done else 'stopped, since the time budget is spent: 3 left')\n"
         "sys.exit(0 if done else 3)\n"
     )
-    resuming = script("resumes", code, resumes=True, limit_s=500.0)
+    resuming = script("resumes", code, budget="{}s", limit_s=500.0)
     assert slices.run(resuming, seconds=30) == 3
     assert slices.statuses() == {"resumes": "cut"}
     assert "time budget is spent: 3 left" in slices.outcomes["resumes"].sentence
@@ -140,14 +140,47 @@ def test_a_budget_of_its_own_that_is_spent_ends_a_step(
     slices: Slices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "print('stopped, since the time budget is spent'); raise SystemExit(3)"
-    one = script("run", code, resumes=True, limit_s=50.0)
-    tune = script("tune", code, resumes=True, limit_s=50.0, endless=True)
+    one = script("run", code, budget="{}s", limit_s=50.0)
+    tune = script("tune", code, budget="{}s", limit_s=50.0, endless=True)
     assert slices.run(one, tune) == 3
     assert slices.statuses() == {"run": "timeout", "tune": "ok"}
 
 
+TURNS = (
+    "import os, sys\n"
+    "path = sys.argv[1] + '/rows.jsonl'\n"
+    "n = len(open(path).readlines()) if os.path.exists(path) else 0\n"
+    "if n < 2: open(path, 'a').write('begun\\n'); os.abort()\n"
+)
+
+
+def test_a_step_in_turns_goes_on_after_whatever_broke_one(slices: Slices) -> None:
+    one = script("turns", TURNS, budget="{}", turn_s=50.0, rows="rows.jsonl")
+    assert slices.run(one) == 0
+    found = read_outcomes(slices.output)
+    assert [outcome.status for outcome in found] == ["cut", "cut", "ok"]
+    assert found[0].sentence.startswith("goes on after this: ended by SIGABRT")
+    assert found[0].command[-2:] == ["--time-budget", "50"]
+
+
+def test_a_step_whose_turns_add_nothing_has_failed(slices: Slices) -> None:
+    code = "raise SystemExit('no such module')"
+    assert slices.run(script("turns", code, budget="{}", turn_s=50.0, rows="rows.jsonl")) == 3
+    assert [outcome.status for outcome in read_outcomes(slices.output)] == ["failed"]
+
+
+def test_rows_that_are_asked_for_again_are_put_away(slices: Slices) -> None:
+    code = "import sys; open(sys.argv[1] + '/rows.jsonl', 'a').write('row\\n')"
+    one = script("turns", code, budget="{}", turn_s=50.0, rows="rows.jsonl")
+    slices.run(one)
+    slices.run(one, again=True)
+    assert (slices.output / "rows.jsonl").read_text() == "row\n"
+    (earlier,) = (slices.output / "earlier").iterdir()
+    assert earlier.read_text() == "row\n"
+
+
 def test_cuts_add_up_to_the_limit_of_a_step(slices: Slices) -> None:
-    one = script("run", "pass", resumes=True, limit_s=100.0)
+    one = script("run", "pass", budget="{}s", limit_s=100.0)
     cut = StepOutcome(
         part=1, step="run", status="cut", exit_code=3, seconds=70.0, sentence="", command=[],
         started_at="", machine="",
