@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import app, path, result_console
+from .app import app, path, progress_console, result_console
 
 FolderOption = Annotated[
     Path | None,
@@ -66,3 +66,34 @@ def gpu_results(
         parts=chosen, output=folder, stage=stage, seconds=60 * minutes, again=voided
     )
     raise typer.Exit(steps.carry_out(request, console))
+
+
+@app.command("gpu-report")
+def gpu_report(
+    results: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=path, metavar="DIR", help="Default: the only folder under results/gpu."
+        ),
+    ] = None,
+    document: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Default: docs/gpu.md.")
+    ] = None,
+    no_prediction: Annotated[
+        bool,
+        typer.Option("--no-prediction", help="Compile nothing: leave out what was predicted."),
+    ] = False,
+) -> None:
+    """Draw docs/gpu.md and a page from what gpu-results has left; needs no GPU.
+
+    What contradicts a prediction stands on top.
+    """
+    from resblock_bench.bench.gpu import report
+
+    here = Path.cwd()
+    request = report.GpuReportRequest(
+        folder=results or report.only_folder(here),
+        document=document or report.default_document(here),
+        predict=not no_prediction,
+    )
+    raise typer.Exit(report.carry_out(request, result_console(), progress_console()))

@@ -28,11 +28,15 @@ Stage = Literal["cuda", "cpu"]
 """A GPU; or a CPU, where everything is tiny and interpreted, and only the way is tried."""
 
 PROGRAM = ("{python}", "-m", "resblock_bench.bench")
+OPERATORS_LABEL, TUNED_LABEL = "rules", "tuned"
+"""What the operator's rows are told apart by: launches by the rules, or by the table of `tune`."""
 OPERATORS = ("{python}", "-m", "resblock_bench.bench.gpu.operators")
 MACHINES = "machines"
 FOLDERS = ("runs", "tables", "plans", "calibration", "logs", "earlier", MACHINES)
 """Of an output folder; a run makes its own."""
 TABLE_FILE = "tables/tuned.json"
+TWINS = "twins"
+"""The step that measures equal code."""
 FAULTS = "tests/faults"
 """Has a twin of the reference, an implementation under another name with the same code."""
 
@@ -162,16 +166,25 @@ def _tests(stage: Stage) -> tuple[GpuStep, ...]:
     )
 
 
-def _operators(stage: Stage, label: str = "") -> GpuStep:
+_SMALLEST = (
+    "{python}",
+    "-c",
+    "import typer; from resblock_bench.bench.gpu import operators as o; "
+    "o.BATCHES = dict.fromkeys(o.BATCHES, 1); o.chosen = lambda sites, count: sites[-2:]; "
+    "typer.run(o.main)",
+)
+"""On a CPU the smallest sites, at one image."""
+
+
+def _operators(stage: Stage, label: str = OPERATORS_LABEL) -> GpuStep:
     """In turns: what breaks or hangs the GPU takes one, and the next leaves it out."""
-    name = f"operators-{label}" if label else "operators"
-    options = ["--device", stage, *(("--label", label) if label else ())]
-    if stage == "cpu":
-        options += ["--sites", "1", "--stages", "eager,fused"]
+    name = "operators" if label == OPERATORS_LABEL else f"operators-{label}"
+    program = OPERATORS if stage == "cuda" else _SMALLEST
+    options = ("--output", f"{{output}}/{name}.jsonl", "--device", stage, "--label", label)
     return GpuStep(
         name,
         "forward and backward, both layouts, beside eager, compiled and peers",
-        (*OPERATORS, "--output", f"{{output}}/{name}.jsonl", *options),
+        (*program, *options),
         300,
         540,
         budget="{}",
@@ -253,7 +266,7 @@ def _tuning(stage: Stage) -> tuple[GpuStep, ...]:
     tune = GpuStep(
         "tune", "launches, heaviest calls first", words, 300, 300, budget="{}s", endless=True
     )
-    again = replace(_operators(stage, "tuned"), after="tune", tuned=True, seconds=240)
+    again = replace(_operators(stage, TUNED_LABEL), after="tune", tuned=True, seconds=240)
     return (tune, again)
 
 
@@ -308,7 +321,7 @@ def _equals(stage: Stage) -> tuple[GpuStep, ...]:
     calibrate += (f"gate-{stage}", "-a", "checkpoint=none")
     return (
         _run(
-            "twins",
+            TWINS,
             "the reference beside itself under another name: how often does an interval miss 1?",
             120,
             stage,
