@@ -16,6 +16,7 @@ from resblock_bench.bench.cost.predictions import Predicted
 from resblock_bench.bench.fit.variant import VariantPlan
 from resblock_bench.bench.records import Row, cell_name
 from resblock_bench.bench.report.predicted import predicted
+from resblock_bench.bench.terminal import say
 from resblock_bench.bench.units import format_bytes
 
 from .operators import OperatorRow
@@ -88,6 +89,7 @@ def _predictions(
     """By key, of the rows whose GPU the model has figures of, with the copies that it reached."""
     from resblock_bench.bench.cost.costs import gather
     from resblock_bench.bench.cost.predicted_run import predictions_of
+    from resblock_bench.bench.machine.workers import JobFailed
 
     found: dict[tuple[object, ...], Predicted] = {}
     machines = {(row.device, row.copy_bytes_per_s) for row in rows}
@@ -97,7 +99,11 @@ def _predictions(
             continue
         own = [row for row in rows if (row.device, row.copy_bytes_per_s) == (device, copies)]
         norms = list(dict.fromkeys(map(norm_of, own)))
-        costs, _ = gather(norms, [arch], None, progress, by_rule=True, rewrite=False)
+        try:
+            costs, _ = gather(norms, [arch], None, progress, by_rule=True, rewrite=False)
+        except JobFailed as error:  # what was measured stands
+            say(progress, f"nothing is predicted of the operator on {device}: {error}")
+            continue
         known = predictions_of(costs, gpu_that_copies(arch, copies))
         found |= {row.key: known[norm_of(row), row.direction] for row in own}
     return found

@@ -93,7 +93,10 @@ def document(results: GpuResults, operators: Sequence[BesideOperator]) -> Iterat
     """The lines of docs/gpu.md."""
     yield "# On a GPU"
     yield ""
-    yield f"What `make gpu-results` left in `{results.folder.name}`, drawn by `make gpu-report`."
+    yield (
+        f"What `make gpu-results` ([how](measuring.md#a-gpu-that-is-lent-for-minutes)) left in "
+        f"`{results.folder.name}`, drawn by `make gpu-report`."
+    )
     yield from _machines(results)
     for title, lines in (
         ("What contradicts a prediction", _contradictions(contradictions(results, operators))),

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from rich.console import Console
 from support import stand_in_for_gpu
+from support.gpu_rows import SITE
 from support.made_rows import CALM, HOT, NOTHING
 from support.stand_in_for_gpu import ILLEGAL, NO_MEMORY, REFUSED
 
@@ -20,7 +21,6 @@ from resblock_bench.bench import files
 from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject
 from resblock_bench.bench.gpu import report, steps
-from resblock_bench.bench.gpu.operators import OperatorRow
 from resblock_bench.bench.gpu.parts import GpuPart, parts
 from resblock_bench.bench.gpu.steps import SliceRequest, StepOutcome, read_outcomes
 from resblock_bench.bench.grid.plan import Plan
@@ -44,14 +44,6 @@ SEEDS = {
     "calibrate": "missing module",
 }
 """By step. compute-sanitizer is missing besides."""
-
-SITE = OperatorRow(
-    label="rules", model="adm-imagenet256-cond", batch=8, channels=256, resolution=256, groups=32,
-    dtype="bf16", layout="nchw", modulation="scale_shift", weight=256 * 256**2 * 4,
-    direction="forward", impl="fused", status="ok", tier="C", error=1e-3, median_us=200.0,
-    low_us=198.0, high_us=203.0, bytes=536_870_912, floor_us=180.0, share=0.9,
-    copy_bytes_per_s=3e12, device="NVIDIA H100 80GB HBM3", torch="2.11.0",
-)  # fmt: skip
 
 
 def made(row: Row, **changes: object) -> Row:
