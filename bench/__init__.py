@@ -16,6 +16,7 @@ Rooms, each of which imports only from those listed before it:
     compare    is it slower? the verbs `compare` and `calibrate`
     tune       which launch is fastest? the verb `tune`
     gate       expected against found: the verbs `check` and `baseline`
+    gpu        the verbs `gpu-results` and `gpu-report`: all of the above on a GPU, whatever fails
     cli        the command line
 
 Every room may import the modules that lie beside the rooms: `records` (the schema of what is

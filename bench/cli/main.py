@@ -21,7 +21,7 @@ from resblock_bench.bench import exitcodes
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.terminal import say, terminable, visible
 
-from . import gate  # noqa: F401  adds its verbs
+from . import gate, gpu  # noqa: F401  add their verbs
 from .app import (
     MOST_SEED,
     AxisOption,
