@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from resblock_bench.bench import files
 from resblock_bench.bench.records import cell_name
-from resblock_bench.bench.runs.style import GREY, styled
+from resblock_bench.bench.runs.style import GREY, plain_log, styled
 from resblock_bench.bench.terminal import visible
 from resblock_bench.bench.units import MIB, format_mib
 
@@ -99,7 +99,10 @@ def draw_roofline(found: Profile) -> Figure | None:
         label = None if group in shown else group
         shown.add(group)
         ax.plot([x], [y], marker, color=colour, alpha=_STAGES[stage], label=label, linestyle="")
-    ax.set(xscale="log", yscale="log", xlim=(low, high))
+    bottom = 0.5 * min(copy * low, *(y for _, _, y in points))
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, 2 * matrix))
+    plain_log(ax.xaxis, low, high)
+    plain_log(ax.yaxis, bottom, 2 * matrix)
     ax.set_xlabel("operations a byte")
     ax.set_ylabel("10⁹ operations a second")
     _finish(
@@ -133,7 +136,7 @@ def drawn(found: Profile) -> Iterator[tuple[str, Figure]]:
 def save_figures(found: Profile, folder: Path) -> list[Path]:
     """Write them as SVG. Raises UsageError where they cannot be written."""
     paths = []
-    with styled():
+    with styled(), plt.rc_context({"svg.fonttype": "none"}):  # text stays text
         for name, figure in drawn(found):
             content = io.BytesIO()
             figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})

@@ -14,7 +14,7 @@ from .events import Span, Stage
 from .profiles import Category, MemoryUse
 from .work import WorkWatch
 
-_POINTS = 1000
+_POINTS = 400
 
 
 def memory_use(watch: WorkWatch, workload: Workload, places: Sequence[Span]) -> MemoryUse:

@@ -70,7 +70,7 @@ class OperatorWork(Operation, frozen=True, kw_only=True):
 class MemoryUse(Record, frozen=True, kw_only=True):
     """Live bytes over a step: after the birth of a storage, whenever one is born.
 
-    at       operators of the step, of up to a thousand stretches where the most is alive
+    at       operators of the step, of some hundred stretches where the most is alive
     bytes    of each category, at these; the most of all is the peak
     stages   where each pass begins, in operators
     peak_stage, peak_module   of the operator at the peak

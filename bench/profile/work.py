@@ -116,8 +116,7 @@ def _matrix_flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: A
     from torch.utils.flop_counter import flop_registry  # 70 MB
 
     count = flop_registry.get(func._overloadpacket)
-    flops: int = 0 if count is None else count(*args, **kwargs, out_val=out)
-    return flops
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
 def _operations_an_element(func: Any, args: Sequence[Any]) -> int:
@@ -128,5 +127,5 @@ def _operations_an_element(func: Any, args: Sequence[Any]) -> int:
         return 1
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     rows = sum(given.get(row) is not None for row in ("scale", "shift", "pre_shift"))
-    chain = 1 + rows + bool(given.get("activation")) + (given.get("dropout_p", 0.0) > 0)
+    chain = 1 + rows + bool(given.get("activation")) + bool(given.get("dropout_p"))
     return chain + 1 + rows if name.endswith("_backward") else chain
