@@ -12,7 +12,7 @@ operator: so the last operator with a number has made that node, wherever and wh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -92,7 +92,7 @@ def _recorded(profiler: Any) -> Iterable[Any]:
 
 
 @dataclass(slots=True)
-class Span:
+class Placed:
     """An event with where it lies and what it belongs to.
 
     module     by its name, "" for the whole; None outside of any
@@ -103,8 +103,8 @@ class Span:
     event: Event
     start: int
     end: int
-    parent: Span | None
-    inner: list[Span] = field(default_factory=list)
+    parent: Placed | None
+    inner: list[Placed] = field(default_factory=list)
     module: str | None = None
     stage: Stage = "forward"
     within: Group | None = None
@@ -134,11 +134,11 @@ class Slice:
     ns: int
 
 
-def spans_of(events: Sequence[Event]) -> list[Span]:
+def spans_of(events: Sequence[Event]) -> list[Placed]:
     """The spans of a step, the step first, in the order of time; each within its parent."""
     step = next(one for one in events if one.name == STEP)
-    found: list[Span] = []
-    open_: list[Span] = []
+    found: list[Placed] = []
+    open_: list[Placed] = []
     for event in events:
         own_thread = event.thread == step.thread or event.is_launch
         if event.kernel or event.name == "[memory]" or not own_thread:
@@ -149,7 +149,7 @@ def spans_of(events: Sequence[Event]) -> list[Span]:
             open_.pop()
         parent = open_[-1] if open_ else None
         end = event.end if parent is None else min(event.end, parent.end)
-        span = Span(event, event.start, end, parent)
+        span = Placed(event, event.start, end, parent)
         if parent is not None:
             parent.inner.append(span)
         found.append(span)
@@ -158,7 +158,7 @@ def spans_of(events: Sequence[Event]) -> list[Span]:
     return found
 
 
-def _attribute(spans: Sequence[Span]) -> None:
+def _attribute(spans: Sequence[Placed]) -> None:
     """Say of each span, in the order of time, what it belongs to."""
     makers: dict[int, str | None] = {}  # by number, the module that made a node
     callers: dict[str, str | None] = {}  # of each module the one that called it in the forward
@@ -192,7 +192,7 @@ def _attribute(spans: Sequence[Span]) -> None:
             makers[event.sequence] = span.module
 
 
-def _recomputed(span: Span, callers: dict[str, str | None]) -> str | None:
+def _recomputed(span: Placed, callers: dict[str, str | None]) -> str | None:
     """The module that is computed again around an operator which lies in none: it calls those that
     the same node computes again."""
     around = span.parent
@@ -202,7 +202,7 @@ def _recomputed(span: Span, callers: dict[str, str | None]) -> str | None:
     return next((callers.get(one, span.module) for one in called), span.module)
 
 
-def _modules_within(span: Span) -> Iterator[str]:
+def _modules_within(span: Placed) -> Iterator[str]:
     for one in span.inner:
         if one.event.name.startswith(MODULE):
             yield one.event.name.removeprefix(MODULE)
@@ -217,22 +217,19 @@ def slices_of(events: Sequence[Event]) -> list[Slice]:
     return list(_of_kernels(kernels, spans) if kernels else _of_operators(spans))
 
 
-def _of_operators(spans: Sequence[Span]) -> Iterator[Slice]:
+def _of_operators(spans: Sequence[Placed]) -> Iterator[Slice]:
     for span in spans:
         name = None if span.group == "gaps" else span.event.name
         yield Slice(name, span.module, span.stage, span.group, span.own_ns)
 
 
-def _of_kernels(kernels: Sequence[Event], spans: Sequence[Span]) -> Iterator[Slice]:
+def _of_kernels(kernels: Sequence[Event], spans: Sequence[Placed]) -> Iterator[Slice]:
     """Kernels one after the other, each with the idle time before it; where two overlap, the first
     has the time that they share."""
-    launches = {one.event.correlation: one for one in spans if one.event.is_launch}
-    operators = {one.event.correlation: one for one in spans if not one.event.is_launch}
-    step = spans[0]
+    step, launcher_of = spans[0], launchers(spans)
     now = step.start
     for kernel in sorted(kernels, key=lambda one: one.start):
-        launch = launches.get(kernel.correlation)
-        span = operators.get(kernel.cause) or (launch and launch.parent) or step
+        span = launcher_of(kernel)
         if kernel.end > now and kernel.start < step.end:
             begin = max(now, kernel.start)
             if begin > now:
@@ -241,3 +238,16 @@ def _of_kernels(kernels: Sequence[Event], spans: Sequence[Span]) -> Iterator[Sli
             now = min(kernel.end, step.end)
             yield Slice(kernel.name, span.module, span.stage, group, now - begin)
     yield Slice(None, None, "update", "gaps", step.end - now)
+
+
+def launchers(spans: Sequence[Placed]) -> Callable[[Event], Placed]:
+    """Says of a kernel what launched it; the step of one of which that is not known."""
+    launches = {one.event.correlation: one for one in spans if one.event.is_launch}
+    operators = {one.event.correlation: one for one in spans if not one.event.is_launch}
+
+    def launcher(kernel: Event) -> Placed:
+        launch = launches.get(kernel.correlation)
+        operator = operators.get(kernel.cause) if kernel.cause else None
+        return operator or (launch and launch.parent) or spans[0]
+
+    return launcher

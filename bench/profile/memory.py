@@ -10,14 +10,14 @@ from torch import Tensor
 
 from resblock_bench.bench.measure.workload import Workload
 
-from .events import Span, Stage
+from .events import Placed, Stage
 from .profiles import Category, MemoryUse
 from .work import WorkWatch
 
 _POINTS = 400
 
 
-def memory_use(watch: WorkWatch, workload: Workload, places: Sequence[Span]) -> MemoryUse:
+def memory_use(watch: WorkWatch, workload: Workload, places: Sequence[Placed]) -> MemoryUse:
     """Of a step that was watched and is over, its gradients still there.
 
     places   where each operator belongs
@@ -30,7 +30,9 @@ def memory_use(watch: WorkWatch, workload: Workload, places: Sequence[Span]) -> 
     live = np.stack([_live(sizes, deaths, categories == n) for n in range(len(names))])
     total = live.sum(0)
     peak = int(total.argmax())
-    kept = [int(part[total[part].argmax()]) for part in _stretches(count)]
+    first = sum(operator < 0 for operator, _ in watch.births) - 1
+    stretches = np.array_split(np.arange(first, count), min(_POINTS, count - first))
+    kept = [int(part[total[part].argmax()]) for part in stretches]
     held: Counter[str] = Counter()
     for born in range(peak + 1):
         if deaths[born] > peak and names[categories[born]] in ("activations", "temporaries"):
@@ -49,10 +51,6 @@ def memory_use(watch: WorkWatch, workload: Workload, places: Sequence[Span]) -> 
     )
 
 
-def _stretches(count: int) -> Iterable["np.ndarray[tuple[int], np.dtype[np.int64]]"]:
-    return np.array_split(np.arange(count), min(_POINTS, count))
-
-
 def _live(
     sizes: "np.ndarray[tuple[int], np.dtype[np.int64]]",
     deaths: "np.ndarray[tuple[int], np.dtype[np.int64]]",
@@ -66,7 +64,7 @@ def _live(
 
 
 def _categories(
-    watch: WorkWatch, workload: Workload, places: Sequence[Span]
+    watch: WorkWatch, workload: Workload, places: Sequence[Placed]
 ) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     """Of each storage the position of its category."""
     names = get_args(Category)
@@ -100,7 +98,7 @@ def _numbers(watch: WorkWatch, tensors: Iterable[Tensor]) -> set[int]:
     return {watch.see(tensor) for tensor in tensors}
 
 
-def _stages(places: Sequence[Span]) -> list[tuple[int, Stage]]:
+def _stages(places: Sequence[Placed]) -> list[tuple[int, Stage]]:
     """Where each pass begins; what is computed again is a part of the backward."""
     found: list[tuple[int, Stage]] = []
     for position, span in enumerate(places):

@@ -14,7 +14,7 @@ import msgspec
 
 from resblock_bench.bench import files
 
-from .events import MODULE, STEP, Event, spans_of
+from .events import MODULE, STEP, Event, launchers, spans_of
 
 MOST_BYTES = 10 * 10**6
 """Of the file, so that Perfetto opens it at once."""
@@ -62,10 +62,10 @@ def _trace_events(events: Sequence[Event], held_bytes: int) -> Iterator[dict[str
             "cat": "step" if name == STEP else span.group,
             "args": {"module": span.module, "pass": span.stage},
         }
-    operators = {one.event.correlation: one for one in spans if not one.event.is_launch}
+    launcher_of = launchers(spans)
     for event in events:
         if event.kernel:
-            cause = operators.get(event.cause, step)
+            cause = launcher_of(event)
             yield {
                 **_slice(event.name, event.start, event.end, step.start, _KERNELS),
                 "cat": cause.within or "kernel",

@@ -3,9 +3,9 @@
     bytes         every tensor that an operator takes read once, every one that it makes or changes
                   written once; a view moves nothing, and of an expanded tensor what it stands on
     matrix_flops  of convolutions, matrix products and attention, backward, too; two a multiply-add
-    flops         these, and of all others that compute one for every element of what they write,
-                  or of the largest that they read: a lower bound. Own fused operators count what
-                  they do as the chain of operators that they replace
+    flops         these, and of all others that compute one for every element of the largest tensor
+                  that they read or write: a lower bound. Own fused operators count as the chain of
+                  operators that they replace
 
 These follow from shapes alone, so they are exact and the same each time. The step runs under a
 dispatch mode, which is slow: no time comes from it. A mark around each operator says, in the
@@ -74,9 +74,10 @@ def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     matrix = _matrix_flops(func, args, kwargs, out)
     flops = matrix
     if not matrix and written and group_of(name, None) != "copies":
-        most = max((t.numel() for t in read), default=0)
-        elements = max(most, sum(t.numel() for t in written))
-        flops = elements * _operations_an_element(func, args)
+        sizes = [tensor.numel() for tensor in (*read, *written)]
+        if group_of(name, None) == "optimizer":  # of a list, tensor by tensor
+            sizes = [sum(tensor.numel() for tensor in written)]
+        flops = max(sizes) * _operations_an_element(func, args)
     moved = sum(map(_bytes, read)) + sum(map(_bytes, written))
     return Operation(name=name, bytes=moved, flops=flops, matrix_flops=matrix)
 
