@@ -26,7 +26,7 @@ def shown(found: Profile) -> Iterator[Table | str]:
     yield f"{cell_name(found.cell)} on {found.device_name}: {step_words(found)}"
     yield attributed_words(found)
     yield _table("time by group", GROUP_HEADINGS, group_lines(found))
-    yield _table("ms by module", ("module", *_STAGES, "all"), module_lines(found))
+    yield _table("ms by module", MODULE_HEADINGS, module_lines(found))
     yield _table("ms by kernel", KERNEL_HEADINGS, _kernel_lines(found))
     if found.memory is not None:
         yield memory_words(found)
@@ -51,6 +51,7 @@ def attributed_words(found: Profile) -> str:
 GROUP_HEADINGS = (
     "group", *_STAGES, "all ms", "%", "runs", "MiB", "GFLOP", "GB/s", "GFLOP/s", "roof %",
 )  # fmt: skip
+MODULE_HEADINGS = ("module", *_STAGES, "all ms")
 KERNEL_HEADINGS = ("kernel", "group", "pass", "ms", "runs")
 
 

@@ -38,6 +38,7 @@ from resblock_bench.bench.measure.implementations import compiles
 from resblock_bench.bench.measure.kinds import KINDS
 from resblock_bench.bench.measure.workload import Workload
 from resblock_bench.bench.records import Correctness, Status
+from resblock_bench.bench.terminal import visible
 
 from . import trace
 from .events import MODULE, STEP, WORK, Event, Slice, Stage, events_of, mark, slices_of, spans_of
@@ -242,7 +243,7 @@ def _followed(model: nn.Module, marks: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def marked_modules(model: nn.Module) -> Iterator[None]:
     """Within the context every call of a module of the model is marked in what is recorded."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: visible(name) for name, module in model.named_modules()}
     running: list[contextlib.AbstractContextManager[Any]] = []
 
     def begin(module: nn.Module, inputs: object) -> None:

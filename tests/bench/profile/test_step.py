@@ -148,11 +148,11 @@ class Nameless(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_module("<b>\x1b", nn.SiLU())
+        self.add_module("<b>\x1b\ud800", nn.SiLU())
         self.hidden = [nn.Tanh()]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.hidden[0](getattr(self, "<b>\x1b")(x))
+        return self.hidden[0](getattr(self, "<b>\x1b\ud800")(x))
 
 
 def test_a_module_without_a_name_is_a_part_of_the_one_that_calls_it() -> None:
@@ -161,9 +161,9 @@ def test_a_module_without_a_name_is_a_part_of_the_one_that_calls_it() -> None:
         model(torch.ones(3))
     spans = spans_of(events_of(profiler, "cpu"))
     names = [s.event.name for s in spans if s.event.name.startswith(MODULE)]
-    assert names == [MODULE, f"{MODULE}<b>\x1b"]
+    assert names == [MODULE, f"{MODULE}<b>\ufffd"]
     modules = {span.event.name: span.module for span in spans}
-    assert (modules["aten::silu"], modules["aten::tanh"]) == ("<b>\x1b", "")
+    assert (modules["aten::silu"], modules["aten::tanh"]) == ("<b>\ufffd", "")
 
 
 def test_hooks_are_gone_afterwards() -> None:

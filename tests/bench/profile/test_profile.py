@@ -1,0 +1,160 @@
+"""The verb: what it shows, writes and refuses."""
+
+import json
+import re
+import shlex
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from rich.table import Table
+
+from resblock_bench.bench.profile import profile, step
+from resblock_bench.bench.profile.figures import save_figures
+from resblock_bench.bench.profile.profiles import Profile, read_profiles
+from resblock_bench.bench.profile.shown import compared, shown, times
+
+ROOT = Path(__file__).parents[3]
+HOSTILE = "</svg><script>alert(1)</script>\x1b[31m $x^$"
+TINY = ("-a", "channels=32", "-a", "resolution=4", "-a", "batch=2", "--threads", "1")
+
+
+def texts(parts: object) -> list[str | list[list[str]]]:
+    """Lines as they are, tables as rows of texts."""
+    found: list[str | list[list[str]]] = []
+    for part in parts:  # type: ignore[attr-defined]
+        if isinstance(part, Table):
+            columns = [[str(cell) for cell in column.cells] for column in part.columns]
+            found.append([list(row) for row in zip(*columns, strict=True)])
+        else:
+            found.append(part)
+    return found
+
+
+def test_a_profile_is_shown_by_group_module_and_kernel(profiled: Callable[..., Profile]) -> None:
+    found = profiled(workload="model")
+    title, attributed, groups, modules, kernels, memory = texts(shown(found))
+    assert "so recording it costs" in title
+    assert re.fullmatch(
+        r"attributed to modules and operators: [\d.]+ % of the forward, [\d.]+ % of the backward, "
+        r"[\d.]+ % of the update",
+        str(attributed),
+    )
+    assert {"convolution", "norm-act", "gaps", "optimizer", "all"} <= {row[0] for row in groups}
+    assert [row[0] for row in modules][-1] == "all"
+    assert modules[-1][-1] == groups[-1][5]
+    assert {row[2] for row in kernels} & {"backward"}
+    assert "activations" in str(memory)
+
+
+def test_two_profiles_differ_by_the_sum_of_what_their_groups_differ_by(
+    profiled: Callable[..., Profile],
+) -> None:
+    one, other = profiled(), profiled(impl="fused")
+    before, after = times(one), times(other)
+    change = sum(after[group] - before[group] for group in {*before, *after})
+    assert change == other.step_ns - one.step_ns
+    tables = [part for part in texts(compared(one, other)) if isinstance(part, list)]
+    assert len(tables) == 3
+    for rows in tables:
+        assert rows[-1][0] == "all"
+        for column in (1, 2, 3):
+            *numbers, total = (float(row[column].replace(",", "")) for row in rows)
+            assert sum(numbers) == pytest.approx(total, abs=0.005 * (len(numbers) + 1))
+    assert float(tables[2][-1][1]) == pytest.approx(one.memory.peak_bytes / 2**20, abs=0.01)  # type: ignore[union-attr]
+
+
+def test_figures_are_offline_and_names_are_text(
+    profiled: Callable[..., Profile], tmp_path: Path
+) -> None:
+    found = profiled()
+    memory = replace(found.memory, peak_module=HOSTILE, held={HOSTILE: 3, "": 2})  # type: ignore[type-var]
+    found = replace(found, cell=replace(found.cell, impl=HOSTILE), memory=memory)
+    for path in save_figures(found, tmp_path):
+        text = path.read_text()
+        tree = ElementTree.fromstring(text)
+        assert not [tag for tag in tree.iter() if tag.tag.endswith(("script", "image"))]
+        links = [value for tag in tree.iter() for name, value in tag.items() if "href" in name]
+        assert all(link.startswith("#") for link in links)
+        assert "\x1b" not in text
+        assert "@import" not in text
+    words = "".join(ElementTree.parse(tmp_path / "memory.svg").getroot().itertext())
+    assert "activations" in words and "peak" in words
+    assert "<script>" in words.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--snapshot"], 2, "--snapshot is of CUDA's allocator"),
+        (["--output", "/proc/absent"], 2, "/proc/absent cannot be written"),
+        (["--json", "absent/x.json"], 2, "absent/x.json cannot be written"),
+        (["--timeout", "soon"], 2, "'soon' is not a duration"),
+        (["0123456789abcdef"], 2, "has the id 0123456789abcdef"),
+        (["impl=unimportable"], 2, "cannot be run: its package cannot be used"),
+        (["--output", ""], 2, "an empty path"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused_before_anything_is_run(
+    run_cli: Callable, tmp_path: Path, options: list[str], code: int, message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profile, "survey", lambda *_: pytest.fail("began"))
+    words = [] if options[0].startswith(("impl", "0")) else ["impl=fused"]
+    done = run_cli("profile", *TINY, "--device", "cpu", *words, *options)
+    assert done.code == code
+    assert message in done.err
+
+
+@pytest.mark.slow
+def test_the_verb_checks_profiles_and_writes(
+    run_cli: Callable, tmp_path: Path, one_survey: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "survey", one_survey)
+    both = ("impl=reference", "impl=fused")
+    done = run_cli(
+        "profile", *TINY, "--device", "cpu", *both, "--output", tmp_path, "--json", tmp_path / "j"
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "ms by group" in done.out
+    found = read_profiles(tmp_path)
+    assert {one.cell.impl for one in found} == {"reference", "fused"}
+    stored = json.loads((tmp_path / "j").read_text())["profiles"]
+    assert [one["cell"]["impl"] for one in stored] == ["reference", "fused"]
+    for one in found:
+        names = {path.name for path in (tmp_path / "profiles" / one.id).iterdir()}
+        assert names == {"memory.svg", "profile.json", "roofline.svg", "trace.json.gz"}
+        assert one.ceilings is not None
+        assert one.correctness.errors["out"] is not None
+        assert len(one.profiled_ns) == step.STEPS
+        assert one.step_ns == sorted(one.profiled_ns)[step.STEPS // 2]
+    done = run_cli("profile", *TINY, "--device", "cpu", "impl=wrong", "--output", tmp_path / "w")
+    assert done.code == 5
+    assert re.search(r"wrong/none: wrong: grad .*: relative error .* is above its limit", done.out)
+    assert read_profiles(tmp_path / "w") == []
+    done = run_cli("profile", *TINY, "--device", "cpu", "impl=exiting", "--output", tmp_path / "w")
+    assert done.code == 3
+    assert "crashed: its process ended with code 7, in its phase 'check': leaving" in done.out
+
+
+def test_the_commands_of_the_documentation_are_understood(
+    run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to what is run: that takes minutes."""
+    seen: list[profile.ProfileRequest] = []
+    monkeypatch.setattr(profile, "carry_out", lambda request, _: seen.append(request) or 0)
+    monkeypatch.chdir(ROOT)
+    texts_ = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/profile.md")
+    ]
+    commands = re.findall(
+        r"(?:^(?:\.venv/bin/)?resblock-bench |`)(profile [^`\n]+)", "\n".join(texts_), re.M
+    )
+    assert len(commands) >= 4
+    for command in commands:
+        if "ID" not in command:
+            assert run_cli(*shlex.split(command, comments=True)).code == 0, command
+    assert {len(request.cells) for request in seen} == {1, 2}
