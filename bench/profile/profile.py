@@ -31,7 +31,7 @@ from resblock_bench.bench.records import Cell, Status, cell_name
 from resblock_bench.bench.terminal import say
 
 from .figures import save_figures
-from .profiles import PROFILE, PROFILES, PROTON, TRACE, Profile
+from .profiles import MEMORY, PROFILE, PROFILES, PROTON, ROOFLINE, TRACE, Profile
 from .shown import compared, shown
 from .step import ProfileJob, ProfileReply, profile_cell, proton_cell
 from .trace import ADVICE
@@ -136,6 +136,12 @@ class _Lab:
     def profile(self, cell: Cell) -> ProfileReply:
         """Check and profile a cell, each in a process of its own, and write all but the table."""
         task = self._task(cell)
+        folder = self._request.output / PROFILES / id_of(task)
+        with files.explained(folder, ADVICE):
+            files.make_folder(folder)
+        for name in (TRACE, PROFILE, MEMORY, ROOFLINE):
+            with files.explained(folder / name, ADVICE):
+                files.check_writable(folder / name)
         truths = truths_folder(self._scratch, cell, task.seed)
         if not (truths / FIRST).exists():
             argument = msgspec.json.encode(CellJob(task=task, truths=str(truths)))
@@ -143,9 +149,6 @@ class _Lab:
             problem = jobs.truth_problem(ending, self._request.limit_s)
             if problem is not None:
                 return ProfileReply(status=problem[0], reason=problem[1])
-        folder = self._request.output / PROFILES / id_of(task)
-        with files.explained(folder, ADVICE):
-            files.make_folder(folder)
         job = ProfileJob(
             task=task,
             truth=str(truths / FIRST),

@@ -142,7 +142,7 @@ def compared(one: Profile, other: Profile) -> Iterator[Table | str]:
         yield _table("MiB moved by group", headings, _differences(moved[0], moved[1], _mib))
     if one.memory is not None and other.memory is not None:
         peaks = _differences(one.memory.peak, other.memory.peak, _mib)
-        yield _table("MiB at the peak by what they are for", headings, peaks)
+        yield _table("MiB at the peak", headings, peaks)
     yield from (
         f"{name}: {note}" for name, found in (("A", one), ("B", other)) for note in found.notes
     )

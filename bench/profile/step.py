@@ -33,9 +33,11 @@ from resblock_bench.bench.measure.cell import (
     reason_of,
     status_of,
 )
+from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.devices import Device, open_device
 from resblock_bench.bench.measure.implementations import compiles
 from resblock_bench.bench.measure.kinds import KINDS
+from resblock_bench.bench.measure.telemetry import open_probe
 from resblock_bench.bench.measure.workload import Workload
 from resblock_bench.bench.records import Correctness, Status
 from resblock_bench.bench.terminal import visible
@@ -113,7 +115,8 @@ def _profiled(job: ProfileJob, channel: Channel) -> ProfileReply:
     folder = Path(job.folder)
     if job.snapshot:
         notes += _snapshot(workload, device, folder / SNAPSHOT)
-    recorded = recorded_step(workload, device)
+    recorded, disturbances = _watched(workload, device)
+    notes += disturbances
     counted = None
     if compiles(job.task.cell.impl):
         notes.append("torch.compile steps aside for whoever counts operators: bytes are unknown")
@@ -124,6 +127,19 @@ def _profiled(job: ProfileJob, channel: Channel) -> ProfileReply:
     left_out = trace.write(folder / TRACE, recorded.events, sum(held.values()))
     found = profile_of(job.task, checked.verdict.correctness, recorded, counted, left_out, notes)
     return ProfileReply(status="ok", profile=found)
+
+
+def _watched(workload: Workload, device: Device) -> tuple["Recorded", list[str]]:
+    """What was recorded, and why its times should not be trusted."""
+    probe = open_probe(device.kind, device.uuid)
+    try:
+        before = probe.read()
+        recorded = recorded_step(workload, device)
+        threads = torch.get_num_threads()
+        gone = conditions(before, probe.read(), source=probe.source, images=0, threads=threads)
+    finally:
+        probe.close()
+    return recorded, [f"disturbed: {one}" for one in gone.disturbances]
 
 
 def profile_of(

@@ -131,6 +131,13 @@ def test_the_verb_checks_profiles_and_writes(
         assert one.correctness.errors["out"] is not None
         assert len(one.profiled_ns) == step.STEPS
         assert one.step_ns == sorted(one.profiled_ns)[step.STEPS // 2]
+    trace = tmp_path / "profiles" / found[0].id / "trace.json.gz"
+    trace.unlink()
+    trace.mkdir()
+    again = f"impl={found[0].cell.impl}"
+    done = run_cli("profile", *TINY, "--device", "cpu", again, "--output", tmp_path)
+    assert done.code == 2
+    assert f"{trace} cannot be written (Is a directory): name another folder" in done.err
     done = run_cli("profile", *TINY, "--device", "cpu", "impl=wrong", "--output", tmp_path / "w")
     assert done.code == 5
     assert re.search(r"wrong/none: wrong: grad .*: relative error .* is above its limit", done.out)
