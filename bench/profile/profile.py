@@ -17,7 +17,7 @@ from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.machine.channel import Function
 from resblock_bench.bench.machine.gpu_lock import only_user
 from resblock_bench.bench.machine.proc import available_bytes, last_cpus, usable_cpus
-from resblock_bench.bench.machine.process import Ending, Processes
+from resblock_bench.bench.machine.process import Ending, Process, Processes
 from resblock_bench.bench.machine.scratch import scratch_folder
 from resblock_bench.bench.machine.visible_gpus import chosen_gpus
 from resblock_bench.bench.measure import jobs
@@ -64,18 +64,23 @@ class ProfilesFile(Struct):
     profiles: list[Profile]
 
 
+class _Unprofiled(Exception):
+    """A cell that has no profile: the status of a row, and why."""
+
+    def __init__(self, cell: Cell, status: Status, reason: str | None) -> None:
+        super().__init__(f"{cell_name(cell)}: {status}: {reason}")
+        self.code = exitcodes.WRONG if status == "wrong" else exitcodes.INCOMPLETE
+
+
 def carry_out(request: ProfileRequest, console: Console) -> int:
-    """Profile the cells, one after the other; returns the exit code."""
+    """Profile the cells, show and write what was found; returns the exit code."""
     _refuse(request)
-    found: list[Profile] = []
-    with ExitStack() as stack:
-        lab = _Lab(request, stack)
-        for cell in request.cells:
-            reply = lab.profile(cell)
-            if reply.profile is None:
-                say(console, f"{cell_name(cell)}: {reply.status}: {reply.reason}")
-                return _code_of(reply.status)
-            found.append(reply.profile)
+    try:
+        with ExitStack() as stack:
+            found = _Lab(request, stack).profiles()
+    except _Unprofiled as error:
+        say(console, str(error))
+        return error.code
     for part in compared(*found) if len(found) == 2 else shown(found[0]):
         if isinstance(part, str):
             say(console, part)
@@ -85,9 +90,6 @@ def carry_out(request: ProfileRequest, console: Console) -> int:
         folder = request.output / PROFILES / one.id
         listed = ", ".join(sorted(path.name for path in folder.iterdir()))
         say(console, f"{folder}: {listed}")
-    if any(one.left_out for one in found):
-        counts = " and ".join(f"{one.left_out:,}" for one in found)
-        say(console, f"{TRACE} has no room for {counts} of the shortest events")
     if request.json is not None:
         files.write(request.json, files.as_json(ProfilesFile(found)), ADVICE, named=True)
     return exitcodes.OK
@@ -108,15 +110,11 @@ def _refuse(request: ProfileRequest) -> None:
         with files.explained(request.json, "name another file with --json"):
             files.check_writable(request.json, named=True)
     with files.explained(request.output, ADVICE):
-        files.check_writable(request.output / PROFILES / "x", parents=True)
-
-
-def _code_of(status: Status) -> int:
-    return exitcodes.WRONG if status == "wrong" else exitcodes.INCOMPLETE
+        files.check_writable(request.output / PROFILES / PROFILE, parents=True)
 
 
 class _Lab:
-    """The machine, looked at once, and the truths of sites, computed once for their variants."""
+    """The machine, looked at once, and processes on it."""
 
     def __init__(self, request: ProfileRequest, stack: ExitStack) -> None:
         self._request = request
@@ -127,69 +125,101 @@ class _Lab:
             self._variables["CUDA_VISIBLE_DEVICES"] = gpu
         self._processes = Processes()
         stack.callback(self._processes.close)
-        self._threads = request.threads or usable_cpus()
-        self._environment = survey(
-            self._processes, SurveyJob(request.device, self._threads), self._variables
+        threads = request.threads or usable_cpus()
+        self._cpus = last_cpus(threads) if request.device == "cpu" else []
+        environment = survey(self._processes, SurveyJob(request.device, threads), self._variables)
+        plan = Plan(
+            device=request.device,
+            rule=DEFAULT_RULE,
+            seed=request.seed,
+            threads=threads,
+            memory_limit_bytes=None,
+            cells=[PlannedCell(cell, 1) for cell in request.cells],
         )
+        self._tasks = plan.tasks(environment)
         self._scratch = stack.enter_context(scratch_folder())
 
-    def profile(self, cell: Cell) -> ProfileReply:
-        """Check and profile a cell, each in a process of its own, and write all but the table."""
-        task = self._task(cell)
-        folder = self._request.output / PROFILES / id_of(task)
+    def profiles(self) -> list[Profile]:
+        """Check and profile the cells, each in a process of its own, which take turns, step by
+        step, so that what the machine does meanwhile falls on both; write all but what is shown.
+
+        Raises _Unprofiled for the first that cannot be.
+        """
+        for task in self._tasks:
+            self._check_folder(task)
+        truths = [self._truth(task) for task in self._tasks]
+        jobs_, running = [], []
+        for task, truth in zip(self._tasks, truths, strict=True):
+            if task.device == "cpu":
+                task = replace(task, memory_limit_bytes=available_bytes())
+            job = ProfileJob(
+                task=task,
+                truth=str(truth),
+                folder=str(self._folder(task).resolve()),
+                cpus=self._cpus,
+                alone=len(self._tasks) == 1,
+                snapshot=self._request.snapshot,
+            )
+            jobs_.append(job)
+            running.append(self._start(profile_cell, job))
+            if running[-1].receive(self._request.limit_s) is None:
+                self._profile(job, running[-1].finish(0))
+        self._take_turns(running)
+        endings = [process.finish(self._request.limit_s) for process in running]
+        return [self._profile(job, ending) for job, ending in zip(jobs_, endings, strict=True)]
+
+    def _take_turns(self, processes: Sequence[Process]) -> None:
+        """Let one after the other go on to its next step, until all have said all they have to."""
+        waiting = list(processes)
+        while waiting:
+            for process in list(waiting):
+                process.send(b"")
+                if process.receive(self._request.limit_s) is None:
+                    waiting.remove(process)
+
+    def _profile(self, job: ProfileJob, ending: Ending) -> Profile:
+        """What a process has found, written."""
+        reply = self._reply(ending)
+        found, folder = reply.profile, Path(job.folder)
+        if found is None:
+            raise _Unprofiled(job.task.cell, reply.status, reply.reason)
+        if job.task.device == "cuda":
+            proton = self._reply(self._start(proton_cell, job).finish(self._request.limit_s))
+            if proton.status != "ok":
+                found.notes.append(f"Triton's {PROTON} did not work: {proton.reason}")
+        save_figures(found, folder)
+        files.write(folder / PROFILE, files.as_json(found), ADVICE)
+        return found
+
+    def _folder(self, task: Task) -> Path:
+        return self._request.output / PROFILES / id_of(task)
+
+    def _check_folder(self, task: Task) -> None:
+        folder = self._folder(task)
         with files.explained(folder, ADVICE):
             files.make_folder(folder)
-        for name in (TRACE, PROFILE, MEMORY, ROOFLINE):
-            with files.explained(folder / name, ADVICE):
-                files.check_writable(folder / name)
-        truths = truths_folder(self._scratch, cell, task.seed)
-        if not (truths / FIRST).exists():
-            argument = msgspec.json.encode(CellJob(task=task, truths=str(truths)))
-            ending = self._run(jobs.compute_site_truths, argument)
+        for path in (folder / name for name in (TRACE, PROFILE, MEMORY, ROOFLINE)):
+            with files.explained(path, ADVICE):
+                files.check_writable(path)
+
+    def _truth(self, task: Task) -> Path:
+        """The file of a site's truth, computed once for all its variants."""
+        folder = truths_folder(self._scratch, task.cell, task.seed)
+        if not (folder / FIRST).exists():
+            job = CellJob(task=task, truths=str(folder))
+            ending = self._start(jobs.compute_site_truths, job).finish(self._request.limit_s)
             problem = jobs.truth_problem(ending, self._request.limit_s)
             if problem is not None:
-                return ProfileReply(status=problem[0], reason=problem[1])
-        job = ProfileJob(
-            task=task,
-            truth=str(truths / FIRST),
-            folder=str(folder.resolve()),
-            cpus=last_cpus(self._threads) if task.device == "cpu" else [],
-            snapshot=self._request.snapshot,
+                raise _Unprofiled(task.cell, *problem)
+        return folder / FIRST
+
+    def _start(self, function: Function, job: Struct) -> Process:
+        return self._processes.start(
+            function, msgspec.json.encode(job), environment=self._variables
         )
-        reply = self._reply(profile_cell, job)
-        if reply.profile is not None:
-            if task.device == "cuda":
-                reply.profile.notes.extend(self._proton(job))
-            save_figures(reply.profile, folder)
-            files.write(folder / PROFILE, files.as_json(reply.profile), ADVICE)
-        return reply
 
-    def _proton(self, job: ProfileJob) -> list[str]:
-        """Triton's own profile beside it; a sentence where there is none."""
-        reply = self._reply(proton_cell, job)
-        return [] if reply.status == "ok" else [f"Triton's {PROTON} did not work: {reply.reason}"]
-
-    def _task(self, cell: Cell) -> Task:
-        plan = Plan(
-            device=self._request.device,
-            rule=DEFAULT_RULE,
-            seed=self._request.seed,
-            threads=self._threads,
-            memory_limit_bytes=None,
-            cells=[PlannedCell(cell, 1)],
-        )
-        (task,) = plan.tasks(self._environment)
-        limit = available_bytes() if task.device == "cpu" else None
-        return replace(task, memory_limit_bytes=limit)
-
-    def _reply(self, function: Function, job: ProfileJob) -> ProfileReply:
-        ending = self._run(function, msgspec.json.encode(job))
+    def _reply(self, ending: Ending) -> ProfileReply:
         if ending.reply is None:
             status, reason = ending.problem(self._request.limit_s)
             return ProfileReply(status=status, reason=reason)
         return msgspec.json.decode(ending.reply, type=ProfileReply)
-
-    def _run(self, function: Function, argument: bytes) -> Ending:
-        return self._processes.run(
-            function, argument, limit_s=self._request.limit_s, environment=self._variables
-        )

@@ -72,6 +72,7 @@ class ProfileJob(msgspec.Struct, kw_only=True):
 
     truth      the file of its site's truth
     cpus       that the process computes on; none are those it has
+    alone      whether nobody takes turns with it
     snapshot   also for PyTorch's memory viewer
     """
 
@@ -79,6 +80,7 @@ class ProfileJob(msgspec.Struct, kw_only=True):
     truth: str
     folder: str
     cpus: list[int]
+    alone: bool
     snapshot: bool = False
 
 
@@ -115,8 +117,8 @@ def _profiled(job: ProfileJob, channel: Channel) -> ProfileReply:
     folder = Path(job.folder)
     if job.snapshot:
         notes += _snapshot(workload, device, folder / SNAPSHOT)
-    recorded, disturbances = _watched(workload, device)
-    notes += disturbances
+    recorded, disturbances = _watched(workload, device, channel)
+    notes += disturbances if job.alone else ()  # others that take turns are no disturbance
     counted = None
     if compiles(job.task.cell.impl):
         notes.append("torch.compile steps aside for whoever counts operators: bytes are unknown")
@@ -129,12 +131,17 @@ def _profiled(job: ProfileJob, channel: Channel) -> ProfileReply:
     return ProfileReply(status="ok", profile=found)
 
 
-def _watched(workload: Workload, device: Device) -> tuple["Recorded", list[str]]:
+def _watched(workload: Workload, device: Device, channel: Channel) -> tuple["Recorded", list[str]]:
     """What was recorded, and why its times should not be trusted."""
+
+    def turn() -> None:
+        channel.send(b"ready")
+        channel.receive()
+
     probe = open_probe(device.kind, device.uuid)
     try:
         before = probe.read()
-        recorded = recorded_step(workload, device)
+        recorded = recorded_step(workload, device, turn)
         threads = torch.get_num_threads()
         gone = conditions(before, probe.read(), source=probe.source, images=0, threads=threads)
     finally:
@@ -198,22 +205,26 @@ class Recorded:
     plain_ns: list[int]
 
 
-def recorded_step(workload: Workload, device: Device) -> Recorded:
-    """Time the step without a profiler, and then with one."""
+def recorded_step(workload: Workload, device: Device, turn: Callable[[], object]) -> Recorded:
+    """Time the step without a profiler, and then with one; `turn` waits until others have had
+    theirs."""
     for _ in range(_WARM_UP):
         _run(workload, device)
-    plain = list(_several(lambda: _run(workload, device)))
-    steps = sorted(_several(lambda: _events(workload, device)), key=_step_ns)
+    plain = list(_several(lambda: _run(workload, device), turn))
+    steps = sorted(_several(lambda: _events(workload, device), turn), key=_step_ns)
     all_ns = list(map(_step_ns, steps))
     return Recorded(steps[(len(steps) - 1) // 2], all_ns, plain)
 
 
-def _several(action: Callable[[], T]) -> Iterator[T]:
-    until = time.monotonic() + STEPS_S
-    for count in range(STEPS):
-        if count and time.monotonic() > until:
-            return
+def _several(action: Callable[[], T], turn: Callable[[], object]) -> Iterator[T]:
+    taken_s = 0.0
+    for _ in range(STEPS):
+        turn()
+        began = time.monotonic()
         yield action()
+        taken_s += time.monotonic() - began
+        if taken_s > STEPS_S:
+            return
 
 
 def _run(workload: Workload, device: Device) -> int:

@@ -194,7 +194,7 @@ def profiled(
             task = msgspec.structs.replace(task, cell=cell, environment=environment_)
             device = open_device("cpu", 1)
             workload = KINDS[cell.workload].drawn(cell, device.torch_device, 0)
-            recorded = step.recorded_step(workload, device)
+            recorded = step.recorded_step(workload, device, lambda: None)
             counted = step.counted_step(workload, device)
             known_profiles[cell] = step.profile_of(task, CHECKED, recorded, counted, 0, [])
         return known_profiles[cell]
