@@ -150,7 +150,7 @@ def test_the_verb_checks_profiles_and_writes(
 def test_the_commands_of_the_documentation_are_understood(
     run_cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to what is run: that takes minutes."""
+    """Up to what they run: that takes minutes, and tiny cells stand for it above."""
     seen: list[profile.ProfileRequest] = []
     monkeypatch.setattr(profile, "carry_out", lambda request, _: seen.append(request) or 0)
     monkeypatch.chdir(ROOT)
