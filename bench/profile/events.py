@@ -46,6 +46,7 @@ class Event:
     sequence: int = -1
     thread: int = 0
     kernel: bool = False
+    stream: int = 0
     correlation: int = 0
     cause: int = 0
     bytes: int = 0
@@ -73,6 +74,7 @@ def events_of(profiler: torch.profiler.profile, device: str) -> list[Event]:
                 sequence=event.sequence_nr(),
                 thread=event.start_thread_id(),
                 kernel=kernel and not memory,
+                stream=event.device_resource_id() if kernel else 0,
                 correlation=event.correlation_id(),
                 cause=event.linked_correlation_id(),
                 bytes=event.nbytes() if memory else 0,

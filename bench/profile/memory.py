@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from resblock_bench.bench.measure.workload import Workload
@@ -52,10 +53,10 @@ def memory_use(watch: WorkWatch, workload: Workload, places: Sequence[Placed]) -
 
 
 def _live(
-    sizes: "np.ndarray[tuple[int], np.dtype[np.int64]]",
-    deaths: "np.ndarray[tuple[int], np.dtype[np.int64]]",
-    chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]",
-) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    sizes: NDArray[np.int64],
+    deaths: NDArray[np.int64],
+    chosen: NDArray[np.bool_],
+) -> NDArray[np.int64]:
     """The bytes of the chosen storages after the birth of each storage."""
     change = np.zeros(len(sizes) + 2, np.int64)
     change[: len(sizes)] = sizes * chosen
@@ -65,7 +66,7 @@ def _live(
 
 def _categories(
     watch: WorkWatch, workload: Workload, places: Sequence[Placed]
-) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+) -> NDArray[np.int64]:
     """Of each storage the position of its category."""
     names = get_args(Category)
     parameters = _numbers(watch, [*workload.block.parameters(), *workload.block.buffers()])

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta
+from msgspec.structs import asdict, replace
 
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import InvalidError
@@ -24,6 +25,7 @@ Category = Literal["parameters", "optimizer", "inputs", "gradients", "activation
 `temporaries` what the pass lets go of that has made it."""
 Amount = Literal["ns", "launches", "bytes", "flops", "matrix_flops"]
 K = TypeVar("K")
+R = TypeVar("R", bound=Record)
 
 
 class Operation(Record, frozen=True, kw_only=True):
@@ -176,14 +178,14 @@ def read_profile(path: Path) -> Profile:
         raise InvalidError(f"{path} cannot be read ({error.strerror}): remove it") from None
 
 
-def summed(parts: Iterable[ProfilePart]) -> list[ProfilePart]:
-    """One part for each module, pass and group, in the order in which they come first."""
-    found: dict[tuple[str | None, Stage, Group], Counter[str]] = {}
-    for part in parts:
-        amounts = found.setdefault((part.module, part.stage, part.group), Counter())
-        for name in get_args(Amount):
-            amounts[name] += getattr(part, name)
-    return [
-        ProfilePart(module=module, stage=stage, group=group, **amounts)
-        for (module, stage, group), amounts in found.items()
-    ]
+def summed(items: Iterable[R]) -> list[R]:
+    """One for all that differ in amounts only, which are added up, in the order of the first."""
+    found: dict[tuple[object, ...], R] = {}
+    for item in items:
+        fields = asdict(item)
+        key = tuple(value for value in fields.values() if not isinstance(value, int))
+        if (before := found.get(key)) is not None:
+            amounts = {name: one for name, one in fields.items() if isinstance(one, int)}
+            item = replace(item, **{n: one + getattr(before, n) for n, one in amounts.items()})
+        found[key] = item
+    return list(found.values())

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import torch
+from msgspec.structs import asdict
 from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -43,8 +43,8 @@ from resblock_bench.bench.records import Correctness, Status
 from resblock_bench.bench.terminal import visible
 
 from . import trace
-from .events import MODULE, STEP, WORK, Event, Slice, Stage, events_of, mark, slices_of, spans_of
-from .groups import Group, group_of
+from .events import MODULE, STEP, WORK, Event, events_of, mark, slices_of, spans_of
+from .groups import group_of
 from .memory import memory_use
 from .profiles import (
     PROFILE_VERSION,
@@ -158,18 +158,13 @@ def profile_of(
     notes: list[str],
 ) -> Profile:
     """What was found, put together."""
-    slices = slices_of(recorded.events)
-    parts = [
-        ProfilePart(
-            module=one.module,
-            stage=one.stage,
-            group=one.group,
-            ns=one.ns,
-            launches=one.name is not None,
-        )
-        for one in slices
-    ]
-    environment = task.environment
+    slices, environment = slices_of(recorded.events), task.environment
+    parts, kernels = list(counted.parts if counted else ()), []
+    for one in slices:
+        own: dict[str, Any] = {"stage": one.stage, "group": one.group, "ns": one.ns}
+        parts.append(ProfilePart(module=one.module, launches=int(one.name is not None), **own))
+        if one.name is not None:
+            kernels.append(KernelTime(name=one.name, launches=1, **own))
     return Profile(
         profile_version=PROFILE_VERSION,
         id=id_of(task),
@@ -187,8 +182,8 @@ def profile_of(
         step_ns=sum(one.ns for one in slices),
         profiled_ns=recorded.all_ns,
         plain_ns=recorded.plain_ns,
-        parts=summed([*parts, *(counted.parts if counted else ())]),
-        kernels=_kernels(slices),
+        parts=summed(parts),
+        kernels=sorted(summed(kernels), key=lambda one: -one.ns),
         operators=counted.operators if counted else [],
         memory=counted.memory if counted else None,
         left_out=left_out,
@@ -298,21 +293,6 @@ def _step_ns(events: list[Event]) -> int:
     return next(one.end - one.start for one in events if one.name == STEP)
 
 
-def _kernels(slices: list[Slice]) -> list[KernelTime]:
-    ns: Counter[tuple[str, Stage, Group]] = Counter()
-    launches: Counter[tuple[str, Stage, Group]] = Counter()
-    for one in slices:
-        if one.name is not None:
-            ns[one.name, one.stage, one.group] += one.ns
-            launches[one.name, one.stage, one.group] += 1
-    return [
-        KernelTime(
-            name=name, stage=stage, group=group, ns=taken, launches=launches[name, stage, group]
-        )
-        for (name, stage, group), taken in ns.most_common()
-    ]
-
-
 def _snapshot(workload: Workload, device: Device, path: Path) -> list[str]:
     """Write the allocator's history of a step; returns a sentence where that failed."""
     torch.cuda.memory._record_memory_history(max_entries=_SNAPSHOT_ENTRIES, stacks="python")
@@ -368,16 +348,11 @@ def counted_step(workload: Workload, device: Device) -> Work:
     places = [marks[f"{WORK}{position}"] for position in range(len(watch.operations))]
     memory = memory_use(watch, workload, places)
     workload.reset()
-    parts, found = [], Counter[tuple[str, Stage, Group]]()
-    sums: dict[tuple[str, Stage, Group], Counter[str]] = {}
+    parts, operators = [], []
     for done, span in zip(watch.operations, places, strict=True):
         group = group_of(done.name, span.within) or "elementwise"
-        amounts = {name: getattr(done, name) for name in ("bytes", "flops", "matrix_flops")}
-        parts.append(ProfilePart(module=span.module, stage=span.stage, group=group, **amounts))
-        found[done.name, span.stage, group] += 1
-        sums.setdefault((done.name, span.stage, group), Counter()).update(amounts)
-    operators = [
-        OperatorWork(name=name, stage=stage, group=group, calls=calls, **sums[name, stage, group])
-        for (name, stage, group), calls in found.most_common()
-    ]
-    return Work(parts, operators, memory)
+        own = {"stage": span.stage, "group": group, **asdict(done)}
+        operators.append(OperatorWork(calls=1, **own))
+        del own["name"]
+        parts.append(ProfilePart(module=span.module, **own))
+    return Work(parts, summed(operators), memory)

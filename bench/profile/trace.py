@@ -22,7 +22,6 @@ MOST_BYTES = 10 * 10**6
 """Of the file, so that Perfetto opens it at once."""
 _LEAST = 1000
 """Nanoseconds and bytes, that all the smaller ones go first of."""
-_OPERATORS, _KERNELS = 1, 2
 ADVICE = "name another folder with --output"
 
 
@@ -51,26 +50,27 @@ def _weighed(events: Sequence[Event], held_bytes: int) -> Iterator[tuple[float, 
     """
     spans = spans_of(events)
     step, launcher_of = spans[0], launchers(spans)
-    for track, name in ((_OPERATORS, "operators"), (_KERNELS, "kernels")):
-        named = {"ph": "M", "pid": 1, "tid": track, "name": "thread_name"}
+    streams = {one.stream: f"kernels of stream {one.stream}" for one in events if one.kernel}
+    for track, name in {-1: "operators", **streams}.items():
+        named = {"ph": "M", "pid": 1, "tid": track + 2, "name": "thread_name"}
         yield math.inf, {**named, "args": {"name": name}}
 
     def slice_(one: Event | Placed, name: str, track: int) -> dict[str, Any]:
         times = {"ts": (one.start - step.start) / 1000, "dur": (one.end - one.start) / 1000}
-        return {"name": name, "ph": "X", "pid": 1, "tid": track, **times}
+        return {"name": name, "ph": "X", "pid": 1, "tid": track + 2, **times}
 
     for span in spans:
         name = span.event.name
         if name.startswith(MODULE):
             name = name.removeprefix(MODULE) or "the whole"
         belongs = {"module": span.module, "pass": span.stage}
-        shown = {**slice_(span, name, _OPERATORS), "cat": span.group, "args": belongs}
+        shown = {**slice_(span, name, -1), "cat": span.group, "args": belongs}
         yield span.end - span.start, shown
     for event in events:
         if event.kernel:
             by = launcher_of(event)
             belongs = {"module": by.module, "pass": by.stage, "operator": by.event.name}
-            shown = {**slice_(event, event.name, _KERNELS), "args": belongs}
+            shown = {**slice_(event, event.name, event.stream), "args": belongs}
             yield event.end - event.start, {**shown, "cat": by.within or "kernel"}
         elif event.name == "[memory]" and step.start <= event.start <= step.end:
             held_bytes += event.bytes

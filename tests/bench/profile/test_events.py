@@ -166,6 +166,7 @@ def recorded(kind: object, name: str, start: int, **more: int) -> SimpleNamespac
         start_thread_id=lambda: 1,
         correlation_id=lambda: 3,
         linked_correlation_id=lambda: 0,
+        device_resource_id=lambda: 7,
         nbytes=lambda: given["bytes"],
         is_user_annotation=lambda: given["annotation"],
     )

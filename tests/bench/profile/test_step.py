@@ -1,22 +1,33 @@
 """Profiles of tiny steps: what adds up, what belongs to whom, and what is counted."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from support.orders import Given
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import open_device
 from resblock_bench.bench.measure.kinds import KINDS
 from resblock_bench.bench.measure.memory import TrackerMeter
-from resblock_bench.bench.profile import profiles
+from resblock_bench.bench.profile import profiles, step
 from resblock_bench.bench.profile.events import MODULE, STEP, events_of, mark, spans_of
 from resblock_bench.bench.profile.profiles import PROFILE, PROFILES, Profile, read_profiles
-from resblock_bench.bench.profile.step import counted_step, marked_modules
+from resblock_bench.bench.profile.step import (
+    ProfileJob,
+    ProfileReply,
+    counted_step,
+    marked_modules,
+    proton_cell,
+)
 from resblock_bench.bench.profile.work import operation
 from resblock_bench.bench.records import Cell
 
@@ -164,6 +175,55 @@ def test_a_module_without_a_name_is_a_part_of_the_one_that_calls_it() -> None:
     assert names == [MODULE, f"{MODULE}<b>\ufffd"]
     modules = {span.event.name: span.module for span in spans}
     assert (modules["aten::silu"], modules["aten::tanh"]) == ("<b>\ufffd", "")
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_snapshot_is_of_one_step_and_recording_ends(
+    make_cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: bool
+) -> None:
+    calls: list[object] = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda **how: calls.append(how))
+
+    def dump(path: str) -> None:
+        calls.append("dump")
+        if written:
+            Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(memory, "_dump_snapshot", dump)
+    device = open_device("cpu", 1)
+    workload = KINDS["block"].drawn(make_cell(), device.torch_device, 0)
+    monkeypatch.setattr(workload, "step", lambda: calls.append("step"))
+    notes = step._snapshot(workload, device, tmp_path / "snapshot.pickle")
+    assert notes == ([] if written else ["snapshot.pickle could not be written"])
+    begun, *between, ended = calls
+    assert (between, ended) == (["step", "dump"], {"enabled": None})
+    assert begun["max_entries"] > 10_000  # type: ignore[index]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_proton_runs_one_step_where_it_works(
+    make_task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    calls: list[object] = []
+
+    def start(path: str, hook: str) -> None:
+        if not works:
+            raise RuntimeError("no CUPTI")
+        calls.append((path, hook))
+
+    ended = lambda: calls.append("ended")  # noqa: E731
+    module = SimpleNamespace(start=start, finalize=ended)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(profiler=module))
+    monkeypatch.setitem(sys.modules, "triton.profiler", module)
+    job = ProfileJob(task=make_task(), truth="", folder="/folder", cpus=[], alone=True)
+    reply = msgspec.json.decode(proton_cell(msgspec.json.encode(job), Given()), type=ProfileReply)
+    if works:
+        assert reply.status == "ok"
+        assert calls == [("/folder/proton", "triton"), "ended"]
+    else:
+        assert (reply.status, calls) == ("failed", [])
+        assert "RuntimeError: no CUPTI" in str(reply.reason)
 
 
 def test_hooks_are_gone_afterwards() -> None:
