@@ -183,8 +183,7 @@ def _attribute(spans: Sequence[Placed]) -> None:
         else:
             span.within = group_of(event.name, parent.within)
             span.operator = "::" in event.name and "autograd::" not in event.name
-            outside = parent.parent is None or parent.event.name.startswith("Optimizer.")
-            if span.within == "optimizer" or (outside and last is not None and span.start >= last):
+            if parent.parent is None and last is not None and span.start >= last:
                 span.stage = "update"
             if event.sequence < 0 or parent.event.name == _NODE + event.name:
                 continue
