@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -147,21 +148,39 @@ def test_the_verb_checks_profiles_and_writes(
     assert "crashed: its process ended with code 7, in its phase 'check': leaving" in done.out
 
 
-def test_the_commands_of_the_documentation_are_understood(
-    run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+def test_the_commands_of_the_documentation_show_and_write(
+    run_cli: Callable,
+    profiled: Callable[..., Profile],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Up to what they run: that takes minutes, and tiny cells stand for it above."""
-    seen: list[profile.ProfileRequest] = []
-    monkeypatch.setattr(profile, "carry_out", lambda request, _: seen.append(request) or 0)
-    monkeypatch.chdir(ROOT)
-    texts_ = [
-        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/profile.md")
-    ]
-    commands = re.findall(
-        r"(?:^(?:\.venv/bin/)?resblock-bench |`)(profile [^`\n]+)", "\n".join(texts_), re.M
-    )
-    assert len(commands) >= 4
+    """With tiny cells in the place of those that they name, which take minutes."""
+    asked: list[int] = []
+
+    class Lab:
+        def __init__(self, request: profile.ProfileRequest, stack: object) -> None:
+            self.request = request
+
+        def profiles(self) -> list[Profile]:
+            asked.append(len(self.request.cells))
+            found = [profiled(), profiled(impl="fused")][: asked[-1]]
+            for one in found:
+                (self.request.output / "profiles" / one.id).mkdir(parents=True, exist_ok=True)
+            return found
+
+    monkeypatch.setattr(profile, "_Lab", Lab)
+    shutil.copytree(ROOT / "results" / "runs", tmp_path / "results" / "runs")
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/profile.md"))
+    commands = re.findall(r"(?:^resblock-bench |`)(profile .*?)(?:`|$)", text, re.M)
+    assert len(commands) == 8
     for command in commands:
-        if "ID" not in command:
-            assert run_cli(*shlex.split(command, comments=True)).code == 0, command
-    assert {len(request.cells) for request in seen} == {1, 2}
+        words = shlex.split(command, comments=True)
+        done = run_cli(*words)
+        assert (done.code, done.err) == (0, ""), command
+        compares = asked[-1] == 2
+        assert ("ms by group" in done.out) == compares
+        assert ("ms by kernel" in done.out) != compares
+        assert "results/profiles/" in done.out
+    assert set(asked) == {1, 2}
+    assert len(json.loads((tmp_path / "both.json").read_text())["profiles"]) == 2
