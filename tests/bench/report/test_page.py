@@ -14,12 +14,13 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.made_rows import HOT, NOTHING
+from support.orders import Given
 from support.pages import Tag, parsed
 
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.profile.profiles import PROFILE, PROFILES, Profile
 from resblock_bench.bench.records import OOM_EXPECTED, Row
-from resblock_bench.bench.report import content
+from resblock_bench.bench.report import content, derived
 from resblock_bench.bench.report.page import rendered, write_page
 from resblock_bench.bench.report.predicted import predicted
 from resblock_bench.bench.report.profiled import MOST_PROFILES
@@ -478,3 +479,15 @@ def test_a_damaged_profile_is_a_damaged_folder(run: Run) -> None:
     (folder / PROFILE).write_text("{}")
     with pytest.raises(InvalidError, match=r"profile\.json is damaged"):
         page_of(run)
+
+
+def test_what_follows_from_a_run_with_a_damaged_profile_says_so(
+    run: Run, stored: Callable[..., Path]
+) -> None:
+    folder = stored()
+    (folder / PROFILES / "0").mkdir(parents=True)
+    (folder / PROFILES / "0" / PROFILE).write_text("{}")
+    wanted = msgspec.json.encode({"folder": str(folder), "formats": [], "plots": True})
+    reply = msgspec.json.decode(derived._write_derived(wanted, Given()))
+    assert "profile.json is damaged" in reply["problem"]
+    assert [path for path in reply["paths"] if path.startswith("figure: ")]
