@@ -127,7 +127,7 @@ class Placed:
 @dataclass(frozen=True, slots=True)
 class Slice:
     """A part of a step's time, and what it belongs to. `name` is None where no operator or kernel
-    ran; `first` tells the first slice of one."""
+    ran."""
 
     name: str | None
     module: str | None
@@ -145,7 +145,7 @@ def spans_of(events: Sequence[Event]) -> list[Placed]:
         own_thread = event.thread == step.thread or event.is_launch
         if event.kernel or event.name == "[memory]" or not own_thread:
             continue
-        if event.start < step.start or event.start >= step.end or (found and event is step):
+        if not step.start <= event.start < step.end:
             continue
         while open_ and open_[-1].end <= event.start:
             open_.pop()
@@ -230,14 +230,14 @@ def _of_kernels(kernels: Sequence[Event], spans: Sequence[Placed]) -> Iterator[S
     step, launcher_of = spans[0], launchers(spans)
     now = step.start
     for kernel in sorted(kernels, key=lambda one: one.start):
-        span = launcher_of(kernel)
-        if kernel.end > now and kernel.start < step.end:
-            begin = max(now, kernel.start)
-            if begin > now:
-                yield Slice(None, span.module, span.stage, "gaps", begin - now)
-            group = span.within or group_of(kernel.name, None) or "elementwise"
-            now = min(kernel.end, step.end)
-            yield Slice(kernel.name, span.module, span.stage, group, now - begin)
+        if not step.start <= kernel.start < step.end:
+            continue
+        span, begin = launcher_of(kernel), max(now, kernel.start)
+        if begin > now:
+            yield Slice(None, span.module, span.stage, "gaps", begin - now)
+        now = min(max(now, kernel.end), step.end)
+        group = span.within or group_of(kernel.name, None) or "elementwise"
+        yield Slice(kernel.name, span.module, span.stage, group, now - begin)
     yield Slice(None, None, "update", "gaps", step.end - now)
 
 

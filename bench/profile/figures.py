@@ -82,7 +82,7 @@ def draw_roofline(found: Profile) -> Figure | None:
     points = [
         (kind, flops[kind] / moved[kind], flops[kind] / ns)
         for kind, ns in found.total(_kind).items()
-        if ns and moved[kind] and flops[kind]
+        if kind[0] in _GROUPS and ns and moved[kind] and flops[kind]
     ]
     if ceilings is None or not points:
         return None

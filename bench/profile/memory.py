@@ -70,7 +70,7 @@ def _categories(
     """Of each storage the position of its category."""
     names = get_args(Category)
     parameters = _numbers(watch, [*workload.block.parameters(), *workload.block.buffers()])
-    inputs = _numbers(watch, inputs_of(workload))
+    inputs = _numbers(watch, _inputs(workload))
     stages = [None if op < 0 else places[op].stage for op, _ in watch.births]
     backward = [n for n, stage in enumerate(stages) if stage in ("backward", "recompute")]
 
@@ -87,7 +87,7 @@ def _categories(
     return np.array([names.index(category(n)) for n in range(len(stages))], np.int64)
 
 
-def inputs_of(workload: Workload) -> list[Tensor]:
+def _inputs(workload: Workload) -> list[Tensor]:
     """What a step is given."""
     named: dict[str, Tensor] | None = getattr(workload, "inputs", None)
     if named is not None:

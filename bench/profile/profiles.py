@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 from msgspec import Meta
 from msgspec.structs import asdict, replace
@@ -18,7 +18,6 @@ from .groups import Group
 PROFILE_VERSION = 1
 PROFILES, PROFILE, TRACE = "profiles", "profile.json", "trace.json.gz"
 MEMORY, ROOFLINE, SNAPSHOT, PROTON = "memory.svg", "roofline.svg", "snapshot.pickle", "proton"
-_BYTES = 1 << 26
 
 Category = Literal["parameters", "optimizer", "inputs", "gradients", "activations", "temporaries"]
 """What a storage is for; `optimizer` are AdamW's states, masters and the moving average,
@@ -89,7 +88,8 @@ class MemoryUse(Record, frozen=True, kw_only=True):
     held: dict[str, Count]
 
     def __post_init__(self) -> None:
-        if any(len(found) != len(self.at) for found in self.bytes.values()):
+        lengths = {name: len(found) for name, found in self.bytes.items()}
+        if lengths != dict.fromkeys(get_args(Category), len(self.at)):
             raise ValueError("the bytes over the step are not whole")
         if sum(self.peak.values()) != self.peak_bytes:
             raise ValueError("the categories do not add up to the peak")
@@ -130,8 +130,8 @@ class Profile(Record, frozen=True, kw_only=True):
     correctness: Correctness
     ceilings: Ceilings | None
     step_ns: Positive
-    profiled_ns: list[Positive]
-    plain_ns: list[Positive]
+    profiled_ns: Annotated[list[Positive], Meta(min_length=1)]
+    plain_ns: Annotated[list[Positive], Meta(min_length=1)]
     parts: list[ProfilePart]
     kernels: list[KernelTime]
     operators: list[OperatorWork]
@@ -145,6 +145,8 @@ class Profile(Record, frozen=True, kw_only=True):
             raise ValueError("the parts do not add up to the step")
         if sum(kernel.ns for kernel in self.kernels) + gaps != self.step_ns:
             raise ValueError("kernels and gaps do not add up to the step")
+        if self.ceilings and self.cell.dtype not in self.ceilings.matrix_flops_per_s:
+            raise ValueError("the ceilings lack the cell's dtype")
 
     def total(self, key: Callable[[ProfilePart], K], amount: Amount = "ns") -> Counter[K]:
         """The step's time, or another amount, by whatever is asked of its parts."""

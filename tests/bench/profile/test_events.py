@@ -137,6 +137,7 @@ ON_A_GPU = within(
     Event("cudnn_gemm", 50, 350, kernel=True, correlation=71, cause=5),
     Event("forward_kernel", 340, 500, kernel=True, correlation=72),
     Event("wgrad", 600, 700, kernel=True, correlation=73, cause=7),
+    Event("hidden", 610, 650, kernel=True, correlation=98),
     Event("Memset (Device)", 700, 710, kernel=True, correlation=99),
 )
 
@@ -149,6 +150,7 @@ def test_on_a_gpu_the_step_is_its_kernels_and_what_lies_between_them() -> None:
     assert found["forward_kernel", "norm", "forward", "norm-act"] == 150  # 10 are the first's
     assert found["wgrad", "conv", "backward", "convolution"] == 100
     assert found["Memset (Device)", None, "forward", "copies"] == 10
+    assert [one.ns for one in slices if one.name == "hidden"] == [0]
     assert found[None, "conv", "forward", "gaps"] == 50
     assert found[None, "conv", "backward", "gaps"] == 100
     assert found[None, None, "update", "gaps"] == 290

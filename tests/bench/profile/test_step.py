@@ -18,7 +18,7 @@ from resblock_bench.bench.measure.cell import Task
 from resblock_bench.bench.measure.devices import open_device
 from resblock_bench.bench.measure.kinds import KINDS
 from resblock_bench.bench.measure.memory import TrackerMeter
-from resblock_bench.bench.profile import profiles, step
+from resblock_bench.bench.profile import step
 from resblock_bench.bench.profile.events import MODULE, STEP, events_of, mark, spans_of
 from resblock_bench.bench.profile.profiles import PROFILE, PROFILES, Profile, read_profiles
 from resblock_bench.bench.profile.step import (
@@ -298,12 +298,17 @@ def test_profiles_are_validated_when_read(profiled: Callable[..., Profile], tmp_
     text = msgspec.json.encode(found)
     (folder / PROFILE).write_bytes(text)
     assert read_profiles(tmp_path) == [found]
-    longer = msgspec.json.encode(msgspec.to_builtins(found) | {"step_ns": found.step_ns + 1})
-    (folder / PROFILE).write_bytes(longer)
-    with pytest.raises(InvalidError, match="the parts do not add up to the step"):
-        read_profiles(tmp_path)
-    other = msgspec.json.encode(msgspec.to_builtins(found) | {"profile_version": 99})
-    (folder / PROFILE).write_bytes(other)
-    with pytest.raises(InvalidError, match="profile the cell again"):
-        read_profiles(tmp_path)
-    assert profiles.PROFILE_VERSION == 1
+    whole = msgspec.to_builtins(found)
+    memory, ceilings = whole["memory"], whole["ceilings"]
+    for changes, message in (
+        ({"step_ns": found.step_ns + 1}, "the parts do not add up to the step"),
+        ({"kernels": []}, "kernels and gaps do not add up to the step"),
+        ({"plain_ns": []}, "plain_ns"),
+        ({"memory": memory | {"bytes": {"inputs": memory["bytes"]["inputs"]}}}, "are not whole"),
+        ({"memory": memory | {"peak_bytes": 1}}, "do not add up to the peak"),
+        ({"ceilings": ceilings | {"matrix_flops_per_s": {}}}, "lack the cell's dtype"),
+        ({"profile_version": 99}, "profile the cell again"),
+    ):
+        (folder / PROFILE).write_bytes(msgspec.json.encode(whole | changes))
+        with pytest.raises(InvalidError, match=message):
+            read_profiles(tmp_path)
