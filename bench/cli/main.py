@@ -428,7 +428,7 @@ def profile(
     cells: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CELL [CELL]]",
+            metavar="CELL",
             help="The id of a row, or axes such as 'channels=128 impl=fused'; two are compared.",
         ),
     ] = None,

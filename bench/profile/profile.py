@@ -36,6 +36,8 @@ from .shown import compared, shown
 from .step import ProfileJob, ProfileReply, profile_cell, proton_cell
 from .trace import ADVICE
 
+_JSON_ADVICE = "name another file with --json"
+
 
 @dataclass(frozen=True)
 class ProfileRequest:
@@ -91,7 +93,7 @@ def carry_out(request: ProfileRequest, console: Console) -> int:
         listed = ", ".join(sorted(path.name for path in folder.iterdir()))
         say(console, f"{folder}: {listed}")
     if request.json is not None:
-        files.write(request.json, files.as_json(ProfilesFile(found)), ADVICE, named=True)
+        files.write(request.json, files.as_json(ProfilesFile(found)), _JSON_ADVICE, named=True)
     return exitcodes.OK
 
 
@@ -107,7 +109,7 @@ def _refuse(request: ProfileRequest) -> None:
         if why is not None:
             raise UsageError(f"{cell_name(cell)} cannot be run: {why}")
     if request.json is not None:
-        with files.explained(request.json, "name another file with --json"):
+        with files.explained(request.json, _JSON_ADVICE):
             files.check_writable(request.json, named=True)
     with files.explained(request.output, ADVICE):
         files.check_writable(request.output / PROFILES / PROFILE, parents=True)

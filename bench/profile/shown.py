@@ -12,7 +12,7 @@ from resblock_bench.bench.units import MIB, counted, format_mib
 
 from .events import Stage
 from .groups import Group
-from .profiles import Profile, ProfilePart
+from .profiles import TRACE, Profile, ProfilePart
 
 MOST_LINES = 12
 """Of modules, and of kernels."""
@@ -30,6 +30,12 @@ def shown(found: Profile) -> Iterator[Table | str]:
     yield _table("ms by kernel", KERNEL_HEADINGS, _kernel_lines(found))
     if found.memory is not None:
         yield memory_words(found)
+    yield from notes_of(found)
+
+
+def notes_of(found: Profile) -> Iterator[str]:
+    if found.left_out:
+        yield f"{TRACE} has no room for {found.left_out:,} of the shortest events"
     yield from found.notes
 
 
@@ -144,7 +150,7 @@ def compared(one: Profile, other: Profile) -> Iterator[Table | str]:
         peaks = _differences(one.memory.peak, other.memory.peak, _mib)
         yield _table("MiB at the peak", headings, peaks)
     yield from (
-        f"{name}: {note}" for name, found in (("A", one), ("B", other)) for note in found.notes
+        f"{name}: {note}" for name, found in (("A", one), ("B", other)) for note in notes_of(found)
     )
 
 

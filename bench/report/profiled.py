@@ -18,6 +18,7 @@ from resblock_bench.bench.profile.shown import (
     group_lines,
     memory_words,
     module_lines,
+    notes_of,
     step_words,
 )
 from resblock_bench.bench.records import cell_name
@@ -70,7 +71,7 @@ def _shown(found: Profile, figures: Figures) -> ShownProfile:
             plt.close(figure)
     return ShownProfile(
         title=f"{cell_name(cell)}, {found.id}",
-        sentences=sentences + found.notes,
+        sentences=sentences + list(notes_of(found)),
         groups=_table(GROUP_HEADINGS, group_lines(found)),
         modules=_table(MODULE_HEADINGS, module_lines(found)),
         figures=pictures,

@@ -48,6 +48,10 @@ def test_a_profile_is_shown_by_group_module_and_kernel(profiled: Callable[..., P
     assert modules[-1][-1] == groups[-1][5]
     assert {row[2] for row in kernels} & {"backward"}
     assert "activations" in str(memory)
+    crowded = replace(found, left_out=3, notes=["disturbed"])
+    no_room = "trace.json.gz has no room for 3 of the shortest events"
+    assert texts(shown(crowded))[-2:] == [no_room, "disturbed"]
+    assert texts(compared(found, crowded))[-2:] == [f"B: {no_room}", "B: disturbed"]
 
 
 def test_two_profiles_differ_by_the_sum_of_what_their_groups_differ_by(

@@ -290,6 +290,29 @@ def test_our_own_operators_count_forward_and_backward() -> None:
     assert (added.bytes, added.flops) == (3 * activation + 4 * 32, x.numel())
 
 
+@pytest.mark.slow
+def test_a_step_in_triton_counts_our_operators_forward_and_backward(
+    make_cell: Callable[..., Cell],
+) -> None:
+    """Interpreted, where a call through the registry is the one that a dispatch mode sees."""
+    from resblock_bench.kernels import dispatch, prefer
+
+    if not (dispatch.triton_installed() and dispatch.interpreting()):
+        pytest.skip("needs Triton's interpreter")
+    device = open_device("cpu", 1)
+    cell = make_cell(impl="fused", resolution=4, batch=1)
+    workload = KINDS["block"].drawn(cell, device.torch_device, 0)
+    with prefer("triton"):
+        work = counted_step(workload, device)
+    ours = {(one.name, one.stage): one for one in work.operators if "resblock_bench" in one.name}
+    assert {key: (one.calls, one.group) for key, one in ours.items()} == {
+        ("resblock_bench::group_norm_silu", "forward"): (2, "norm-act"),
+        ("resblock_bench::group_norm_silu_backward", "backward"): (2, "norm-act"),
+        ("resblock_bench::residual_add", "forward"): (1, "elementwise"),
+    }
+    assert all(one.bytes > 0 and one.flops > 0 for one in ours.values())
+
+
 def test_profiles_are_validated_when_read(profiled: Callable[..., Profile], tmp_path) -> None:
     assert read_profiles(tmp_path) == []
     found = profiled()
