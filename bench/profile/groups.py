@@ -22,7 +22,7 @@ Group = Literal[
 _NAMES: dict[Group, re.Pattern[str]] = {
     "optimizer": re.compile(r"^Optimizer\.|_foreach_|fused_adam|multi_tensor_apply"),
     "convolution": re.compile(r"conv(olution)?(?![a-z])|wgrad|dgrad|fprop|winograd", re.I),
-    "attention": re.compile(r"softmax|bmm|scaled_dot|flash|fmha", re.I),
+    "attention": re.compile(r"(?<!log_)softmax|bmm|scaled_dot|flash|fmha", re.I),
     "linear": re.compile(r"addmm|::(mm|linear)\b|gemm", re.I),
     "norm-act": re.compile(
         r"(group|batch|layer)_?norm|silu|dropout|keep_mask|NormActConv|DirectFunction"

@@ -210,6 +210,7 @@ def test_an_event_that_outlasts_the_one_around_it_is_cut() -> None:
         ("aten::silu_backward", None, "norm-act"),
         ("aten::bmm", None, "attention"),
         ("aten::_softmax", None, "attention"),
+        ("aten::_log_softmax_backward_data", None, None),  # of a loss
         ("aten::addmm", None, "linear"),
         ("aten::mm", None, "linear"),
         ("aten::_foreach_copy_", None, "optimizer"),
