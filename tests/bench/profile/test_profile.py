@@ -7,6 +7,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
@@ -112,6 +113,27 @@ def test_what_cannot_be_profiled_is_refused_before_anything_is_run(
     done = run_cli("profile", *TINY, "--device", "cpu", *words, *options)
     assert done.code == code
     assert message in done.err
+
+
+class Speaker:
+    """In the place of a process that asks for so many turns."""
+
+    def __init__(self, name: str, turns: int, said: list[str]) -> None:
+        self.name, self.left, self.said = name, turns, said
+
+    def send(self, message: bytes) -> None:
+        self.said.append(self.name)
+
+    def receive(self, limit_s: float) -> bytes | None:
+        self.left -= 1
+        return b"ready" if self.left > 0 else None
+
+
+def test_two_cells_take_turns_until_each_is_done() -> None:
+    lab, said = object.__new__(profile._Lab), []
+    lab._request = SimpleNamespace(limit_s=1.0)
+    lab._take_turns([Speaker("A", 3, said), Speaker("B", 2, said)])
+    assert said == ["A", "B", "A", "B", "A"]
 
 
 @pytest.mark.slow
