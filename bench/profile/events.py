@@ -21,7 +21,7 @@ import torch
 
 from .groups import Group, group_of
 
-Stage = Literal["forward", "recompute", "backward", "update"]
+StepStage = Literal["forward", "recompute", "backward", "update"]
 """recompute: what checkpoints compute again in the backward; update: all that comes after it."""
 
 STEP, MODULE, WORK = "resblock-bench step", "resblock-bench module ", "resblock-bench work "
@@ -108,7 +108,7 @@ class Placed:
     parent: Placed | None
     inner: list[Placed] = field(default_factory=list)
     module: str | None = None
-    stage: Stage = "forward"
+    stage: StepStage = "forward"
     within: Group | None = None
     operator: bool = False
 
@@ -131,7 +131,7 @@ class Slice:
 
     name: str | None
     module: str | None
-    stage: Stage
+    stage: StepStage
     group: Group
     ns: int
 

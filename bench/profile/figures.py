@@ -14,7 +14,7 @@ from resblock_bench.bench.runs.style import GREY, plain_log, styled
 from resblock_bench.bench.terminal import visible
 from resblock_bench.bench.units import MIB, format_mib
 
-from .events import Stage
+from .events import StepStage
 from .groups import Group
 from .profiles import Category, Profile, ProfilePart
 from .trace import ADVICE
@@ -114,7 +114,7 @@ def draw_roofline(found: Profile) -> Figure | None:
     return figure
 
 
-def _kind(part: ProfilePart) -> tuple[Group, Stage]:
+def _kind(part: ProfilePart) -> tuple[Group, StepStage]:
     return part.group, part.stage
 
 

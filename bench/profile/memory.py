@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resblock_bench.bench.measure.workload import Workload
 
-from .events import Placed, Stage
+from .events import Placed, StepStage
 from .profiles import Category, MemoryUse
 from .work import WorkWatch
 
@@ -99,11 +99,11 @@ def _numbers(watch: WorkWatch, tensors: Iterable[Tensor]) -> set[int]:
     return {watch.see(tensor) for tensor in tensors}
 
 
-def _stages(places: Sequence[Placed]) -> list[tuple[int, Stage]]:
+def _stages(places: Sequence[Placed]) -> list[tuple[int, StepStage]]:
     """Where each pass begins; what is computed again is a part of the backward."""
-    found: list[tuple[int, Stage]] = []
+    found: list[tuple[int, StepStage]] = []
     for position, span in enumerate(places):
-        stage: Stage = "backward" if span.stage == "recompute" else span.stage
+        stage: StepStage = "backward" if span.stage == "recompute" else span.stage
         if not found or found[-1][1] != stage:
             found.append((position, stage))
     return found

@@ -12,7 +12,7 @@ from resblock_bench.bench import files
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.records import Ceilings, Cell, Correctness, Count, Positive, Record
 
-from .events import Stage
+from .events import StepStage
 from .groups import Group
 
 PROFILE_VERSION = 1
@@ -41,7 +41,7 @@ class ProfilePart(Record, frozen=True, kw_only=True):
     itself, and null for what is in none: the loss, the update, the start of the backward."""
 
     module: str | None
-    stage: Stage
+    stage: StepStage
     group: Group
     ns: Count = 0
     launches: Count = 0
@@ -54,7 +54,7 @@ class KernelTime(Record, frozen=True, kw_only=True):
     """All runs of a kernel in a pass; on a CPU of an operator, without those that it calls."""
 
     name: str
-    stage: Stage
+    stage: StepStage
     group: Group
     ns: Count
     launches: Positive
@@ -63,7 +63,7 @@ class KernelTime(Record, frozen=True, kw_only=True):
 class OperatorWork(Operation, frozen=True, kw_only=True):
     """All calls of an operator in a pass."""
 
-    stage: Stage
+    stage: StepStage
     group: Group
     calls: Positive
 
@@ -81,9 +81,9 @@ class MemoryUse(Record, frozen=True, kw_only=True):
     operators: Count
     at: Annotated[list[Count], Meta(min_length=1)]
     bytes: dict[Category, list[Count]]
-    stages: list[tuple[Count, Stage]]
+    stages: list[tuple[Count, StepStage]]
     peak_bytes: Count
-    peak_stage: Stage
+    peak_stage: StepStage
     peak_module: str | None
     held: dict[str, Count]
 
@@ -155,7 +155,7 @@ class Profile(Record, frozen=True, kw_only=True):
             found[key(part)] += getattr(part, amount)
         return found
 
-    def attributed(self, stage: Stage) -> float | None:
+    def attributed(self, stage: StepStage) -> float | None:
         """The share of a pass's time that belongs to a module, or to an operator outside of any."""
         own = [part for part in self.parts if part.stage == stage]
         whole = sum(part.ns for part in own)

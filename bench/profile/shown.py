@@ -10,14 +10,14 @@ from rich.text import Text
 from resblock_bench.bench.records import cell_name
 from resblock_bench.bench.units import MIB, counted, format_mib
 
-from .events import Stage
+from .events import StepStage
 from .groups import Group
 from .profiles import TRACE, Profile, ProfilePart
 
 MOST_LINES = 12
 """Of modules, and of kernels."""
 _LEAST_NAME = 12  # characters
-_STAGES = get_args(Stage)
+_STAGES = get_args(StepStage)
 T = TypeVar("T")
 
 
