@@ -52,7 +52,7 @@ def on_gpu(p: Problem) -> Problem:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tier", ["A", "B", "C", "D"])
 def test_every_tier(tier: Tier, dtype: torch.dtype, channels_last: bool) -> None:
-    for C, groups, spatial in ((96, 32, (8, 8)), (60, 2, (9, 7)), (64, 32, (16, 16))):
+    for C, groups, spatial in ((96, 32, (8, 8)), (60, 2, (9, 7)), (64, 32, (16, 8))):
         p = on_gpu(
             problem(
                 3, C, *spatial, groups=groups, dtype=dtype, pre_shift=True,
@@ -98,6 +98,8 @@ def counters() -> Iterator[dict[tuple[torch.device, int], Tensor]]:
 def ticket_launches(direction: Direction, site: tiers.Problem, tier: Tier) -> list[Launch]:
     """As planned; with the least lag, so that most wait; and in small parts with the least lag."""
     machine, _ = dispatch._machine(torch.device("cuda", torch.cuda.current_device()))
+    if site.channels_last:  # Where L2 does not hold all of a call, C is refused. Both launch alike.
+        tier = "D"
     choice = tiers.rule_choice(direction, site, machine, tier)
     planned = tiers.shape(direction, site, machine, choice)
     small = tiers.shape(direction, site, machine, choice._replace(tile=256, waves=1, tiles=1))
