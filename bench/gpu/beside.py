@@ -92,20 +92,22 @@ def _predictions(
     from resblock_bench.bench.machine.workers import JobFailed
 
     found: dict[tuple[object, ...], Predicted] = {}
-    machines = {(row.device, row.copy_bytes_per_s) for row in rows}
-    for device, copies in machines:
-        arch = architecture(device or "")
-        if arch is None:
-            continue
-        own = [row for row in rows if (row.device, row.copy_bytes_per_s) == (device, copies)]
+    archs = {row.key: architecture(row.device or "") for row in rows}
+    for arch in sorted({arch for arch in archs.values() if arch is not None}):
+        own = [row for row in rows if archs[row.key] == arch]
         norms = list(dict.fromkeys(map(norm_of, own)))
         try:
             costs, _ = gather(norms, [arch], None, progress, by_rule=True, rewrite=False)
         except JobFailed as error:  # what was measured stands
-            say(progress, f"nothing is predicted of the operator on {device}: {error}")
+            say(progress, f"nothing is predicted of the operator: {error}")
             continue
-        known = predictions_of(costs, gpu_that_copies(arch, copies))
-        found |= {row.key: known[norm_of(row), row.direction] for row in own}
+        for copies in {row.copy_bytes_per_s for row in own}:
+            known = predictions_of(costs, gpu_that_copies(arch, copies))
+            found |= {
+                row.key: known[norm_of(row), row.direction]
+                for row in own
+                if row.copy_bytes_per_s == copies
+            }
     return found
 
 

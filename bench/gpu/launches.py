@@ -20,8 +20,9 @@ from resblock_bench.kernels.tiers import Direction, Launch, Machine, Problem, Ti
 
 HANG_S = 120.0
 """Under a sanitizer a launch takes many times as long."""
-_SIZES = ((3, 64, 256, 32), (3, 96, 64, 32), (3, 60, 63, 2))
-"""N, C, positions, groups: what tiles divide, and what they do not."""
+_SIZES = ((3, 64, 128, 32), (2, 64, 1024, 8), (3, 96, 64, 32), (3, 60, 63, 2))
+"""N, C, positions, groups: what every tier holds, what many programs share, and what tiles do not
+divide."""
 _INTERPRETED = Machine(sms=6, l2_bytes=2**20)
 """On a CPU the machine that launches are shaped for: a program takes milliseconds there."""
 _TIERS: tuple[Tier, ...] = ("A", "B", "C", "D")

@@ -53,6 +53,7 @@ _PROBE_S = 120.0
 _GRACE_S = 8.0  # a program that is told to end keeps what it has measured
 _REAP_S = 10.0  # what is held up in a driver cannot be killed
 _MARGIN_S = 15.0  # of a slice, for a program to notice that its budget is spent
+_ROW_S = 25.0  # what is being measured when a turn's time is spent is still written down
 _LEAST_S = 45.0  # a program that can be cut off gets something done in
 _ADVICE = "give an --output that is writable, or make room: nothing that was measured is lost"
 _PROBE = """
@@ -380,10 +381,11 @@ def _run(
         tool = found
     spent_s = _spent_s(step, before)
     limit_s = min(step.limit_s - spent_s, step.turn_s, left_s)
+    budget_s = limit_s - (_ROW_S if step.rows else 0.0)
     again = _last_status(step, before) == "again"
     if again and step.rows:
         _put_away(request.output, step.rows)
-    words = command_of(request, step, tool, budget_s=limit_s, again=again)
+    words = command_of(request, step, tool, budget_s=budget_s, again=again)
     log = request.output / "logs" / f"{step.name}.txt"
     size = _size(request.output, step)
     with contextlib.ExitStack() as stack:
@@ -406,7 +408,7 @@ def _run(
         said = f"ended by {_signal_name(-code)}: {said}"
     ended = code is None
     if step.resumes and code in (exitcodes.OK, exitcodes.INCOMPLETE):
-        ended = SPENT in printed or took_s >= limit_s
+        ended = SPENT in printed or took_s >= budget_s
     if ended and limit_s == step.limit_s - spent_s:
         status: StepStatus = "ok" if step.endless and code is not None else "timeout"
         return outcome(

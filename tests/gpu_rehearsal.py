@@ -1,0 +1,158 @@
+"""All parts of `gpu-results` on a CPU, by the real programs, with faults seeded into them.
+
+    python tests/gpu_rehearsal.py --output /tmp/rehearsal
+
+What a step would measure on a GPU is tiny and interpreted here, and some steps go wrong: a launch
+is refused, results are NaN, a process aborts as after an illegal access, hangs, runs out of memory,
+throttles, is killed. Says of each fault whether it was contained: an outcome or a row tells of it,
+and every step came to its end. Exit code 1 if one was not. It takes half an hour on two cores;
+tests/bench/gpu/test_rehearsal.py does the same in seconds, with a program that stands in for all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from resblock_bench.bench.gpu import report, steps
+from resblock_bench.bench.gpu.operators import read_rows
+from resblock_bench.bench.gpu.parts import FAULTS, GpuPart, GpuStep, parts
+from resblock_bench.bench.gpu.results import GpuResults, read_results
+from resblock_bench.bench.gpu.steps import SliceRequest, StepOutcome
+
+_LAUNCHES = """
+import typer
+from resblock_bench.bench.gpu import launches
+from resblock_bench.bench.tune import cases
+right = cases.launched
+def wrong(case, how):
+    if how.tier == "C":
+        raise RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
+    found = right(case, how)
+    if how.tier == "B":
+        next(iter(found.values())).view(-1)[0] = float("nan")
+    return found
+cases.launched = wrong
+typer.run(launches.main)
+"""
+_OPERATORS = """
+import os, sys, time, typer
+from resblock_bench.bench.gpu import operators as o
+o.BATCHES = dict.fromkeys(o.BATCHES, 1)
+o.chosen = lambda sites, count: sites[-2:]
+def broken(x, m, groups):
+    if not x.is_contiguous():
+        time.sleep(1000)
+    print("RuntimeError: CUDA error: an illegal memory access was encountered", flush=True)
+    os.abort()
+o.fused = broken
+typer.run(o.main)
+"""
+
+
+def seeded(step: GpuStep) -> GpuStep:
+    """The step with its fault, if it has one."""
+
+    def program(code: str, start: int) -> GpuStep:
+        return replace(step, words=("{python}", "-c", code, *step.words[start:]))
+
+    def block(impl: str, *options: str) -> GpuStep:
+        words = [f"impl={impl}" if word.startswith("impl=") else word for word in step.words]
+        return replace(step, words=(*words, *options), path=FAULTS)
+
+    faults: dict[str, Callable[[], GpuStep]] = {
+        "launches": lambda: program(_LAUNCHES, 3),
+        "operators": lambda: replace(program(_OPERATORS, 3), turn_s=60.0),
+        "adm256-256": lambda: block("reference,greedy", "--memory-limit", "1GiB"),
+        "adm256-128": lambda: block("reference,hanging", "--timeout", "30s"),
+        "adm256-64": lambda: block("reference,overheated"),
+        "adm64-64": lambda: block("reference,segfaulting"),
+        "cifar-32": lambda: block("reference,wrong"),
+        "adm256-256-nhwc": lambda: block("reference,killed"),
+        "adm256-256-fp16": lambda: block("reference,raising"),
+        "adm64-64-nhwc": lambda: block("reference,unimportable"),
+        "plan-imagenet64-cond": lambda: replace(step, limit_s=3.0),
+    }
+    return faults[step.name]() if step.name in faults else step
+
+
+def contained(results: GpuResults) -> dict[str, bool]:
+    """Of each fault, whether a row or an outcome tells of it."""
+    last = steps.last_outcomes(results.outcomes)
+    operators = read_rows(results.folder / "operators.jsonl")
+    turns = [outcome for outcome in results.outcomes if outcome.step == "operators"]
+
+    def ended(name: str, status: str, text: str = "") -> bool:
+        found: StepOutcome | None = last.get(name)
+        return found is not None and found.status == status and text in found.sentence
+
+    def rows(name: str, impl: str, *statuses: str) -> bool:
+        run = results.runs.get(name)
+        own = [row for row in run.rows if row.axes.impl == impl] if run is not None else []
+        return bool(own) and all(row.status in statuses for row in own)
+
+    log = (results.folder / "logs" / "launches.txt").read_text()
+    hot = results.runs["adm256-64"].rows
+    return {
+        "launch refused": "C forward" in log and "too many resources" in log,
+        "NaN": ended("launches", "failed") and last["launches"].exit_code == 5,
+        "illegal access in one kernel": any(
+            outcome.status == "cut" and "illegal memory access" in outcome.sentence
+            for outcome in turns
+        ),
+        "the others of that step are measured": any(
+            row.impl == "eager" and row.status == "ok" for row in operators
+        ),
+        "hang of a step": ended("plan-imagenet64-cond", "timeout"),
+        "out of memory": rows("adm256-256", "greedy", "oom", "skipped"),
+        "hang of a cell": rows("adm256-128", "hanging", "timeout"),
+        "throttling": any(row.conditions and row.conditions.disturbances for row in hot),
+        "crash": rows("adm64-64", "segfaulting", "crashed"),
+        "wrong results": rows("cifar-32", "wrong", "wrong"),
+        "killed": rows("adm256-256-nhwc", "killed", "crashed", "oom"),
+        "exception": rows("adm256-256-fp16", "raising", "failed"),
+        "missing package": rows("adm64-64-nhwc", "unimportable", "skipped"),
+        "missing sanitizer": ended("memcheck", "skipped") or ended("memcheck", "failed"),
+        "no GPU for tune": ended("tune", "failed", "PyTorch sees none"),
+    }
+
+
+def main(
+    output: Annotated[Path, typer.Option(metavar="DIR")],
+    slices: Annotated[int, typer.Option(min=1)] = 6,
+    only: Annotated[str, typer.Option(metavar="1,2", help="Parts.")] = "1,2,3,4,5,6",
+) -> None:
+    console = Console()
+    known = [
+        replace(part, steps=tuple(map(seeded, part.steps)))
+        for part in parts("cpu")
+        if str(part.number) in only.split(",")
+    ]
+    request = SliceRequest(parts=known, output=output, stage="cpu", seconds=540.0)
+    for _ in range(slices):
+        steps.carry_out(request, console)
+        if not steps.pending(known, steps.read_outcomes(output)):
+            break
+    raise typer.Exit(judge(known, output, console))
+
+
+def judge(known: Sequence[GpuPart], output: Path, console: Console) -> int:
+    left = steps.pending(known, steps.read_outcomes(output))
+    results = read_results(output)
+    document = output / "gpu.md"
+    report.carry_out(report.GpuReportRequest(output, document, predict=False), console, console)
+    table = Table("fault", "contained")
+    found = contained(results)
+    for name, held in found.items():
+        table.add_row(name, "yes" if held else "NO")
+    console.print(table)
+    console.print(f"{sum(found.values())} of {len(found)} contained, {len(left)} steps not over")
+    return int(bool(left) or not all(found.values()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
