@@ -20,6 +20,7 @@ from torch import Tensor
 from resblock_bench.bench.records import Cell, Correctness
 
 from .models import ModelWorkload, draw_model_inputs, draw_model_weights
+from .networks import network_of
 from .out_of_memory import is_out_of_memory
 from .workload import DTYPES, Inputs, Workload, draw_inputs, draw_weights
 
@@ -55,7 +56,8 @@ def compute_truth(site: Cell, device: torch.device, seed: int, inputs_seed: int)
     errors = relative_errors(eager, tensors, scales)
     if site.workload != "block":
         errors = _unlucky(errors)
-    limits = {name: limit(error, DTYPES[site.dtype]) for name, error in errors.items()}
+    times = math.sqrt(network_of(site).depth) if site.workload == "model" else 1.0
+    limits = {name: limit(error, DTYPES[site.dtype], times) for name, error in errors.items()}
     return Truth(tensors, scales, limits)
 
 
@@ -104,14 +106,15 @@ def _unlucky(errors: dict[str, float]) -> dict[str, float]:
     return {name: max(error, typical) for name, error in errors.items()}
 
 
-def limit(eager: float, dtype: torch.dtype) -> float:
-    """The error that is allowed where eager PyTorch's is `eager`: max(2 · eager, floor).
+def limit(eager: float, dtype: torch.dtype, times: float = 1.0) -> float:
+    """The error that is allowed where eager PyTorch's is `eager`: max(2 · eager, times · floor).
 
     The floor keeps a lucky eager from failing what is equally good: 4 eps of float32, since sums
     are taken in another order, or 1 eps of a 16-bit dtype, since a result is rounded to it. It is
-    the limit where eager's error is not finite.
+    the limit where eager's error is not finite. Of a model with N blocks it is √N times as high:
+    so much do roundings of blocks that are each within their floor add up to.
     """
-    floor = _FLOOR_EPS[dtype] * torch.finfo(dtype).eps
+    floor = times * _FLOOR_EPS[dtype] * torch.finfo(dtype).eps
     return max(_EAGER_FACTOR * eager, floor) if math.isfinite(eager) else floor
 
 

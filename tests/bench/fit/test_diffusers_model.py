@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fit import training as trainings
 from resblock_bench.bench.fit.cuda_autocast import cuda_autocast
-from resblock_bench.bench.fit.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject, read_subject
 from resblock_bench.bench.fit.training import Recipe, Training
 from resblock_bench.bench.fit.variant import VariantJob, variant_plan
+from resblock_bench.bench.measure.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.kernels import FuseReport
 
 needs_diffusers = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from support.models import CONFIGS, model_cell, register
 from torch import Tensor, nn
 
-from resblock_bench.bench.measure import models
+from resblock_bench.bench.measure import models, networks
 from resblock_bench.bench.measure.cell import Task, contract_of
 from resblock_bench.bench.measure.correctness import check, compute_truth
 from resblock_bench.bench.measure.floor import floor_of, matrix_share
@@ -50,7 +50,7 @@ def drawn(cell: Cell) -> ModelWorkload:
 def test_the_truth_is_the_reference_in_float64(kind: str, workload: str) -> None:
     cell = model_cell(CONFIGS[kind], dropout=0.0, workload=workload)
     truth = compute_truth(cell, CPU, 0, 0).tensors
-    model = build(models.config_of(cell))
+    model = build(networks.config_of(cell))
     preparation = KINDS[cell.workload]
     weights, inputs = preparation.draw_weights(cell, 0), preparation.draw_inputs(cell, CPU, 0)
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
@@ -65,7 +65,7 @@ def test_the_truth_is_the_reference_in_float64(kind: str, workload: str) -> None
         expected = {"loss": loss.detach()}
         expected |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
     else:
-        shapes = models.block_shapes(models.config_of(cell))
+        shapes = networks.block_shapes(networks.config_of(cell))
         blocks = models.ResBlocks(model, [one.name for one in shapes])
         blocks.load_state_dict(weights)
         blocks.double()
@@ -105,10 +105,10 @@ def test_all_blocks_of_a_model_are_run_as_often_as_they_are_there(kind: str) -> 
     cell = model_cell(CONFIGS[kind], workload="blocks")
     sites = [
         (site.c_in, site.h, site.c_out)
-        for site in resblock_sites(models.config_of(cell))
+        for site in resblock_sites(networks.config_of(cell))
         for _ in range(site.count)
     ]
-    shapes = models.block_shapes(models.config_of(cell))
+    shapes = networks.block_shapes(networks.config_of(cell))
     assert [(x[0], x[1], out[0]) for _, x, out in shapes] == sites
     made = drawn(cell)
     xs = [t for name, t in made.inputs.items() if name.startswith("x ")]
