@@ -109,9 +109,14 @@ def draw_model_weights(cell: Cell, seed: int) -> NamedTensors:
     """A state dict in which nothing is trivial, in float32."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: nontrivial(name, torch.randn(tensor.shape, generator=generator))
-        for name, tensor in _module(cell).named_parameters()
+        name: nontrivial(name, tensor.normal_(generator=generator))
+        for name, tensor in empty_model_weights(cell).items()
     }
+
+
+def empty_model_weights(cell: Cell) -> NamedTensors:
+    """A state dict without values, in float32."""
+    return {name: torch.empty(p.shape) for name, p in _module(cell).named_parameters()}
 
 
 def _module(cell: Cell) -> nn.Module:

@@ -5,6 +5,8 @@ tracker that measures real CPU cells; there the prediction equals the measuremen
 it counts the tensors of the CPU's operators, without a GPU library's workspaces.
 """
 
+import gc
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,6 +15,7 @@ from resblock_bench.bench.records import Cell, Memory
 from .implementations import not_offered, unusable_here
 from .kinds import KINDS
 from .memory import TrackerMeter
+from .models import empty_model_weights
 from .peers import PEERS
 from .workload import Workload, unsupported
 
@@ -24,7 +27,10 @@ def predict_memory(cell: Cell) -> Memory | None:
     if unpredictable(cell):
         return None
     with FakeTensorMode():
-        return _METER.measure(fake_workload(cell))
+        workload = fake_workload(cell)
+        # Measuring collects garbage again and again, and what is there by now is none.
+        gc.freeze()
+        return _METER.measure(workload)
 
 
 def unpredictable(cell: Cell) -> str | None:
@@ -35,4 +41,8 @@ def unpredictable(cell: Cell) -> str | None:
 
 def fake_workload(cell: Cell) -> Workload:
     """A cell's step, of tensors without data in a FakeTensorMode."""
-    return KINDS[cell.workload].drawn(cell, torch.device("cpu"), 0)
+    device, kind = torch.device("cpu"), KINDS[cell.workload]
+    if cell.workload == "block":
+        return kind.drawn(cell, device, 0)
+    # Nobody reads their values; to draw them takes as many operations as a forward pass.
+    return kind.make(cell, empty_model_weights(cell), kind.draw_inputs(cell, device, 0), device)
