@@ -11,10 +11,11 @@ import pytest
 from resblock_bench.bench.grid.grid import PlannedCell, plan
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.grid.presets import choose, named
-from resblock_bench.bench.records import Row
+from resblock_bench.bench.records import Row, config_name
 from resblock_bench.bench.report.again import command_of_cell, command_of_run
 
 FOLDER = Path("of a run")
+CONFIG = '{"_class_name":"UNet2DModel","sample_size":8}'
 
 
 def options(command: str, name: str) -> list[str]:
@@ -95,3 +96,11 @@ def test_a_cell_s_command_selects_it(of: Callable[..., Plan], make_row: Callable
 def test_a_name_in_a_command_stays_one_word(make_row: Callable[..., Row]) -> None:
     found = command_of_cell(make_row(impl="x'; reboot #"), FOLDER)
     assert "impl=x'; reboot #" in options(found, "-a")
+
+
+def test_a_model_of_diffusers_is_named_by_its_file_in_the_folder(
+    make_row: Callable[..., Row],
+) -> None:
+    name = config_name("UNet2DModel", CONFIG)
+    found = command_of_cell(make_row(workload="model", model=name, config=CONFIG), FOLDER)
+    assert f"model=of a run/{name}.json" in options(found, "-a")
