@@ -112,7 +112,7 @@ def _refuse_too_large(cell: Cell) -> None:
 def weight(cell: Cell, multiplicity: int) -> int:
     """Activation elements, times how often the site occurs in its model; of a model all of them."""
     if cell.config is not None:
-        return cell.batch * sum(diffusers_model.block_elements(cell.config))
+        return cell.batch * diffusers_model.activation_elements(cell.config)
     if cell.workload != "block":
         blocks = _sites_of(str(cell.model))
         return sum(count * cell.batch * _elements(**site) for site, count in blocks)

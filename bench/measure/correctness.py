@@ -20,13 +20,13 @@ from torch import Tensor
 from resblock_bench.bench.records import Cell, Correctness
 
 from .models import ModelWorkload, draw_model_inputs, draw_model_weights
-from .networks import network_of
 from .out_of_memory import is_out_of_memory
 from .workload import DTYPES, Inputs, Workload, draw_inputs, draw_weights
 
 LAST_INPUTS = 1
 """What is added to the seed for the inputs that a cell is checked with once it was timed."""
 _EAGER_FACTOR = 2.0
+_TYPICAL_FACTOR = 2.0
 _FLOOR_EPS = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 _VANISHES = 1e-9
 # Blocks treat images independently, so the truth is computed a few images at a time: float64
@@ -57,10 +57,6 @@ def compute_truth(site: Cell, device: torch.device, seed: int, inputs_seed: int)
     if site.workload != "block":
         errors = _unlucky(errors)
     limits = {name: limit(error, DTYPES[site.dtype]) for name, error in errors.items()}
-    if site.workload == "model" and site.dtype == "fp32":
-        # Sums in another order, each within a block's floor, add up to √N of it in N blocks.
-        floor = math.sqrt(network_of(site).depth) * limit(0.0, torch.float32)
-        limits = {name: max(one, floor) for name, one in limits.items()}
     return Truth(tensors, scales, limits)
 
 
@@ -103,9 +99,11 @@ def _model_results(
 
 
 def _unlucky(errors: dict[str, float]) -> dict[str, float]:
-    """Of the hundreds of results of a model some come out closer than eager's arithmetic is: none
-    has to be closer than their median."""
-    typical = statistics.median(errors.values())
+    """Of the hundreds of results of a model some come out closer than eager's arithmetic is, most
+    easily those of few numbers: none is taken to be closer than twice their median. Of models that
+    are right, fused or compiled, some results were at 2.7 and 3.6 times it, where eager's own was
+    near it."""
+    typical = _TYPICAL_FACTOR * statistics.median(errors.values())
     return {name: max(error, typical) for name, error in errors.items()}
 
 

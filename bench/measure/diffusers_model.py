@@ -239,8 +239,8 @@ def build_model(config: Config, *, checkpoint: bool = False) -> nn.Module:
 
 
 @functools.cache
-def block_elements(text: str) -> list[int]:
-    """Of every residual block of a model, as many elements as come in and out for an image."""
+def activation_elements(text: str) -> int:
+    """What comes in and out of all residual blocks of a model, for an image."""
     found: list[int] = []
     config = checked(text)
     with unset_fake_temporarily(), torch.device("meta"), torch.no_grad():
@@ -252,7 +252,7 @@ def block_elements(text: str) -> list[int]:
                     lambda _, given, out: found.append(given[0].numel() + out.numel())
                 )
         call(model, inputs)
-    return found
+    return sum(found)
 
 
 def call(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:

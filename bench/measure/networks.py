@@ -33,7 +33,6 @@ class Network(Protocol):
 
     image      the input that is an image
     classes    what its class indices are below
-    depth      how many residual blocks it has
     samples    whether a sampler goes on with what it returns
     rounded    whether it is given its image in the cell's dtype; else it converts it itself
     """
@@ -43,9 +42,6 @@ class Network(Protocol):
 
     @property
     def classes(self) -> int: ...
-
-    @property
-    def depth(self) -> int: ...
 
     @property
     def samples(self) -> bool: ...
@@ -97,10 +93,6 @@ class Published:
         return self.config.out_channels if encoder else self.config.num_classes or 1
 
     @property
-    def depth(self) -> int:
-        return len(block_shapes(self.config))
-
-    @property
     def samples(self) -> bool:
         return self.config.family != "encoder"
 
@@ -143,10 +135,6 @@ class OfDiffusers:
     @property
     def classes(self) -> int:
         return self.config.get("num_class_embeds") or 1
-
-    @property
-    def depth(self) -> int:
-        return len(diffusers_model.block_elements(diffusers_model.as_text(self.config)))
 
     @cached_property
     def _fourier(self) -> bool:
