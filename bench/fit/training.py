@@ -10,7 +10,7 @@ Gradients are None before a step. Precisions:
            float16
 
 AdamW is the fused one: no temporaries. The loss is the mean squared error in float32, of a
-classifier the cross entropy.
+classifier the cross entropy; of an autoencoder the divergence of its posterior is added.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ from .subject import Subject
 Precision = Literal["fp32", "bf16", "fp16"]
 Impl = Literal["reference", "fused"]
 Optimizer = Literal["adamw", "none"]
+
+_DIVERGENCE_WEIGHT = 1e-6
+"""Of an autoencoder's posterior in its loss, as latent diffusion trains its own."""
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
@@ -159,11 +162,15 @@ class Training:
 
     def _loss(self, inputs: NamedTensors) -> Tensor:
         arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
-        if self.subject.diffusers is not None:
-            out = diffusers_model.call(self.model, arguments)
-        else:
+        config, divergence = self.subject.diffusers, None
+        if config is None:
             out = self.model(**arguments)
-        return model_loss(self.subject.config, out, inputs["target"])
+        elif config["_class_name"] == "AutoencoderKL":
+            out, divergence = diffusers_model.autoencoded(self.model, arguments["sample"])
+        else:
+            out = diffusers_model.call(self.model, arguments)
+        loss = model_loss(self.subject.config, out, inputs["target"])
+        return loss if divergence is None else loss + _DIVERGENCE_WEIGHT * divergence
 
 
 def published_precision(config: UNetConfig) -> Precision:

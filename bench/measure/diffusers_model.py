@@ -255,6 +255,14 @@ def activation_elements(text: str) -> int:
     return sum(found)
 
 
+def autoencoded(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an AutoencoderKL: what it makes of a sample of an image's posterior, and how far the
+    posterior is from a normal one, the mean over the images of its divergence."""
+    posterior = model.encode(image, return_dict=False)[0]
+    out: Tensor = model.decode(posterior.sample(), return_dict=False)[0]
+    return out, posterior.kl().mean()
+
+
 def call(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """The model's prediction, or reconstruction."""
     arguments: dict[str, Any] = dict(inputs)

@@ -83,6 +83,25 @@ def test_fake_tensors_of_a_model_of_diffusers_live_as_real_ones_do(
 
 
 @needs_diffusers
+def test_the_loss_of_an_autoencoder_has_its_posteriors_divergence() -> None:
+    training = Training(Subject(name="vae", diffusers=CONFIGS["vae"]), REFERENCE)
+    with torch.no_grad():
+        for p in training.parameters:
+            p.normal_(std=0.1)
+    image = torch.randn(2, 3, 16, 16)
+    inputs = {"sample": image, "target": image}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = training._loss(inputs)
+        torch.manual_seed(0)
+        out = training.model(image, sample_posterior=True).sample
+    posterior = training.model.encode(image).latent_dist
+    expected = F.mse_loss(out, image) + 1e-6 * posterior.kl().mean()
+    torch.testing.assert_close(loss, expected)
+    assert posterior.kl().mean() > 1
+
+
+@needs_diffusers
 def test_checkpointing_needs_less_and_has_the_same_parameters() -> None:
     subject = Subject(name="unet", diffusers=CONFIGS["unet"])
     peaks = {}
@@ -210,8 +229,8 @@ def test_a_number_that_a_model_of_diffusers_asks_for_names_the_line(
     given = write(CONFIGS["unet"])
     made = trainings.diffusers_model.build_model
 
-    def asking(config: dict[str, Any]) -> nn.Module:
-        model = made(config)
+    def asking(config: dict[str, Any], *, checkpoint: bool) -> nn.Module:
+        model = made(config, checkpoint=checkpoint)
         model.conv_in.register_forward_hook(lambda module, inputs, out: out.max().item())
         return model
 
