@@ -1,5 +1,6 @@
 """Steps of diffusers' UNets, which cells name by their configuration."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -85,21 +86,19 @@ def test_the_truth_is_diffusers_model_in_float64(cell: Callable[..., Cell]) -> N
         (CONFIGS["unet"], "fp16"),
         (FOURIER, "fp32"),
         (MORE_IN_THAN_OUT, "fp32"),
-        (CONFIGS["text"], "fp32"),
         (CONFIGS["sdxl"], "bf16"),
     ],
-    ids=["fp16", "fourier", "classes by time", "text", "sdxl in bf16"],
+    ids=["fp16", "fourier", "classes by time", "sdxl in bf16"],
 )
 def test_reference_and_fused_are_right(
     cell: Callable[..., Cell], config: dict[str, Any], dtype: str
 ) -> None:
-    for mode in ("train", "inference"):
-        site = cell(config, dtype=dtype, mode=mode)
-        truth = compute_truth(site, CPU, 0, 0)
-        assert max(truth.limits.values()) < 0.2, "so lax that anything would pass"
-        for impl in ("reference", "fused"):
-            right, found = check(drawn(replace(site, impl=impl)).results(), truth)
-            assert right, (mode, impl, found.worst, found.errors[found.worst])
+    site = cell(config, dtype=dtype)
+    truth = compute_truth(site, CPU, 0, 0)
+    assert max(truth.limits.values()) < 0.3, "so lax that anything would pass"
+    for impl in ("reference", "fused"):
+        right, found = check(drawn(replace(site, impl=impl)).results(), truth)
+        assert right, (impl, found.worst, found.errors[found.worst])
 
 
 def test_every_checkpoint_mode_is_right_and_needs_less(cell: Callable[..., Cell]) -> None:
@@ -232,3 +231,20 @@ def test_selective_checkpointing_is_of_diffusers_blocks_alone() -> None:
     implementations.keep_convolutions_in_blocks(model)
     wrapped = {type(m).__name__ for m in model.modules() if "forward" in vars(m)}
     assert wrapped == {"ResnetBlock2D"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_compiled_model_is_measured(
+    cell: Callable[..., Cell],
+    make_task: Callable[..., Task],
+    measure_task: Callable[..., Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Traced, but not turned into code, which takes a minute."""
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    row = measure_task(replace(make_task(), cell=cell(impl="compiled", checkpoint="full")))
+    assert row.status == "ok", row.reason
+    assert row.memory is None
+    assert "torch.compile" in (row.memory_note or "")
