@@ -144,8 +144,6 @@ class ModelWorkload(Workload):
         exact: bool = False,
     ) -> None:
         self.cell, self.mode, self.device = cell, cell.mode, device
-        implementation = IMPLEMENTATIONS[cell.impl]
-        assert implementation.model is not None
         self._exact = exact
         self._network = network_of(cell)
         self.block = _module(cell)
@@ -153,11 +151,7 @@ class ModelWorkload(Workload):
             name: torch.float32 if t.dtype == torch.float32 else DTYPES[cell.dtype]
             for name, t in self.block.named_parameters()
         }
-        with unset_fake_temporarily():
-            self._run = implementation.model(self.block, cell.checkpoint)
-        # Assigned, since fake parameters cannot be converted in place.
-        self.block.load_state_dict(self._converted(weights), assign=True)
-        self.block.train(cell.mode != "inference")
+        self._implement(self._converted(weights))
         if exact:  # what is embedded comes in float32, whatever the model is in
             for module in self.block.modules():
                 if isinstance(module, nn.Linear):
@@ -167,6 +161,22 @@ class ModelWorkload(Workload):
         self._generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(0)
         self._places = random.Random(0)
         self._gaps = []
+
+    def turn_into(self, cell: Cell) -> None:
+        """Become another variant of the same site. Parameters, moments, average and inputs stay."""
+        parameters: NamedTensors = dict(self.block.named_parameters())
+        self.cell, self.block = cell, _module(cell)
+        self._implement(parameters)
+
+    def _implement(self, state: NamedTensors) -> None:
+        """Make the block the implementation's, with these tensors as its parameters."""
+        implementation = IMPLEMENTATIONS[self.cell.impl]
+        assert implementation.model is not None
+        with unset_fake_temporarily():
+            self._run = implementation.model(self.block, self.cell.checkpoint)
+        # Assigned, since fake parameters cannot be converted in place.
+        self.block.load_state_dict(state, assign=True)
+        self.block.train(self.mode != "inference")
 
     def _converted(self, weights: NamedTensors) -> NamedTensors:
         """Copies of the weights, in the dtypes and the layout that the model keeps them in."""
