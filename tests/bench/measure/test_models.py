@@ -17,7 +17,7 @@ from resblock_bench.bench.measure.floor import floor_of, matrix_share
 from resblock_bench.bench.measure.kinds import KINDS
 from resblock_bench.bench.measure.memory import TrackerMeter
 from resblock_bench.bench.measure.models import ModelWorkload
-from resblock_bench.bench.measure.predict_memory import predict_memory
+from resblock_bench.bench.measure.predict_memory import MemoryOracle, predict_memory
 from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Ceilings, Cell, Row
@@ -299,6 +299,16 @@ def test_the_predicted_memory_is_the_measured(
     kept = 4 * state * (4 if (workload, mode) == ("model", "train") else 1)
     if workload == "model":  # weights, two moments, the average
         assert kept <= predicted.baseline_bytes < 1.1 * kept
+
+
+def test_variants_in_a_row_are_predicted_as_each_by_itself(unet: Callable[..., Cell]) -> None:
+    """They share parameters and AdamW's states, whatever came before."""
+    cells = [
+        unet(impl=impl, checkpoint=checkpoint, dtype="bf16")
+        for checkpoint, impl in (("none", "fused"), ("selective", "reference"), ("full", "fused"))
+    ]
+    oracle = MemoryOracle()
+    assert [oracle.memory(cell) for cell in cells] == [predict_memory(cell) for cell in cells]
 
 
 CEILINGS = Ceilings(
