@@ -24,6 +24,12 @@ from resblock_bench.bench.fit.variant import VariantJob, variant_plan
 from resblock_bench.bench.measure.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.kernels import FuseReport
 
+K_BLOCKS: dict[str, Any] = {
+    "down_block_types": ["KDownBlock2D", "KDownBlock2D"],
+    "up_block_types": ["KUpBlock2D", "KUpBlock2D"],
+    "act_fn": "gelu",
+    "resnet_time_scale_shift": "scale_shift",
+}
 REFERENCE = Recipe(impl="reference", checkpoint="none", precision="fp32", ema=True)
 
 
@@ -170,6 +176,7 @@ def test_a_model_in_which_nothing_is_fused_says_so(monkeypatch: pytest.MonkeyPat
         ("text", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type is 'image_proj'"),
         ("text", {"cross_attention_dim": [48, 48]}, "cross_attention_dim has several values"),
         ("text", {"class_embed_type": "identity"}, "class_embed_type is 'identity'"),
+        ("text", K_BLOCKS, "constants beside its weights (down_blocks.0.downsamplers.0.kernel)"),
     ],
 )  # fmt: skip
 def test_a_config_that_describes_no_model_is_one_sentence(

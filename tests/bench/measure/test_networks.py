@@ -83,12 +83,11 @@ def test_the_truth_is_diffusers_model_in_float64(cell: Callable[..., Cell]) -> N
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
-        (CONFIGS["unet"], "fp16"),
         (FOURIER, "fp32"),
         (MORE_IN_THAN_OUT, "fp32"),
-        (CONFIGS["sdxl"], "bf16"),
+        (CONFIGS["sdxl"], "fp16"),
     ],
-    ids=["fp16", "fourier", "classes by time", "sdxl in bf16"],
+    ids=["fourier", "classes by time", "sdxl in fp16"],
 )
 def test_reference_and_fused_are_right(
     cell: Callable[..., Cell], config: dict[str, Any], dtype: str
