@@ -13,7 +13,7 @@ WORKERS ?=
 CORES = nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 
 .DELETE_ON_ERROR:
-.PHONY: help bench benchmark test test-fast test-gpu test-versions gate lint install clean
+.PHONY: help bench benchmark test test-fast test-gpu test-versions gate gpu-results gpu-report lint install clean
 
 help:
 	@echo "make bench    run the benchmark           ARGS='...' goes to resblock-bench run"
@@ -22,6 +22,8 @@ help:
 	@echo "make test-gpu the tests that need a GPU, with compiled kernels"
 	@echo "make test-versions other versions of torch and Triton, about an hour; ARGS=--short: a minute"
 	@echo "make benchmark the kernels under pytest-benchmark, e.g. ARGS='-k forward --benchmark-json=FILE'"
+	@echo "make gpu-results all that is worth measuring on a GPU, in slices of 9 minutes: repeat it until it is over"
+	@echo "make gpu-report what came of it: docs/gpu.md and pages"
 	@echo "make gate     machine code, memory and accuracy against the saved pins, no GPU needed"
 	@echo "make lint     ruff and mypy --strict"
 	@echo "make install  make .venv with the locked set; the targets above do so when it is needed"
@@ -55,6 +57,12 @@ benchmark: $(INSTALLED)
 
 gate: $(INSTALLED)
 	$(BIN)/resblock-bench check --static --memory --accuracy
+
+# A GPU is often lent for minutes, with torch and Triton and no network: where there is no .venv,
+# PYTHON runs the checkout as it stands.
+gpu-results gpu-report:
+	@PYTHONPATH=.typing$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON)) \
+		-m resblock_bench.bench $@ $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

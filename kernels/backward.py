@@ -24,7 +24,6 @@ from .tiles import (
     dropout_gain,
     fold_groups,
     leave,
-    load_ahead,
     load_channels,
     load_group_parts,
     load_groups,
@@ -57,33 +56,19 @@ def gradient_of(
 @triton.jit
 def sums_of(
     p_dy, p_x, m_c, begin, end, stride_hw, centre, gain, offset, seed, dropout_p, i_n, o_c, HW,
-    BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, SHIFTED: tl.constexpr, AHEAD: tl.constexpr,
-    EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr,
+    FULL: tl.constexpr, ACTIVATION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Per channel Σ dz, Σ dz·d and, where SHIFTED, Σ d over positions begin … end − 1.
-
-    AHEAD: a tile is loaded while the one before is summed, so that twice as much is in flight.
-    """
+    """Per channel Σ dz, Σ dz·d and, where SHIFTED, Σ d over positions begin … end − 1."""
     o_j = tl.arange(0, BLOCK_HW)
     # Summed lane by lane; no lane waits for another before the last tile.
     lane_dz = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
     lane_dzd = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
     lane_d = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
-    if AHEAD:
-        next_x = load_ahead(p_x, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_last")
-        next_dy = load_ahead(p_dy, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_last")
-    for hw in range(begin, end, BLOCK_HW):
-        if AHEAD:
-            b_x = next_x.to(tl.float32)
-            b_dy = next_dy.to(tl.float32)
-            after = hw + BLOCK_HW
-            o_hw = (after - begin) * stride_hw
-            next_x = load_ahead(p_x + o_hw, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_last")
-            next_dy = load_ahead(p_dy + o_hw, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_last")
-        else:
-            o_hw = (hw - begin) * stride_hw
-            b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
-            b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
+    for hw in tl.range(begin, end, BLOCK_HW, num_stages=STAGES):
+        o_hw = (hw - begin) * stride_hw
+        b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
+        b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last")
         d = b_x - centre
         dz = gradient_of(
             d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION
@@ -175,6 +160,7 @@ def sums_part(
     dropout_p, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of a part; the program that comes last folds those of the unit's groups."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
@@ -189,7 +175,7 @@ def sums_part(
     s1, s2, s3 = sums_of(
         p_dy, p_x, m_c, begin, end, stride_hw, (mean - b_pre)[:, None], (b_gain * rstd)[:, None],
         b_offset[:, None], seed, dropout_p, i_n, o_c, HW, BLOCK_C, BLOCK_HW, p_pre is not None,
-        CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+        EVEN, FULL, ACTIVATION, STAGES,
     )  # fmt: skip
     s2 *= rstd
     o_partial = (i_n.to(tl.int64) * splits + i_part % splits) * C + o_c
@@ -220,6 +206,7 @@ def apply_part(
     BLOCK_SLAB: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of a part once its unit's c1 and c2 are there; the first part sees to the parameters."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
@@ -241,25 +228,10 @@ def apply_part(
     slope = (zeros + rstd * rstd * c1)[:, None]
     level = (zeros + rstd * c2)[:, None]
     o_j = tl.arange(0, BLOCK_HW)
-    # In channels-last registers leave room for few programs, so each has two tiles in flight.
-    AHEAD: tl.constexpr = CHANNELS_LAST
-    if AHEAD:
-        next_x = load_ahead(p_x, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_first")
-        next_dy = load_ahead(p_dy, m_c, begin, end, BLOCK_HW, EVEN, FULL, "evict_first")
-    for hw in range(begin, end, BLOCK_HW):
+    for hw in tl.range(begin, end, BLOCK_HW, num_stages=STAGES):
         o_hw = (hw - begin) * stride_hw
-        if AHEAD:
-            b_x = next_x.to(tl.float32)
-            b_dy = next_dy.to(tl.float32)
-            after = hw + BLOCK_HW
-            o_next = (after - begin) * stride_hw
-            next_x = load_ahead(p_x + o_next, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_first")
-            next_dy = load_ahead(
-                p_dy + o_next, m_c, after, end, BLOCK_HW, EVEN, FULL, "evict_first"
-            )
-        else:
-            b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
-            b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
+        b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
+        b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
         d = b_x - centre
         dz = gradient_of(
             d, b_dy, gain, offset, seed, dropout_p, i_n, o_c, hw, HW, BLOCK_HW, ACTIVATION
@@ -292,6 +264,7 @@ def whole_unit(
     C, HW, scale_n, shift_n, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx and the parameters' gradients of a unit, from registers or in two passes."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
@@ -321,7 +294,7 @@ def whole_unit(
     else:
         s1, s2, s3 = sums_of(
             p_dy, p_x, m_c, 0, HW, stride_hw, centre, gain, offset, seed, dropout_p, i_n, o_c, HW,
-            BLOCK_C, BLOCK_HW, p_pre is not None, False, EVEN, FULL, ACTIVATION,
+            BLOCK_C, BLOCK_HW, p_pre is not None, EVEN, FULL, ACTIVATION, STAGES,
         )  # fmt: skip
     s2 *= rstd
     elements = HW * 1.0 * CG
@@ -333,7 +306,7 @@ def whole_unit(
     if PHASE == "resident":
         store_tile(p_dx, gain * dz - (slope * d + level), m_c, o_j, HW, EVEN, FULL)
     else:
-        for hw in range(0, HW, BLOCK_HW):
+        for hw in tl.range(0, HW, BLOCK_HW, num_stages=STAGES):
             o_hw = hw * stride_hw
             b_x = load_tile(p_x + o_hw, m_c, hw + o_j, HW, EVEN, FULL, "evict_first")
             b_dy = load_tile(p_dy + o_hw, m_c, hw + o_j, HW, EVEN, FULL, "evict_first")
@@ -359,6 +332,7 @@ def backward_kernel(
     BLOCK_SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: a unit (n, slab), or a part (channel block, split) of one."""
     slabs = tl.cdiv(C, SLAB)
@@ -396,7 +370,7 @@ def backward_kernel(
                 p_seed, p_partial_s1, p_partial_s2, p_partial_s3, p_group_s1, p_group_s2, p_word,
                 i_unit, i_part, parts, i_n, i_slab, o_i, o_c, m_c, b_pre, begin, end, C, HW,
                 splits, scale_n, shift_n, dropout_p, CG, SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G,
-                CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+                CHANNELS_LAST, EVEN, FULL, ACTIVATION, STAGES,
             )  # fmt: skip
         else:
             apply_part(
@@ -405,12 +379,12 @@ def backward_kernel(
                 p_partial_s1, p_partial_s2, p_partial_s3, p_slab, p_word, i_part, parts, i_n,
                 i_slab, o_c, m_c, b_pre, begin, end, N, C, HW, splits, scale_n, shift_n, dropout_p,
                 CG, SLAB, BLOCK_SLAB, BLOCK_HW, BLOCK_N, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
-                ACTIVATION,
+                ACTIVATION, STAGES,
             )  # fmt: skip
     else:
         whole_unit(
             p_dy, p_x, p_dx, p_mean, p_rstd, p_s1, p_s2, p_weight, p_bias, p_scale, p_shift, p_pre,
             p_seed, p_dweight, p_dbias, p_dscale, p_dshift, p_dpre, p_slab, i_n, i_slab, o_i, o_c,
             m_c, b_pre, N, C, HW, scale_n, shift_n, dropout_p, PHASE, CG, BLOCK_C, BLOCK_HW,
-            BLOCK_N, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+            BLOCK_N, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION, STAGES,
         )  # fmt: skip

@@ -103,7 +103,7 @@ def merge_parts(
 @triton.jit
 def statistics_of(
     p_x, m_c, begin, end, stride_hw, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
-    EVEN: tl.constexpr, FULL: tl.constexpr,
+    EVEN: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Per-channel mean and M2 of positions begin … end − 1. p_x: the tile at `begin`."""
     o_j = tl.arange(0, BLOCK_HW)
@@ -111,7 +111,7 @@ def statistics_of(
     lane_mean = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
     lane_m2 = tl.zeros([BLOCK_C, BLOCK_HW], tl.float32)
     count = 0.0
-    for hw in range(begin, end, BLOCK_HW):
+    for hw in tl.range(begin, end, BLOCK_HW, num_stages=STAGES):
         b_t = load_tile(
             p_x + (hw - begin) * stride_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_last"
         )
@@ -172,10 +172,11 @@ def statistics_part(
     i_slab, o_i, o_c, m_c, begin, end, C, HW, splits, chunk, pre_n, eps, CG: tl.constexpr,
     SLAB: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a part; the program that comes last merges those of the unit."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
-    mean, m2 = statistics_of(p_x, m_c, begin, end, stride_hw, BLOCK_C, BLOCK_HW, EVEN, FULL)
+    mean, m2 = statistics_of(p_x, m_c, begin, end, stride_hw, BLOCK_C, BLOCK_HW, EVEN, FULL, STAGES)
     channels = tl.minimum(SLAB - i_part // splits * BLOCK_C, BLOCK_C) if BLOCK_G == 1 else CG
     mean += load_channels(p_pre, i_n, o_c, m_c, pre_n, 0.0)
     mean, m2 = merge_channels(mean, m2, o_i, m_c, end - begin, channels, CG, BLOCK_G)
@@ -198,6 +199,7 @@ def apply_part(
     i_n, i_slab, o_c, m_c, begin, end, C, HW, scale_n, shift_n, pre_n, dropout_p,
     PHASE: tl.constexpr, CG: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The output of a part, from the statistics in p_mean and p_rstd once they are there."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
@@ -216,7 +218,7 @@ def apply_part(
     gain = (b_gain * rstd)[:, None]
     offset = b_offset[:, None]
     o_j = tl.arange(0, BLOCK_HW)
-    for hw in range(begin, end, BLOCK_HW):
+    for hw in tl.range(begin, end, BLOCK_HW, num_stages=STAGES):
         o_hw = (hw - begin) * stride_hw
         b_x = load_tile(p_x + o_hw, m_c, hw + o_j, end, EVEN, FULL, "evict_first")
         b_y = output_of(
@@ -233,6 +235,7 @@ def whole_unit(
     o_c, m_c, C, HW, scale_n, shift_n, pre_n, eps, dropout_p, PHASE: tl.constexpr, CG: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics and output of a unit, from registers or in two passes."""
     _, stride_hw = strides(C, HW, CHANNELS_LAST)
@@ -248,7 +251,7 @@ def whole_unit(
         )  # fmt: skip
     else:
         of_channel, squares = statistics_of(
-            p_x, m_c, 0, HW, stride_hw, BLOCK_C, BLOCK_HW, EVEN, FULL
+            p_x, m_c, 0, HW, stride_hw, BLOCK_C, BLOCK_HW, EVEN, FULL, STAGES
         )
         mean, m2 = merge_channels(of_channel + b_pre, squares, o_i, m_c, HW, CG, CG, BLOCK_G)
     rstd = 1.0 / tl.sqrt(m2 / (HW * 1.0 * CG) + eps)
@@ -269,7 +272,7 @@ def whole_unit(
         )
         store_tile(p_y, b_y, m_c, o_j, HW, EVEN, FULL)
     else:
-        for hw in range(0, HW, BLOCK_HW):
+        for hw in tl.range(0, HW, BLOCK_HW, num_stages=STAGES):
             o_hw = hw * stride_hw
             b_t = load_tile(p_x + o_hw, m_c, hw + o_j, HW, EVEN, FULL, "evict_first")
             b_y = output_of(
@@ -285,6 +288,7 @@ def forward_kernel(
     PHASE: tl.constexpr, CG: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: a unit (n, slab), or a part (channel block, split) of one."""
     slabs = tl.cdiv(C, SLAB)
@@ -315,24 +319,24 @@ def forward_kernel(
             statistics_part(
                 p_x, p_mean, p_rstd, p_pre, p_partial_mean, p_partial_m2, p_word, i_unit, i_part,
                 parts, i_n, i_slab, o_i, o_c, m_c, begin, end, C, HW, splits, chunk, pre_n, eps, CG,
-                SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
+                SLAB, BLOCK_C, BLOCK_HW, BLOCK_S, BLOCK_G, CHANNELS_LAST, EVEN, FULL, STAGES,
             )  # fmt: skip
         else:
             apply_part(
                 p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, p_word,
                 parts, i_n, i_slab, o_c, m_c, begin, end, C, HW, scale_n, shift_n, pre_n,
                 dropout_p, PHASE, CG, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL,
-                ACTIVATION,
+                ACTIVATION, STAGES,
             )  # fmt: skip
     elif PHASE == "rewrite":
         apply_part(
             p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, None,
             parts, i_n, i_slab, o_c, m_c, begin, end, C, HW, scale_n, shift_n, pre_n, dropout_p,
-            PHASE, CG, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+            PHASE, CG, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION, STAGES,
         )  # fmt: skip
     else:
         whole_unit(
             p_x, p_y, p_mean, p_rstd, p_weight, p_bias, p_scale, p_shift, p_pre, p_seed, i_n,
             i_slab, o_i, o_c, m_c, C, HW, scale_n, shift_n, pre_n, eps, dropout_p, PHASE, CG,
-            BLOCK_C, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION,
+            BLOCK_C, BLOCK_HW, BLOCK_G, CHANNELS_LAST, EVEN, FULL, ACTIVATION, STAGES,
         )  # fmt: skip

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 Tier = Literal["A", "B", "C", "D"]
@@ -29,19 +28,18 @@ RESIDENT_ELEMENTS_OF_FEW = 8192
 # backward's lanes keep two or three sums and two tensors, so a thread gets half as many.
 STREAM_ELEMENTS = 4096
 THREAD_ELEMENTS = {"forward": 16, "backward": 8}
-# In channels-last a thread has eight channels' γ', β' and sums beside them, so fewer warps are
-# resident; of small programs more. (Tile, warps and resident programs a multiprocessor of tiers C
-# and D follow from the registers that the kernels take: `cost` shows them.)
+# Tile, warps and programs of a multiprocessor of tiers C and D, for a direction and whether in
+# channels-last. Measured on an H100.
 SPLIT_TILES = {
     ("forward", False): (4096, 8, 4),
-    ("forward", True): (2048, 4, 6),
+    ("forward", True): (2048, 4, 8),
     ("backward", False): (2048, 8, 4),
-    ("backward", True): (1024, 4, 4),
+    ("backward", True): (2048, 4, 8),
 }
 # Tiles of a divided unit are made smaller, down to this, before multiprocessors idle.
 LEAST_STREAM_ELEMENTS = 1024
-# Those of a thread where the tile is resident: more of them share the thread's prologue.
-RESIDENT_THREAD_ELEMENTS = 32
+# Those of a thread where the tile is resident. Measured on an H100, of units of 8192 elements.
+RESIDENT_THREAD_ELEMENTS = {"forward": 64, "backward": 32}
 # Above this, the groups that are in flight at once no longer share L2.
 TWO_READ_BYTES = 128 * 1024
 # Up to this, one multiprocessor reads a unit twice sooner than others could help it.
@@ -51,11 +49,11 @@ ALONE_POSITIONS = 64
 WHOLE_WAVES = 4
 LEAST_WAVES = 2
 # What a program of a divided unit reads at most: more would share its prologue, but what is to be
-# read twice would have to stay in L2 for longer.
-PART_BYTES = 32 * 1024
-# A row of a channels-last slab, longest first; shorter rows waste sectors and bursts, but L2 holds
-# a unit of them sooner.
-SLAB_BYTES = (128, 64, 32)
+# read twice would have to stay in L2 for longer. In channels-last it does not stay there anyway:
+# on an H100 the second pass over units of 4 MiB and more came from memory.
+PART_BYTES = {"nchw": 32 * 1024, "nhwc": 128 * 1024}
+# A row of a channels-last slab, at least; shorter rows waste sectors and bursts.
+ROW_BYTES = 128
 SECTOR_BYTES = 32
 # Channels of a program where a channels-last slab is one large group and is divided.
 ROW_CHANNELS = 128
@@ -64,9 +62,8 @@ L2_SHARE = 0.6
 # Positions that dropout draws at once: no tile has fewer.
 QUAD = 4
 # Positions for which a program stores one partial sum (8 to 12 bytes a channel) in channels-last:
-# as a rule, where L2 would not hold a unit otherwise, and where multiprocessors would idle.
+# as a rule, and where multiprocessors would idle.
 MIN_CHUNK = 128
-HELD_CHUNK = 64
 LEAST_CHUNK = 32
 
 
@@ -177,7 +174,7 @@ def plan_launch(
         tier = "B"
     else:
         choice = rule_choice(direction, problem, machine, "C")
-        tier = "C" if _fitting_slab(direction, problem, machine, choice) else "D"
+        tier = "C" if _second_read_from_l2(direction, problem, machine, choice) else "D"
     launch = shape(direction, problem, machine, rule_choice(direction, problem, machine, tier))
     if alone and launch.split and launch.parts == 1:  # nothing is divided
         return shape(direction, problem, machine, rule_choice(direction, problem, machine, "B"))
@@ -188,13 +185,19 @@ def rule_choice(direction: Direction, problem: Problem, machine: Machine, tier: 
     """How the rules run a tier."""
     if tier == "A":
         padded = _Unit.of(direction, problem, slab_channels(problem)).padded
-        return Choice(tier, padded, warps_for(padded, RESIDENT_THREAD_ELEMENTS))
+        return Choice(tier, padded, warps_for(padded, RESIDENT_THREAD_ELEMENTS[direction]))
     if tier == "B":
         tile = STREAM_ELEMENTS * THREAD_ELEMENTS[direction] // 16
         return Choice(tier, tile, warps_for(tile, THREAD_ELEMENTS[direction]))
     tile, warps, waves = SPLIT_TILES[direction, problem.channels_last]
     tile_bytes = tile * problem.element_size * _tensors(direction)
-    return Choice(tier, tile, warps, waves, max(1, PART_BYTES // tile_bytes))
+    return Choice(
+        tier,
+        tile,
+        warps,
+        waves,
+        max(1, PART_BYTES["nhwc" if problem.channels_last else "nchw"] // tile_bytes),
+    )
 
 
 def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choice) -> Launch:
@@ -221,13 +224,12 @@ def shape(direction: Direction, problem: Problem, machine: Machine, choice: Choi
     if choice.tier == "D":
         why = f"{kib}, sums and output each read from memory"
         return _split(direction, problem, machine, choice, slab, why)
-    fitting = _fitting_slab(direction, problem, machine, choice)
-    if fitting is None:
+    if not _second_read_from_l2(direction, problem, machine, choice):
         raise ValueError(
-            f"tier C reads a unit of at least {unit.group_bytes} bytes a second time from L2, and "
+            f"tier C reads units of {unit.bytes} bytes a second time from L2, and "
             f"{L2_SHARE:.0%} of this GPU's are {int(L2_SHARE * machine.l2_bytes)}; take tier D."
         )
-    return _split(direction, problem, machine, choice, fitting, f"{kib}, second read from L2")
+    return _split(direction, problem, machine, choice, slab, f"{kib}, second read from L2")
 
 
 def _in_32_bits(problem: Problem) -> bool:
@@ -262,51 +264,38 @@ class _Unit(NamedTuple):
 
 
 def slab_channels(problem: Problem) -> int:
-    """Channels of a unit: one group, or in channels-last as many whole groups as fill a row."""
-    return next(_slabs(problem))
-
-
-def _slabs(problem: Problem) -> Iterator[int]:
-    """Channels that a unit may have, the best first.
+    """Channels of a unit: one group, or in channels-last as many whole groups as fill a row.
 
     A channels-last row is at least 128 bytes and a whole number of 32-byte sectors, so that two
     slabs never share a sector; where C itself is no multiple of a sector that is not to be had.
-    Units that L2 cannot hold get shorter rows: of 64 and 32 bytes, and then of fewer groups, which
-    share sectors with their neighbours.
     """
     CG = problem.channels_per_group
     if not problem.channels_last:
-        yield CG
-        return
+        return CG
     sector = SECTOR_BYTES // problem.element_size
     step = math.lcm(CG, sector) if problem.C % sector == 0 else CG
-    for row in SLAB_BYTES:
-        yield min(problem.C, step * ceil_div(row // problem.element_size, step))
-    for groups in range(step // CG, 0, -1):
-        if problem.G % groups == 0:
-            yield groups * CG
+    return min(problem.C, step * ceil_div(ROW_BYTES // problem.element_size, step))
 
 
-def _fitting_slab(
+def _second_read_from_l2(
     direction: Direction, problem: Problem, machine: Machine, choice: Choice
-) -> int | None:
-    """The best slab of which L2 holds what is read twice, in small parts, or None."""
-    for slab in _slabs(problem):
-        unit = _Unit.of(direction, problem, slab)
-        elements = slab * HELD_CHUNK if problem.channels_last else choice.tile
-        part_bytes = elements * problem.element_size * _tensors(direction)
-        if _held(unit, machine, choice, min(part_bytes, unit.bytes)):
-            return slab
-    return None
+) -> bool:
+    """Whether L2 holds what is read twice, in small parts."""
+    unit = _Unit.of(direction, problem, slab_channels(problem))
+    part_bytes = choice.tile * problem.element_size * _tensors(direction)
+    return _held(problem, unit, machine, choice, min(part_bytes, unit.bytes))
 
 
-def _held(unit: _Unit, machine: Machine, choice: Choice, part_bytes: int) -> bool:
+def _held(problem: Problem, unit: _Unit, machine: Machine, choice: Choice, part_bytes: int) -> bool:
     """Whether L2 holds all that is read before a part is read again.
 
-    That is a unit, and the parts of those programs that run meanwhile.
+    In NCHW that is a unit, and the parts of those programs that run meanwhile. In channels-last
+    all of the call: rows of slabs far apart were evicted sooner than that on an H100.
     """
-    read = unit.bytes + choice.waves * machine.sms * part_bytes
-    return min(read, unit.number * unit.bytes) <= L2_SHARE * machine.l2_bytes
+    read = unit.number * unit.bytes
+    if not problem.channels_last:
+        read = min(read, unit.bytes + choice.waves * machine.sms * part_bytes)
+    return read <= L2_SHARE * machine.l2_bytes
 
 
 def _tensors(direction: Direction) -> int:
@@ -363,7 +352,11 @@ def _split(
             least = ceil_div(least, 2)
         tiles = max(tiles, least)
     tile_bytes = min(block_c, slab) * block_hw * problem.element_size * _tensors(direction)
-    while choice.tier == "C" and tiles > 1 and not _held(unit, machine, choice, tiles * tile_bytes):
+    while (
+        choice.tier == "C"
+        and tiles > 1
+        and not _held(problem, unit, machine, choice, tiles * tile_bytes)
+    ):
         tiles -= 1
     tiles = min(tiles, ceil_div(problem.HW, block_hw))
     splits = ceil_div(problem.HW, block_hw * tiles)

@@ -72,20 +72,6 @@ def load_tile(
 
 
 @triton.jit
-def load_ahead(p_tile, m_c, hw, end, BLOCK_HW: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-               EVICTION: tl.constexpr):  # fmt: skip
-    """The tile at position `hw` as it is stored, nothing where that is past the end: for a turn of
-    the loop that is yet to come, so that its loads are under way while this one computes."""
-    if EVEN and FULL:
-        mask = hw < end
-    elif EVEN:
-        mask = m_c[:, None] & (hw < end)
-    else:
-        mask = within(m_c, hw + tl.arange(0, BLOCK_HW), end, EVEN, FULL)
-    return tl.load(p_tile, mask=mask, other=0.0, eviction_policy=EVICTION)
-
-
-@triton.jit
 def store_tile(p_tile, b_tile, m_c, o_hw, end, EVEN: tl.constexpr, FULL: tl.constexpr):
     if EVEN and FULL:
         tl.store(p_tile, b_tile)

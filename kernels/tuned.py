@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tile: Annotated[int, msgspec.Meta(ge=QUAD, le=2**17)]
     warps: Annotated[int, msgspec.Meta(ge=1, le=32)]
     waves: Annotated[int, msgspec.Meta(ge=1, le=32)]
-    tiles: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    tiles: Annotated[int, msgspec.Meta(ge=1, le=256)]
     time_us: float
     rules_us: float
 

@@ -174,26 +174,21 @@ def _presentable(run: Run) -> Run:
         )
         for row in run.attempts
     ]
-    attempts = [_with_shown_texts(row) for row in bare]
+    attempts = [msgspec.convert(shown_texts(msgspec.to_builtins(row)), Row) for row in bare]
     return replace(run, attempts=attempts)
 
 
-def _with_shown_texts(row: Row) -> Row:
-    """A configuration, which no page shows, stays whole: its cell is named after it."""
-    config, bare = row.axes.config, msgspec.structs.replace(row.axes, config=None)
-    texts = _shown_texts(msgspec.to_builtins(msgspec.structs.replace(row, axes=bare)))
-    found = msgspec.convert(texts, Row)
-    axes = msgspec.structs.replace(found.axes, config=config)
-    return msgspec.structs.replace(found, axes=axes)
-
-
-def _shown_texts(value: Any) -> Any:
+def shown_texts(value: Any) -> Any:
     if isinstance(value, str):
         return shown(value)
     if isinstance(value, dict):
-        return {shown(name): _shown_texts(one) for name, one in value.items()}
+        found = {shown(name): shown_texts(one) for name, one in value.items()}
+        if "config" in value and "emb_channels" in value:
+            # A cell is named after its configuration. No page shows it, so it stays whole.
+            found["config"] = value["config"]
+        return found
     if isinstance(value, list | tuple):
-        return [_shown_texts(one) for one in value]
+        return [shown_texts(one) for one in value]
     return value
 
 

@@ -8,7 +8,6 @@ escaped.
 import base64
 import hashlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from markupsafe import Markup
 
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, command
+from resblock_bench.bench.machine.environment import versions
 from resblock_bench.bench.runs.folder import Run
 
 from .content import content_of, shown
 from .inline import Figures
+from .profiled import profiles_of
 
 PAGE = "report.html"
 _FOLDER = Path(__file__).parent
@@ -59,13 +60,15 @@ def rendered(runs: Sequence[Run], made_by: str, *, predict: bool = True) -> str:
     )
     figures = Figures()
     contents = [content_of(run, figures, predict=predict) for run in runs]
+    profiles = [profiles_of(run, figures) for run in runs]
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     css = (_FOLDER / "page.css").read_text(encoding="utf-8") + figures.css()
     page = environment.get_template("page.html").render(
         title=f"resblock-bench: {', '.join(content.title for content in contents)}",
         runs=contents,
+        profiles=profiles,
         made_by=made_by,
-        version=metadata.version("resblock-bench"),
+        version=versions()["resblock-bench"] or "of a checkout",
         policy=(
             f"default-src 'none'; style-src '{_digest(css)}'; script-src '{_digest(script)}'; "
             "base-uri 'none'; form-action 'none'"

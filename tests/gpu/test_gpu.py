@@ -52,7 +52,7 @@ def on_gpu(p: Problem) -> Problem:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tier", ["A", "B", "C", "D"])
 def test_every_tier(tier: Tier, dtype: torch.dtype, channels_last: bool) -> None:
-    for C, groups, spatial in ((96, 32, (8, 8)), (60, 2, (9, 7)), (64, 32, (16, 16))):
+    for C, groups, spatial in ((96, 32, (8, 8)), (60, 2, (9, 7)), (64, 32, (16, 8))):
         p = on_gpu(
             problem(
                 3, C, *spatial, groups=groups, dtype=dtype, pre_shift=True,
@@ -65,13 +65,16 @@ def test_every_tier(tier: Tier, dtype: torch.dtype, channels_last: bool) -> None
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_every_published_norm(channels_last: bool) -> None:
+def published_norms() -> list[tuple[int, int, int]]:
     with SHAPES.open() as file:
-        sites = {(int(r["c_in"]), int(r["h"]), int(r["w"])) for r in csv.DictReader(file)}
-    for C, h, w in sorted(sites):
-        p = problem(2, C, h, w, groups=32, dtype=torch.bfloat16, channels_last=channels_last)
-        check(run_operator, on_gpu(p))
+        return sorted({(int(r["c_in"]), int(r["h"]), int(r["w"])) for r in csv.DictReader(file)})
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("C", "h", "w"), published_norms())
+def test_every_published_norm(C: int, h: int, w: int, channels_last: bool) -> None:
+    p = problem(2, C, h, w, groups=32, dtype=torch.bfloat16, channels_last=channels_last)
+    check(run_operator, on_gpu(p))
 
 
 # Launches with tickets, whose programs wait for each other. A race shows itself now and then, so
@@ -95,6 +98,8 @@ def counters() -> Iterator[dict[tuple[torch.device, int], Tensor]]:
 def ticket_launches(direction: Direction, site: tiers.Problem, tier: Tier) -> list[Launch]:
     """As planned; with the least lag, so that most wait; and in small parts with the least lag."""
     machine, _ = dispatch._machine(torch.device("cuda", torch.cuda.current_device()))
+    if site.channels_last:  # Where L2 does not hold all of a call, C is refused. Both launch alike.
+        tier = "D"
     choice = tiers.rule_choice(direction, site, machine, tier)
     planned = tiers.shape(direction, site, machine, choice)
     small = tiers.shape(direction, site, machine, choice._replace(tile=256, waves=1, tiles=1))

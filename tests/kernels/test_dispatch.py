@@ -84,10 +84,10 @@ def test_tier_follows_from_the_bytes_of_a_group(N: int, C: int, HW: int, tier: s
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_every_published_site_is_read_once_from_memory_and_fills_the_gpu(
+def test_every_published_site_fills_the_gpu_and_nchw_is_read_once_from_memory(
     direction: Direction, channels_last: bool
 ) -> None:
-    """In 16 bits on an H100: none in tier D, and what tier C reads twice stays in its L2.
+    """In 16 bits on an H100. In NCHW none is in tier D, and what C reads twice stays in its L2.
 
     By activation bytes, launches of fewer than two programs a multiprocessor are rare: 2 % at batch
     8, 10 % at batch 1.
@@ -101,7 +101,7 @@ def test_every_published_site_is_read_once_from_memory_and_fills_the_gpu(
             everything += count * C * HW
             if units * launch.parts < 264:
                 few += count * C * HW
-            assert launch.tier in ("A", "B", "C"), (C, HW)
+            assert channels_last or launch.tier in ("A", "B", "C"), (C, HW)
             if launch.tier == "C":
                 # A part is read again after `lag` others, and half of the resident programs' sums.
                 behind = launch.lag + tiers.SPLIT_TILES[direction, channels_last][2] * 132 // 2

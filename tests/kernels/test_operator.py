@@ -261,7 +261,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pytest.importorskip("triton")
     monkeypatch.setattr(tiers, "STREAM_ELEMENTS", 64)
     monkeypatch.setattr(tiers, "SPLIT_TILES", dict.fromkeys(tiers.SPLIT_TILES, (32, 1, 2)))
-    monkeypatch.setattr(tiers, "PART_BYTES", 512)
+    monkeypatch.setattr(tiers, "PART_BYTES", dict.fromkeys(tiers.PART_BYTES, 512))
     monkeypatch.setattr(tiers, "MIN_CHUNK", 16)
     # Fewer than a unit has parts.
     monkeypatch.setattr("resblock_bench.kernels.launch.FOLD_ELEMENTS", 4)

@@ -68,7 +68,7 @@ def test_tiers_are_tried_where_they_make_sense() -> None:
     assert tried(64, 256, 1024) == "AB"
     assert tried(1, 256, 1024) == "AC"  # 32 units leave most of the GPU idle
     assert tried(8, 256, 65536) == "BC"  # D would launch as C does
-    assert tried(8, 256, 65536, channels_last=True) == "CD"  # C in smaller parts
+    assert tried(8, 256, 65536, channels_last=True) == "D"  # a call that L2 does not hold
     assert tried(1, 256, 2048 * 2048) == "D"  # no group fits in L2
     # Nor a sample in 32 bits, as B has it.
     assert tried(8, 256, 2896 * 2897, channels_last=True) == "D"

@@ -64,7 +64,7 @@ def test_a_run_from_end_to_end_in_the_interpreter(
     monkeypatch.setattr(dispatch, "_machine", lambda device: (SMALL, "sm_00"))
     tuned.forget()
     x = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
-    assert dispatch.launch_for("forward", x, 32).num_warps == 2
+    assert dispatch.launch_for("forward", x, 32).num_warps == 1
     monkeypatch.setattr(tune_measure, "REPEATS", 1)
     bench = Interpreted(halved)
     arguments = ["channels=64", "resolution=8", "batch=1", "dtype=fp32", "layout=nhwc"]

@@ -1,0 +1,6 @@
+"""The verbs `gpu-results` and `gpu-report`: all that is worth measuring on a GPU, in one command.
+
+`parts` says what is measured, as data; `steps` runs it, step by step, and writes down what became
+of each; `launches` is a small program that launches every kernel once, for a sanitizer; `operators`
+measures the operator at published sites.
+"""
