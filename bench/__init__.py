@@ -7,6 +7,7 @@ Rooms, each of which imports only from those listed before it:
     grid       which cells there are to measure
     lockstep   several processes, measured in turns
     runs       a run folder: written, read, shown
+    profile    where a step's time and memory go: the verb `profile`
     report     a run as one page: the verb `report`, and what `run` leaves beside its rows
     fit        does a training step fit? the verb `plan`
     compiled   what a kernel is on a GPU that is absent: bytes, machine code

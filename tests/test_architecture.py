@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("reference", "kernels", "bench")
 NAMESPACE = "resblock_bench"
 ROOMS = (
-    "machine", "measure", "grid", "lockstep", "runs", "report", "fit", "compiled", "cost", "sweep",
-    "findings", "compare", "tune", "gate", "gpu", "cli",
+    "machine", "measure", "grid", "lockstep", "runs", "profile", "report", "fit", "compiled",
+    "cost", "sweep", "findings", "compare", "tune", "gate", "gpu", "cli",
 )  # fmt: skip
 """The rooms of bench/, lower first; below them all is what lies beside them."""
 

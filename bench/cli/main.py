@@ -31,6 +31,7 @@ from .app import (
     PresetOption,
     SeedOption,
     ThreadsOption,
+    TimeoutOption,
     app,
     checked_threads,
     path,
@@ -420,6 +421,60 @@ def plan(
         plot=plot,
     )
     raise typer.Exit(planning.carry_out(request, console, progress))
+
+
+@app.command()
+def profile(
+    cells: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CELL",
+            help="The id of a row, or axes such as 'channels=128 impl=fused'; two are compared.",
+        ),
+    ] = None,
+    axis: AxisOption = None,
+    device: DeviceOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="DIR",
+            help="Where profiles/ID is written, such as a run folder. Default: results.",
+        ),
+    ] = None,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Also for PyTorch's memory viewer, on CUDA.")
+    ] = False,
+    timeout: TimeoutOption = "30m",
+    threads: ThreadsOption = None,
+    seed: SeedOption = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", parser=path, metavar="FILE", help="Write every number here, too."),
+    ] = None,
+) -> None:
+    """Show where the time and the memory of one step go: a block's, or a whole model's.
+
+    By kernel, group, module and pass, with bytes, operations and rooflines; writes a trace for
+    Perfetto and figures. The results are checked first. Of two cells: where the difference is.
+    """
+    from resblock_bench.bench.checkout import checkout_around
+    from resblock_bench.bench.measure.devices import default_kind, device_kind
+    from resblock_bench.bench.profile import profile as profiling
+    from resblock_bench.bench.profile.selecting import selected
+    from resblock_bench.bench.units import parse_duration_s
+
+    request = profiling.ProfileRequest(
+        cells=selected(cells or [], axis or [], output, Path.cwd()),
+        device=default_kind() if device is None else device_kind(device),
+        output=output or checkout_around(Path.cwd()) / "results",
+        threads=checked_threads(threads),
+        seed=seed or 0,
+        limit_s=parse_duration_s(timeout),
+        snapshot=snapshot,
+        json=json,
+    )
+    raise typer.Exit(profiling.carry_out(request, result_console()))
 
 
 @app.command()

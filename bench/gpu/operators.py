@@ -39,10 +39,10 @@ from resblock_bench.bench.records import DType, Layout, Record
 from resblock_bench.bench.tune.gpu import TIMING, QueuedTimer
 from resblock_bench.kernels import dispatch, functional
 from resblock_bench.kernels.spec import Modulation, spread
+from resblock_bench.kernels.tiers import Direction
 from resblock_bench.reference import PUBLISHED
 
-Direction = Literal["forward", "backward"]
-Call = Callable[[Tensor, Modulation, int], Tensor]
+OperatorCall = Callable[[Tensor, Modulation, int], Tensor]
 
 BATCHES = {32: 128, 64: 64, 128: 16, 256: 8, 512: 4}
 """Images a step, by their size: what fills a GPU."""
@@ -139,7 +139,7 @@ def fused(x: Tensor, m: Modulation, groups: int) -> Tensor:
     )
 
 
-def implementation(impl: str, norm: Norm, device: torch.device) -> Call:
+def implementation(impl: str, norm: Norm, device: torch.device) -> OperatorCall:
     """What computes the operator. Raises what the project that it belongs to raises."""
     if impl == "eager":
         return operator.eager
@@ -193,7 +193,7 @@ def least_bytes(inputs: CallInputs, direction: Direction) -> int:
     return read + inputs.x.nbytes if direction == "forward" else 2 * read + inputs.dy.nbytes
 
 
-class Truth:
+class OperatorTruth:
     """The results of one site in float64, and what eager's own errors allow."""
 
     def __init__(self, inputs: CallInputs) -> None:
@@ -225,7 +225,9 @@ class Truth:
         return sentence, worst
 
 
-def time_direction(call: Call, inputs: CallInputs, direction: Direction, timer: Timer) -> Timing:
+def time_direction(
+    call: OperatorCall, inputs: CallInputs, direction: Direction, timer: Timer
+) -> Timing:
     named = {"x": inputs.x, **inputs.modulation._asdict()}
     leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
     rows = Modulation(*map(leaves.get, Modulation._fields))
@@ -297,7 +299,7 @@ class Sweep:
         if not missing or self.spent():
             return
         inputs = inputs_of(norm, site.resolution, self._device.torch_device)
-        truth = Truth(inputs)
+        truth = OperatorTruth(inputs)
         for _, rows in missing:
             if self.spent():
                 return
@@ -314,7 +316,7 @@ class Sweep:
         return time.monotonic() >= self._deadline
 
     def _measured(
-        self, rows: list[OperatorRow], norm: Norm, inputs: CallInputs, truth: Truth
+        self, rows: list[OperatorRow], norm: Norm, inputs: CallInputs, truth: OperatorTruth
     ) -> Iterator[OperatorRow]:
         try:
             call = implementation(rows[0].impl, norm, self._device.torch_device)

@@ -173,17 +173,17 @@ def _presentable(run: Run) -> Run:
         )
         for row in run.attempts
     ]
-    attempts = [msgspec.convert(_shown_texts(msgspec.to_builtins(row)), Row) for row in bare]
+    attempts = [msgspec.convert(shown_texts(msgspec.to_builtins(row)), Row) for row in bare]
     return replace(run, attempts=attempts)
 
 
-def _shown_texts(value: Any) -> Any:
+def shown_texts(value: Any) -> Any:
     if isinstance(value, str):
         return shown(value)
     if isinstance(value, dict):
-        return {shown(name): _shown_texts(one) for name, one in value.items()}
+        return {shown(name): shown_texts(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_shown_texts(one) for one in value]
+        return [shown_texts(one) for one in value]
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from resblock_bench.bench.errors import UsageError, command
+from resblock_bench.bench.errors import InvalidError, UsageError, command
 from resblock_bench.bench.machine.channel import Channel
 from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.runs.export import export
@@ -59,6 +59,6 @@ def _write_derived(argument: bytes, channel: Channel) -> bytes:
             drawn = draw_all(run)
             reply.paths += [f"figure: {path}" for path in drawn if path.suffix == ".png"]
             reply.paths.append(f"page: {write_page([run], None, predict=False)}")
-    except UsageError as error:
+    except (UsageError, InvalidError) as error:
         reply.problem = str(error)
     return msgspec.json.encode(reply)

@@ -21,6 +21,7 @@ from resblock_bench.bench.runs.folder import Run
 
 from .content import content_of, shown
 from .inline import Figures
+from .profiled import profiles_of
 
 PAGE = "report.html"
 _FOLDER = Path(__file__).parent
@@ -59,11 +60,13 @@ def rendered(runs: Sequence[Run], made_by: str, *, predict: bool = True) -> str:
     )
     figures = Figures()
     contents = [content_of(run, figures, predict=predict) for run in runs]
+    profiles = [profiles_of(run, figures) for run in runs]
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     css = (_FOLDER / "page.css").read_text(encoding="utf-8") + figures.css()
     page = environment.get_template("page.html").render(
         title=f"resblock-bench: {', '.join(content.title for content in contents)}",
         runs=contents,
+        profiles=profiles,
         made_by=made_by,
         version=versions()["resblock-bench"] or "of a checkout",
         policy=(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.cells import TINY
 from support.kept_workers import KeptWorkers
+from support.models import CONFIGS, model_cell, register
 from support.orders import Given
 from torch import nn
 
@@ -22,12 +23,16 @@ from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.measure import cell as measuring
 from resblock_bench.bench.measure.cell import CellJob, Task
 from resblock_bench.bench.measure.correctness import LAST_INPUTS, compute_truth
+from resblock_bench.bench.measure.devices import open_device
 from resblock_bench.bench.measure.implementations import IMPLEMENTATIONS
+from resblock_bench.bench.measure.kinds import KINDS
 from resblock_bench.bench.measure.survey import SurveyJob, survey
 from resblock_bench.bench.measure.timing import DEFAULT_RULE
 from resblock_bench.bench.measure.truth_file import FIRST, LAST, truths_folder, write_truth
 from resblock_bench.bench.measure.workload import checked_cell, unsupported
-from resblock_bench.bench.records import Cell, Environment, Row, site_of
+from resblock_bench.bench.profile import step
+from resblock_bench.bench.profile.profiles import Profile
+from resblock_bench.bench.records import Ceilings, Cell, Correctness, Environment, Row, site_of
 from resblock_bench.bench.sweep import engines
 
 FAST = msgspec.structs.replace(
@@ -152,6 +157,49 @@ def add_implementation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def shared_workers(monkeypatch: pytest.MonkeyPatch, kept_workers: KeptWorkers) -> None:
     """Whatever asks workers asks those of all tests."""
     monkeypatch.setattr(workers, "run", kept_workers.run)
+
+
+CEILINGS = Ceilings(
+    copy_bytes_per_s=1e10,
+    peak_bytes_per_s=2e10,
+    matrix_flops_per_s=dict.fromkeys(("fp32", "bf16", "fp16"), 1e11),
+)
+CHECKED = Correctness(errors={"out": 0.0}, limits={"out": 1.0}, worst="out", dropout=0.0)
+
+
+@pytest.fixture(scope="session")
+def known_profiles() -> dict[Cell, Profile]:
+    """Those that were made: none twice."""
+    return {}
+
+
+@pytest.fixture
+def profiled(
+    make_task: Callable[..., Task],
+    make_cell: Callable[..., Cell],
+    known_profiles: dict[Cell, Profile],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Profile]:
+    """The profile of a tiny block, or with a workload of a tiny model, with some fields changed,
+    made in this process."""
+    monkeypatch.setattr(step, "STEPS", 1)
+    register(monkeypatch, CONFIGS["unet"])
+
+    def profile(**changes: object) -> Profile:
+        whole = "workload" in changes
+        cell = model_cell(CONFIGS["unet"], **changes) if whole else make_cell(**changes)
+        if cell not in known_profiles:
+            task = make_task()
+            environment_ = msgspec.structs.replace(task.environment, ceilings=CEILINGS)
+            task = msgspec.structs.replace(task, cell=cell, environment=environment_)
+            device = open_device("cpu", 1)
+            workload = KINDS[cell.workload].drawn(cell, device.torch_device, 0)
+            recorded = step.recorded_step(workload, device, lambda: None)
+            counted = step.counted_step(workload, device)
+            known_profiles[cell] = step.profile_of(task, CHECKED, recorded, counted, 0, [])
+        return known_profiles[cell]
+
+    return profile
 
 
 class Outcome(NamedTuple):

@@ -14,13 +14,16 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.made_rows import HOT, NOTHING
+from support.orders import Given
 from support.pages import Tag, parsed
 
-from resblock_bench.bench.errors import UsageError
+from resblock_bench.bench.errors import InvalidError, UsageError
+from resblock_bench.bench.profile.profiles import PROFILE, PROFILES, Profile
 from resblock_bench.bench.records import OOM_EXPECTED, Row
-from resblock_bench.bench.report import content
+from resblock_bench.bench.report import content, derived
 from resblock_bench.bench.report.page import rendered, write_page
 from resblock_bench.bench.report.predicted import predicted
+from resblock_bench.bench.report.profiled import MOST_PROFILES
 from resblock_bench.bench.runs.folder import Run
 
 ROOT = Path(__file__).parents[3]
@@ -443,3 +446,48 @@ def test_a_half_written_row_is_told(run_cli: Callable, stored: Callable) -> None
     assert "is half-written and was left out" in done.err
     assert "is half-written and was left out" in (folder / "report.html").read_text()
     assert os.listdir(folder).count("report.html") == 1
+
+
+def test_profiles_in_the_folder_are_shown_and_what_they_say_is_text(
+    run: Run, profiled: Callable[..., Profile]
+) -> None:
+    assert not [tag for tag in page_of(run).all("h3") if tag.text() == "Profiles"]
+    found = profiled()
+    memory = msgspec.structs.replace(found.memory, peak_module=HOSTILE, held={HOSTILE: 1})
+    parts = [*found.parts[:-1], msgspec.structs.replace(found.parts[-1], module=HOSTILE)]
+    hostile = msgspec.structs.replace(found, memory=memory, parts=parts, notes=[HOSTILE])
+    for number in range(MOST_PROFILES + 1):
+        folder = run.folder / PROFILES / f"{number}"
+        folder.mkdir(parents=True)
+        (folder / PROFILE).write_bytes(msgspec.json.encode(hostile))
+    page = page_of(run)
+    assert len(page.all("script")) == len(page.all("style")) == 1
+    assert not page.all("b", "img")
+    assert len(page.all("svg")) == 2 * MOST_PROFILES
+    text = part(page, "Profiles")
+    assert "so recording it costs" in text
+    assert "1 more profile in profiles/ of the folder." in text
+    assert "convolution" in {row[0] for row in table(page, "r1-profile-1-groups")}
+    assert " ".join(PLAIN.split()) in text
+    ids = [tag.get("id") for tag in page.all() if tag.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_damaged_profile_is_a_damaged_folder(run: Run) -> None:
+    folder = run.folder / PROFILES / "0"
+    folder.mkdir(parents=True)
+    (folder / PROFILE).write_text("{}")
+    with pytest.raises(InvalidError, match=r"profile\.json is damaged"):
+        page_of(run)
+
+
+def test_what_follows_from_a_run_with_a_damaged_profile_says_so(
+    run: Run, stored: Callable[..., Path]
+) -> None:
+    folder = stored()
+    (folder / PROFILES / "0").mkdir(parents=True)
+    (folder / PROFILES / "0" / PROFILE).write_text("{}")
+    wanted = msgspec.json.encode({"folder": str(folder), "formats": [], "plots": True})
+    reply = msgspec.json.decode(derived._write_derived(wanted, Given()))
+    assert "profile.json is damaged" in reply["problem"]
+    assert [path for path in reply["paths"] if path.startswith("figure: ")]
