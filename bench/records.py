@@ -49,8 +49,10 @@ class Cell(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     `workload` is what a step runs: a block; the whole `model`, whose resolution and channels are
     those of its images; or all its residual `blocks`, each on an input of its own. `microbatch` are
-    the images that a model takes at once in a training step, None for all. Neither is written where
-    it is the default, so that the cells of blocks are what they were before there were others.
+    the images that a model takes at once in a training step, None for all. `config` is that of a
+    model of diffusers, in JSON: the cell is whole without the file that it came from. None of them
+    is written where it is the default, so that the cells of blocks are what they were before there
+    were others.
     """
 
     model: str | None
@@ -70,6 +72,16 @@ class Cell(Record, frozen=True, kw_only=True, omit_defaults=True):
     checkpoint: Checkpoint
     workload: WorkloadKind = "block"
     microbatch: Positive | None = None
+    config: Annotated[str, Meta(max_length=2**20)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.config is None:
+            return
+        kind, _, _ = (self.model or "").rpartition("-")
+        if not kind.isidentifier() or self.model != config_name(kind, self.config):
+            raise ValueError("model is not named after its config")
+        if self.workload != "model":
+            raise ValueError("of a model with a config neither a block nor all blocks are measured")
 
 
 class Rule(Record, frozen=True, kw_only=True):
@@ -300,6 +312,11 @@ class Row(Record, frozen=True, kw_only=True):
     started_at: str
     wall_s: NonNegative | None
     overhead_s: NonNegative | None
+
+
+def config_name(kind: str, config: str) -> str:
+    """The name of a model of diffusers: its class, and a digest of its configuration."""
+    return f"{kind}-{hashlib.sha256(config.encode()).hexdigest()[:8]}"
 
 
 def cell_id(cell: Cell, contract: Contract, code: str) -> str:

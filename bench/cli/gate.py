@@ -120,7 +120,8 @@ def compare(
         )
     if base is not None:
         plan = _gate_plan(axis, preset, config, device, threads, seed)
-        request = _base_request(base, plan, source, timeout)
+        named = _options_of_cells(axis, preset, config)
+        request = _base_request(base, plan, source, timeout, named)
         outcome = comparing.against_base(request, progress_console())
     elif len(paths) == 2:
         outcome = comparing.of_stored(paths[0], paths[1], here, relative=relative)
@@ -167,7 +168,17 @@ def _gate_plan(
     )
 
 
-def _base_request(base: str, plan: Plan, source: list[Path] | None, timeout: str) -> BaseRequest:
+def _options_of_cells(axis: list[str] | None, preset: str | None, config: Path | None) -> list[str]:
+    """The words that name the same cells once more."""
+    words = [word for one in axis or [] for word in ("-a", one)]
+    if preset is not None:
+        words += ["--preset", preset]
+    return words if config is None else [*words, "--config", str(config)]
+
+
+def _base_request(
+    base: str, plan: Plan, source: list[Path] | None, timeout: str, cells: list[str]
+) -> BaseRequest:
     from resblock_bench.bench.compare.compare import BaseRequest
     from resblock_bench.bench.compare.source_tree import repository_around, require_sources, resolve
     from resblock_bench.bench.units import parse_duration_s
@@ -182,6 +193,7 @@ def _base_request(base: str, plan: Plan, source: list[Path] | None, timeout: str
         start=Path.cwd(),
         timeout_s=parse_duration_s(timeout),
         sources=tuple(source or ()),
+        cells=tuple(cells),
     )
 
 
@@ -262,7 +274,8 @@ def check(
     parts[checking.TIMING] = checking.NO_BASE
     if base is not None:
         plan = _gate_plan(axis, preset, config, device, threads, seed)
-        request = _base_request(base, plan, source, timeout)
+        named = _options_of_cells(axis, preset, config)
+        request = _base_request(base, plan, source, timeout, named)
         parts[checking.TIMING] = functools.partial(check_timing.check, request, progress)
     raise typer.Exit(write(checking.report_of(checking.check(names, parts), pins), to, console))
 

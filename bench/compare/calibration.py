@@ -18,7 +18,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from resblock_bench.bench.checkout import repository_root
-from resblock_bench.bench.errors import InvalidError
+from resblock_bench.bench.errors import InvalidError, command
 from resblock_bench.bench.files import read_versioned
 from resblock_bench.bench.lockstep.rounds import Round, RoundRule
 from resblock_bench.bench.machine.environment import difference
@@ -151,17 +151,20 @@ def stale(
 
 
 def usable(
-    environment: Environment, device: Kind, rule: RoundRule, start: Path
+    environment: Environment, device: Kind, rule: RoundRule, start: Path, cells: Sequence[str] = ()
 ) -> tuple[Calibration | None, str | None]:
     """The calibration of a machine, or None and a sentence that says why there is none.
+
+    cells   the options that name those which are compared; none are those of the gate
 
     Raises InvalidError for a damaged file, and for one of another device.
     """
     path = calibration_file(environment, device, start)
     calibration = read_calibration(path)
+    options = ("--device", device, "--threads", str(environment.threads), *cells)
     default = (
-        f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run 'resblock-bench "
-        f"calibrate --device {device} --threads {environment.threads}'"
+        f"the tolerance is {DEFAULT_TOLERANCE.relative:.0%} by default; run: "
+        f"{command('calibrate', *options)}"
     )
     if calibration is None:
         threads = f"{environment.threads} thread{'s' if environment.threads > 1 else ''}"

@@ -37,6 +37,7 @@ class BaseRequest:
     """A revision against the working tree.
 
     sources   folders that packages are imported from; empty in a checkout of this project
+    cells     the options that name the cells of the plan; empty for those of the gate
     """
 
     base: str
@@ -44,6 +45,7 @@ class BaseRequest:
     start: Path
     timeout_s: float
     sources: Sequence[Path] = ()
+    cells: Sequence[str] = ()
     rule: RoundRule = field(default_factory=RoundRule)
 
 
@@ -98,7 +100,7 @@ def in_lockstep(
         base, head = bed.sides
         order = random.Random(request.plan.seed)
         calibration, note = usable(
-            bed.environment, request.plan.device, request.rule, request.start
+            bed.environment, request.plan.device, request.rule, request.start, request.cells
         )
         tolerance = tolerance_by(calibration)
         notes = [*bed.notes, *of_others(calibration, bed.tasks)]

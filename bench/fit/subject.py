@@ -23,11 +23,10 @@ from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, shortened, unknown
 from resblock_bench.bench.grid.axes import parse_arguments
 from resblock_bench.bench.grid.grid import plan
-from resblock_bench.bench.measure.models import zero_inputs
+from resblock_bench.bench.measure import diffusers_model
+from resblock_bench.bench.measure.networks import zero_inputs
 from resblock_bench.bench.records import Cell, site_name
 from resblock_bench.reference import PUBLISHED, UNetConfig, build
-
-from . import diffusers_model
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,7 +10,7 @@ Gradients are None before a step. Precisions:
            float16
 
 AdamW is the fused one: no temporaries. The loss is the mean squared error in float32, of a
-classifier the cross entropy.
+classifier the cross entropy; of an autoencoder the divergence of its posterior is added.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -27,20 +27,18 @@ from msgspec import Struct, structs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from resblock_bench.bench.measure import workload
+from resblock_bench.bench.measure import diffusers_model, workload
 from resblock_bench.bench.measure.implementations import (
     IMPLEMENTATIONS,
     keep_convolutions_in_blocks,
-    keeping_convolutions,
 )
-from resblock_bench.bench.measure.models import NamedTensors, model_loss, zero_inputs
+from resblock_bench.bench.measure.networks import NamedTensors, model_loss, zero_inputs
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.bench.records import Cell, Checkpoint
 from resblock_bench.kernels import fuse_
 from resblock_bench.reference import AttentionBlock, UNetConfig, build
 from resblock_bench.reference.torso import cast_convolutions
 
-from . import diffusers_model
 from .cuda_autocast import cuda_autocast
 from .lifetimes import Lifetimes
 from .subject import Subject
@@ -48,6 +46,9 @@ from .subject import Subject
 Precision = Literal["fp32", "bf16", "fp16"]
 Impl = Literal["reference", "fused"]
 Optimizer = Literal["adamw", "none"]
+
+_DIVERGENCE_WEIGHT = 1e-6
+"""Of an autoencoder's posterior in its loss, as latent diffusion trains its own."""
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
@@ -161,11 +162,15 @@ class Training:
 
     def _loss(self, inputs: NamedTensors) -> Tensor:
         arguments = {name: tensor for name, tensor in inputs.items() if name != "target"}
-        if self.subject.diffusers is not None:
-            out = diffusers_model.call(self.model, arguments)
-        else:
+        config, divergence = self.subject.diffusers, None
+        if config is None:
             out = self.model(**arguments)
-        return model_loss(self.subject.config, out, inputs["target"])
+        elif config["_class_name"] == "AutoencoderKL":
+            out, divergence = diffusers_model.autoencoded(self.model, arguments["sample"])
+        else:
+            out = diffusers_model.call(self.model, arguments)
+        loss = model_loss(self.subject.config, out, inputs["target"])
+        return loss if divergence is None else loss + _DIVERGENCE_WEIGHT * divergence
 
 
 def published_precision(config: UNetConfig) -> Precision:
@@ -210,9 +215,7 @@ def _diffusers_model(
     config: diffusers_model.Config, recipe: Recipe
 ) -> tuple[nn.Module, str | None]:
     """With "full" as diffusers checkpoints it, fused or not: whole blocks of the model."""
-    model: Any = diffusers_model.build_model(config)
-    if recipe.checkpoint == "full":
-        model.enable_gradient_checkpointing()
+    model = diffusers_model.build_model(config, checkpoint=recipe.checkpoint == "full")
     if recipe.impl == "fused":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said by the note
@@ -223,15 +226,8 @@ def _diffusers_model(
         fused = ", ".join(f"{count} {what}" for what, count in kinds.items())
         return model, f"it has {fused}; {len(report.left)} modules were left as they are"
     if recipe.checkpoint == "selective":
-        for module in model.modules():
-            if type(module).__name__ == "ResnetBlock2D":
-                vars(module)["forward"] = _without_embedding(keeping_convolutions(module.forward))
+        keep_convolutions_in_blocks(model)
     return model, None
-
-
-def _without_embedding(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As diffusers calls its blocks: by position or by name, and in an autoencoder with None."""
-    return lambda x, temb=None: call(x, temb)
 
 
 def _block_inputs(subject: Subject, batch: int, precision: Precision) -> NamedTensors:

@@ -60,7 +60,7 @@ def axes() -> dict[str, Axis]:
         _choice(
             "workload", records.WorkloadKind, "a block, a whole model, all its blocks", ("block",)
         ),
-        Axis("model", "choice", (), "published model: its own blocks", tuple(PUBLISHED)),
+        Axis("model", "choice", (), "published model, or a config.json", tuple(PUBLISHED)),
         Axis("dims", "int", (2,), "spatial dimensions", (1, 2, 3)),
         Axis("resolution", "int", (32,), "spatial extent at the block's input"),
         Axis("channels", "int", (128,), "input channels, a multiple of 32"),
@@ -93,6 +93,11 @@ def _check_implementations() -> None:
 def models() -> tuple[AxisValue, ...]:
     """The published models made of this suite's block; EDM's are made of another one."""
     return tuple(name for name, config in PUBLISHED.items() if not config.family.startswith("edm"))
+
+
+def is_config(model: str) -> bool:
+    """Whether a value of the axis `model` is a file: the config.json of a model of diffusers."""
+    return model.endswith(".json")
 
 
 def parse_arguments(arguments: Iterable[str]) -> dict[str, tuple[AxisValue, ...]]:
@@ -174,7 +179,7 @@ def _parse_range(axis: Axis, text: str) -> list[int]:
 def _parse_value(axis: Axis, item: object) -> AxisValue:
     if axis.kind == "choice":
         text = str(item)
-        if text not in axis.choices:
+        if text not in axis.choices and not (axis.name == "model" and is_config(text)):
             raise unknown(f"value of axis {axis.name!r}:", text, map(str, axis.choices))
         return text
     try:

@@ -3,8 +3,9 @@
 Without `model` the axes multiply. With it, the sites are the model's own residual blocks, equal
 ones merged with their multiplicity, and resolution, channels, out_channels and conditioning pick
 among them; dropout overrides the model's. With `workload` the model is run whole, or all of its
-blocks are. Checkpointing exists in train mode only. All variants (checkpoint × implementation) of
-one site stand next to each other, so that what is compared is measured close in time.
+blocks are; one of diffusers, by its config.json, is run whole only. Checkpointing exists in train
+mode only. All variants (checkpoint × implementation) of one site stand next to each other, so that
+what is compared is measured close in time.
 """
 
 import itertools
@@ -17,11 +18,12 @@ import msgspec
 from msgspec.structs import asdict
 
 from resblock_bench.bench.errors import NothingSelectedError, UsageError
+from resblock_bench.bench.measure import diffusers_model
 from resblock_bench.bench.records import Cell, cell_name
 from resblock_bench.bench.units import format_bytes
 from resblock_bench.reference import PUBLISHED, resblock_sites
 
-from .axes import MOST_CELLS, AxisValue, Selection, axes, models
+from .axes import MOST_CELLS, AxisValue, Selection, axes, is_config, models
 
 GROUPS = 32
 EMB_CHANNELS = 512
@@ -91,9 +93,10 @@ def _refuse_too_many(selection: Selection) -> None:
 def _refuse_other_blocks(selection: Selection) -> None:
     others = [str(name) for name in selection.get("model", ()) if name not in models()]
     if others and "block" in selection.get("workload", ("block",)):
+        allowed = "workload=model" + ("" if is_config(others[0]) else " or workload=blocks")
         raise UsageError(
             f"{others[0]} is made of blocks of another kind, which are not measured alone: use "
-            "workload=model or workload=blocks"
+            f"{allowed}"
         )
 
 
@@ -108,6 +111,8 @@ def _refuse_too_large(cell: Cell) -> None:
 
 def weight(cell: Cell, multiplicity: int) -> int:
     """Activation elements, times how often the site occurs in its model; of a model all of them."""
+    if cell.config is not None:
+        return cell.batch * diffusers_model.activation_elements(cell.config)
     if cell.workload != "block":
         blocks = _sites_of(str(cell.model))
         return sum(count * cell.batch * _elements(**site) for site, count in blocks)
@@ -163,7 +168,8 @@ def _whole_models(workload: str, selection: Selection) -> Iterator[tuple[dict[st
     """Each model, or all its blocks, whose sizes are the model's own."""
     if not selection.get("model"):
         raise UsageError(
-            f"workload={workload} needs a model: give model=NAME, one of {', '.join(PUBLISHED)}"
+            f"workload={workload} needs a model: give model=NAME, one of {', '.join(PUBLISHED)}, "
+            "or the config.json of a UNet of diffusers"
         )
     wrong = [name for name in PICKS if name in selection]
     if wrong:
@@ -173,22 +179,45 @@ def _whole_models(workload: str, selection: Selection) -> Iterator[tuple[dict[st
         )
     _refuse_dims(selection)
     for model in map(str, selection["model"]):
-        config = PUBLISHED[model]
-        site = {
-            "workload": workload,
-            "model": model,
-            "dims": 2,
-            "resolution": config.image_size,
-            "channels": config.in_channels,
-            "out_channels": config.out_channels,
-            "emb_channels": config.emb_channels,
-            "conditioning": "scale_shift" if config.use_scale_shift_norm else "add",
-            "updown": "none",
-        }
+        own = _sizes_of_config(model, workload) if is_config(model) else _sizes_of_published(model)
+        site = {"workload": workload, "dims": 2, "updown": "none", **own}
         microbatches = selection.get("microbatch", (None,)) if workload == "model" else (None,)
-        for dropout in selection.get("dropout", (config.dropout,)):
+        for dropout in selection.get("dropout", (own["dropout"],)):
             for microbatch in microbatches:
                 yield {**site, "dropout": dropout, "microbatch": microbatch}, 1
+
+
+def _sizes_of_published(model: str) -> dict[str, Any]:
+    config = PUBLISHED[model]
+    return {
+        "model": model,
+        "resolution": config.image_size,
+        "channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "emb_channels": config.emb_channels,
+        "conditioning": "scale_shift" if config.use_scale_shift_norm else "add",
+        "dropout": config.dropout,
+    }
+
+
+def _sizes_of_config(path: str, workload: str) -> dict[str, Any]:
+    """Of a model of diffusers, and the model itself."""
+    if workload != "model":
+        raise UsageError(
+            f"{path} is a model of diffusers, which is run whole: use workload=model, or leave it "
+            "out"
+        )
+    sizes = diffusers_model.measured_sizes(path, diffusers_model.read_config(path))
+    return {
+        "model": sizes.name,
+        "config": sizes.text,
+        "resolution": sizes.side,
+        "channels": sizes.in_channels,
+        "out_channels": sizes.out_channels,
+        "emb_channels": sizes.emb_channels,
+        "conditioning": "scale_shift" if sizes.modulated else "add",
+        "dropout": sizes.dropout,
+    }
 
 
 def _free_sites(

@@ -47,7 +47,7 @@ from . import orders, stats
 from .correctness import LAST_INPUTS, check
 from .cuda_graph import CaptureError, capture
 from .devices import TOOLS, Device, Kind, open_device
-from .fingerprint import code_of
+from .fingerprint import code_of_cell
 from .floor import floor_of
 from .implementations import caution, declined, packages_of, unusable_here, versions_of
 from .kinds import KINDS
@@ -120,12 +120,12 @@ def contract_of(task: Task) -> Contract:
 
 def id_of(task: Task) -> str:
     """The id that the task's row will have."""
-    return cell_id(task.cell, contract_of(task), code_of(task.cell.impl))
+    return cell_id(task.cell, contract_of(task), code_of_cell(task.cell))
 
 
 def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) -> Row:
     """The row of a task with what was found; all else is null."""
-    contract, environment, code = contract_of(task), task.environment, code_of(task.cell.impl)
+    contract, environment, code = contract_of(task), task.environment, code_of_cell(task.cell)
     now = datetime.datetime.now(datetime.timezone.utc)
     return Row(
         **{
@@ -143,7 +143,7 @@ def row_of(task: Task, status: Status, reason: str | None = None, **found: Any) 
             "device_name": (environment.gpu if task.device == "cuda" else environment.cpu) or "CPU",
             "device_uuid": environment.gpu_uuid if task.device == "cuda" else None,
             "host": platform.node(),
-            "versions": {**environment.versions, **versions_of(task.cell.impl)},
+            "versions": {**environment.versions, **versions_of(task.cell)},
             "commit": environment.commit,
             "dirty": environment.dirty,
             "seed": task.seed,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from resblock_bench.bench.checkout import package_folder
+from resblock_bench.bench.records import Cell
 
 from .implementations import module_offering, runs_kernels, versions_of
 
@@ -30,18 +31,23 @@ def code_fingerprint(root: Path | None = None) -> str:
     return _digest(_own((*_SUITE, _KERNELS), root))
 
 
-@functools.cache
-def code_of(impl: str) -> str:
-    """12 hexadecimal digits over the code that a cell of this implementation runs.
+def code_of_cell(cell: Cell) -> str:
+    """12 hexadecimal digits over the code that a cell runs.
 
     What another package offers counts by the files of its top-level module, which is not imported;
     what is known here of another project, by that project's version.
     """
+    return code_of(cell.impl, tuple(versions_of(cell).items()))
+
+
+@functools.cache
+def code_of(impl: str, versions: tuple[tuple[str, str], ...] = ()) -> str:
+    """The same of an implementation, with packages by name and version."""
     if not runs_kernels(impl):
-        return _digest(_own(_SUITE, None), versions_of(impl))
+        return _digest(_own(_SUITE, None), dict(versions))
     module = module_offering(impl)
     offered = [] if module is None else _package_files(module)
-    return _digest([*_own((*_SUITE, _KERNELS), None), *offered])
+    return _digest([*_own((*_SUITE, _KERNELS), None), *offered], dict(versions))
 
 
 def _digest(files: Iterable[tuple[str, Path]], versions: Mapping[str, str] | None = None) -> str:

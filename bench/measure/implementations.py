@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +30,7 @@ from resblock_bench.bench.records import Cell, Checkpoint
 from resblock_bench.reference import EDMBlock
 from resblock_bench.reference import ResBlock as ReferenceResBlock
 
+from . import diffusers_model
 from .peers import EVERYTHING, PEERS, Ability, DeclinedError, Peer
 
 BlockCall = Callable[[Tensor, Tensor], Tensor]
@@ -103,9 +105,9 @@ def keeping_convolutions(call: BlockCall) -> BlockCall:
         torch_checkpoint.create_selective_checkpoint_contexts, _keep_convolutions
     )
 
-    def checkpointed(x: Tensor, emb: Tensor) -> Tensor:
+    def checkpointed(*given: Any, **named: Any) -> Tensor:
         out: Tensor = torch_checkpoint.checkpoint(
-            call, x, emb, use_reentrant=False, context_fn=contexts
+            call, *given, use_reentrant=False, context_fn=contexts, **named
         )
         return out
 
@@ -127,9 +129,12 @@ def _compiled(call: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
 
 
 def keep_convolutions_in_blocks(module: nn.Module) -> None:
-    """Selective checkpointing of every residual block in a module."""
+    """Selective checkpointing of every residual block in a module, diffusers' ResnetBlock2D among
+    them."""
     for block in module.modules():
-        if isinstance(block, ReferenceResBlock | EDMBlock):
+        of_diffusers = type(block).__module__.startswith("diffusers.")
+        ours = isinstance(block, ReferenceResBlock | EDMBlock)
+        if ours or (of_diffusers and type(block).__name__ == "ResnetBlock2D"):
             vars(block)["forward"] = keeping_convolutions(block.forward)
 
 
@@ -148,7 +153,11 @@ def _compiled_model(
 def _fused_model(module: nn.Module, checkpoint: Checkpoint) -> ModelCall:
     from resblock_bench.kernels import fuse_
 
-    fuse_(module, "selective" if checkpoint == "selective" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said by the reason
+        report = fuse_(module, "selective" if checkpoint == "selective" else None)
+    if not report.fused:
+        raise DeclinedError("fuse_ finds nothing to fuse in it: fused would be the reference")
     return module
 
 
@@ -278,10 +287,11 @@ def runs_kernels(name: str) -> bool:
     return name == "fused" or name not in OWN
 
 
-def versions_of(name: str) -> dict[str, str]:
-    """The version of the package of another project that an implementation runs, by its name."""
-    version = PEERS[name].version() if name in PEERS else None
-    return {} if version is None else {PEERS[name].distribution: version}
+def versions_of(cell: Cell) -> dict[str, str]:
+    """The versions of other projects' packages that a cell runs, by their names."""
+    found = {} if cell.config is None else diffusers_model.version()
+    version = PEERS[cell.impl].version() if cell.impl in PEERS else None
+    return found if version is None else {**found, PEERS[cell.impl].distribution: version}
 
 
 def caution(name: str) -> str:

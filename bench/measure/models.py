@@ -1,8 +1,6 @@
 """Steps of whole models made runnable, and of all residual blocks of a model.
 
-A model is a published one, with the dropout of the cell. In 16 bits it has the recipe of blocks:
-their convolutions and activations in 16 bits, all else in float32. (EDM, whose networks have no
-such mode, has all of its convolutions in 16 bits.)
+A model is a published one or one of diffusers; networks.py says what its 16 bits are.
 
     train       loss, backward, AdamW, moving average: what makes an iteration of training, without
                 data and without the exchange of gradients. Where parameters are in 16 bits, AdamW
@@ -15,28 +13,23 @@ the other, on inputs of their own: all forward, then all backward, as in the mod
 model's step that says which part of it the blocks are. EDM's blocks have their attention inside.
 """
 
-import dataclasses
 import math
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from msgspec.structs import replace
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from resblock_bench.bench.records import Cell
-from resblock_bench.reference import PUBLISHED, EDMBlock, ResBlock, UNetConfig, build
-from resblock_bench.reference.torso import cast_convolutions
+from resblock_bench.reference import EDMBlock
 
 from .implementations import IMPLEMENTATIONS
+from .networks import NamedTensors, block_shapes, config_of, network_of
 from .workload import DTYPES, Workload, formatted, nontrivial
-
-NamedTensors = dict[str, Tensor]
 
 LEARNING_RATE = 1e-4
 EMA_SHARE = 1e-4
@@ -46,7 +39,7 @@ _SIGNAL = (0.5, 0.6)
 
 MODEL_PRECISION = (
     "convolutions and activations of blocks in dtype; norms, linears, embedding, loss, AdamW and "
-    "moving average in float32; float16 with a scaled loss"
+    "moving average in float32; float16 with a scaled loss; of diffusers autocast to dtype"
 )
 MODEL_INPUTS = "standard normal; classes uniform"
 MODEL_STEPS = {
@@ -67,44 +60,6 @@ BLOCKS_STEPS = {
 }
 
 
-def config_of(cell: Cell) -> UNetConfig:
-    """The model of a cell, with the cell's dropout."""
-    return dataclasses.replace(PUBLISHED[str(cell.model)], dropout=cell.dropout)
-
-
-def zero_inputs(config: UNetConfig, batch: int) -> NamedTensors:
-    """The arguments of a model by name, and "target" for its loss; on the default device."""
-    size = (config.image_size, config.image_size)
-    found = {
-        "x": torch.zeros(batch, config.in_channels, *size),
-        "timesteps": torch.zeros(batch),
-    }
-    if config.family == "super_res":
-        found["low_res"] = torch.zeros(
-            batch, config.in_channels, *(side // 4 or 1 for side in size)
-        )
-    if config.family == "encoder":
-        found["target"] = torch.zeros(batch, dtype=torch.int64)
-        return found
-    if config.num_classes is not None:
-        # EDM gives its classes as rows, one-hot but for classifier-free training.
-        edm = config.family.startswith("edm")
-        shape = (batch, config.num_classes) if edm else (batch,)
-        found["y"] = torch.zeros(shape, dtype=torch.float32 if edm else torch.int64)
-    if config.augment_dim:
-        found["augment_labels"] = torch.zeros(batch, config.augment_dim)
-    found["target"] = torch.zeros(batch, config.out_channels, *size)
-    return found
-
-
-def model_loss(config: UNetConfig | None, out: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error in at least float32; of a classifier the cross entropy."""
-    if config is not None and config.family == "encoder":
-        return F.cross_entropy(out.to(torch.promote_types(out.dtype, torch.float32)), target)
-    # As IDDPM writes it. F.mse_loss keeps a storage of the images' size for its one number.
-    return (out.to(target.dtype) - target).square().mean()
-
-
 class ResBlocks(nn.Module):
     """The residual blocks of a model, each on an input of its own."""
 
@@ -117,62 +72,30 @@ class ResBlocks(nn.Module):
         return [block(x, emb) for block, x in zip(self.blocks, xs, strict=True)]
 
 
-class BlockShapes(NamedTuple):
-    """A residual block of a model, and what comes in and out of it for one image."""
-
-    name: str
-    x: tuple[int, ...]
-    out: tuple[int, ...]
-
-
-@cache
-def block_shapes(config: UNetConfig) -> list[BlockShapes]:
-    """The residual blocks of a model in the order they run."""
-    found: list[BlockShapes] = []
-    with unset_fake_temporarily(), torch.device("meta"):
-        model, inputs = build(config), zero_inputs(config, 1)
-        for name, module in model.named_modules():
-            if isinstance(module, ResBlock | EDMBlock):
-
-                def note(_: nn.Module, given: Any, out: Tensor, name: str = name) -> None:
-                    found.append(BlockShapes(name, tuple(given[0].shape[1:]), tuple(out.shape[1:])))
-
-                module.register_forward_hook(note)
-        del inputs["target"]
-        with torch.no_grad():
-            model(**inputs)
-    return found
-
-
 def draw_model_inputs(cell: Cell, device: torch.device, seed: int) -> NamedTensors:
     """The inputs of a step by name, the same for every implementation."""
     generator = torch.Generator(device).manual_seed(seed)
+    network = network_of(cell)
     inputs = _zero_inputs(cell, device)
     for tensor in inputs.values():
-        draw_(tensor, generator, classes_of(config_of(cell)))
+        draw_(tensor, generator, network.classes)
     if cell.workload == "model":
-        edm = config_of(cell).family.startswith("edm")
-        # The other models convert their images themselves.
-        inputs["x"] = formatted(inputs["x"], cell if edm else replace(cell, dtype="fp32"))
+        shape = cell if network.rounded else replace(cell, dtype="fp32")
+        inputs[network.image] = formatted(inputs[network.image], shape)
         return inputs
     return {name: t if name == "emb" else formatted(t, cell) for name, t in inputs.items()}
 
 
 def _zero_inputs(cell: Cell, device: torch.device) -> NamedTensors:
-    config = config_of(cell)
     with device:
         if cell.workload == "model":
-            return zero_inputs(config, cell.batch)
+            return network_of(cell).zero_inputs(cell.batch)
+        config = config_of(cell)
         found = {"emb": torch.zeros(cell.batch, config.emb_channels)}
         for i, (_, x, out) in enumerate(block_shapes(config)):
             found[f"x {i}"] = torch.zeros(cell.batch, *x)
             found[f"cotangent {i}"] = torch.zeros(cell.batch, *out)
     return found
-
-
-def classes_of(config: UNetConfig) -> int:
-    """What its class indices are below."""
-    return config.out_channels if config.family == "encoder" else config.num_classes or 1
 
 
 def draw_(tensor: Tensor, generator: torch.Generator, classes: int) -> None:
@@ -186,23 +109,23 @@ def draw_model_weights(cell: Cell, seed: int) -> NamedTensors:
     """A state dict in which nothing is trivial, in float32."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: nontrivial(name, torch.randn(tensor.shape, generator=generator))
-        for name, tensor in _module(cell).named_parameters()
+        name: nontrivial(name, tensor.normal_(generator=generator))
+        for name, tensor in empty_model_weights(cell).items()
     }
+
+
+def empty_model_weights(cell: Cell) -> NamedTensors:
+    """A state dict without values, in float32."""
+    return {name: torch.empty(p.shape) for name, p in _module(cell).named_parameters()}
 
 
 def _module(cell: Cell) -> nn.Module:
     """Of the reference, on the meta device: on fake tensors none can be converted to 16 bits."""
-    config, full = config_of(cell), cell.checkpoint == "full"
     with unset_fake_temporarily(), torch.device("meta"):
-        edm = config.family.startswith("edm")
-        short = cell.dtype != "fp32"
-        model = build(config, use_checkpoint=full, use_fp16=short and not edm)
-        if short and edm:
-            cast_convolutions([model], torch.float16)
+        model = network_of(cell).build(cell)
         if cell.workload == "model":
             return model
-        return ResBlocks(model, [shapes.name for shapes in block_shapes(config)])
+        return ResBlocks(model, [shapes.name for shapes in block_shapes(config_of(cell))])
 
 
 class ModelWorkload(Workload):
@@ -221,26 +144,39 @@ class ModelWorkload(Workload):
         exact: bool = False,
     ) -> None:
         self.cell, self.mode, self.device = cell, cell.mode, device
-        implementation = IMPLEMENTATIONS[cell.impl]
-        assert implementation.model is not None
         self._exact = exact
-        self._config = config_of(cell)
-        self._classes = classes_of(self._config)
+        self._network = network_of(cell)
         self.block = _module(cell)
         self._dtypes = {
             name: torch.float32 if t.dtype == torch.float32 else DTYPES[cell.dtype]
             for name, t in self.block.named_parameters()
         }
-        with unset_fake_temporarily():
-            self._run = implementation.model(self.block, cell.checkpoint)
-        # Assigned, since fake parameters cannot be converted in place.
-        self.block.load_state_dict(self._converted(weights), assign=True)
-        self.block.train(cell.mode != "inference")
+        self._implement(self._converted(weights))
+        if exact:  # what is embedded comes in float32, whatever the model is in
+            for module in self.block.modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(_in_own_dtype)
         self.inputs = {name: self._begun(name, tensor) for name, tensor in inputs.items()}
         self._train()
         self._generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(0)
         self._places = random.Random(0)
         self._gaps = []
+
+    def turn_into(self, cell: Cell) -> None:
+        """Become another variant of the same site. Parameters, moments, average and inputs stay."""
+        parameters: NamedTensors = dict(self.block.named_parameters())
+        self.cell, self.block = cell, _module(cell)
+        self._implement(parameters)
+
+    def _implement(self, state: NamedTensors) -> None:
+        """Make the block the implementation's, with these tensors as its parameters."""
+        implementation = IMPLEMENTATIONS[self.cell.impl]
+        assert implementation.model is not None
+        with unset_fake_temporarily():
+            self._run = implementation.model(self.block, self.cell.checkpoint)
+        # Assigned, since fake parameters cannot be converted in place.
+        self.block.load_state_dict(state, assign=True)
+        self.block.train(self.mode != "inference")
 
     def _converted(self, weights: NamedTensors) -> NamedTensors:
         """Copies of the weights, in the dtypes and the layout that the model keeps them in."""
@@ -275,7 +211,7 @@ class ModelWorkload(Workload):
             self._trained = dict(zip(own, self._masters, strict=True))
         if self.cell.dtype == "fp16":
             # A mean over many numbers has gradients that float16 takes for zero.
-            elements = max(self.inputs["target"][0].numel(), self._classes)
+            elements = max(self.inputs["target"][0].numel(), self._network.classes)
             self._scale = 2.0 ** round(math.log2(elements))
         trained = list(self._trained.values())
         self._average = [_single(p) for p in trained]
@@ -312,7 +248,7 @@ class ModelWorkload(Workload):
         if self.cell.workload == "blocks":
             return [out.grad_fn for out in self._outputs(part)]
         (out,) = self._outputs(part)
-        return model_loss(self._config, out, part["target"]).grad_fn
+        return self._network.loss(out, part["target"]).grad_fn
 
     @contextmanager
     def as_checked(self, weights: NamedTensors) -> Iterator["ModelWorkload"]:
@@ -324,18 +260,25 @@ class ModelWorkload(Workload):
                 state[name].copy_(weight)
             for master, p in zip(self._masters, self.block.parameters(), strict=False):
                 master.copy_(p)
-        self._drop(0.0)
-        try:
+        with self._without_dropout():
             yield self
-        finally:
-            self._drop(self.cell.dropout)
 
-    def _drop(self, p: float) -> None:
-        for module in self.block.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = p
-            elif isinstance(module, EDMBlock):
-                module.dropout = p
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        names = {nn.Dropout: "p", EDMBlock: "dropout"}
+        before = [
+            (module, name, getattr(module, name))
+            for module in self.block.modules()
+            for kind, name in names.items()
+            if isinstance(module, kind)
+        ]
+        for module, name, _ in before:
+            setattr(module, name, 0.0)
+        try:
+            yield
+        finally:
+            for module, name, p in before:
+                setattr(module, name, p)
 
     def refill(self, inputs: NamedTensors) -> None:
         """These inputs in the same memory."""
@@ -379,7 +322,7 @@ class ModelWorkload(Workload):
         return self.inputs.values()
 
     def _draw(self, tensor: Tensor) -> None:
-        draw_(tensor, self._generator, self._classes)
+        draw_(tensor, self._generator, self._network.classes)
 
     def _parts(self) -> Iterator[NamedTensors]:
         """What each pass of a step takes."""
@@ -392,11 +335,15 @@ class ModelWorkload(Workload):
 
     def _outputs(self, part: NamedTensors) -> list[Tensor]:
         if self.cell.workload == "model":
-            out: Tensor = self._run(**{name: t for name, t in part.items() if name != "target"})
-            return [out]
+            given = {name: t for name, t in part.items() if name != "target"}
+            with self._autocast():
+                return [self._network.call(self._run, given)]
         xs = [tensor for name, tensor in part.items() if name.startswith("x ")]
         outs: list[Tensor] = self._run(part["emb"], *xs)
         return outs
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._exact else self._network.autocast(self.cell, self.device)
 
     def _pass(self, part: NamedTensors) -> NamedTensors:
         outs = self._outputs(part)
@@ -408,13 +355,13 @@ class ModelWorkload(Workload):
             return {f"out {i}": out for i, out in enumerate(outs)}
         (out,) = outs
         if self.mode == "train":
-            loss = model_loss(self._config, out, part["target"])
-            share = len(part["x"]) / self.cell.batch
+            loss = self._network.loss(out, part["target"])
+            share = len(part["target"]) / self.cell.batch
             torch.autograd.backward(loss * (share * self._scale))
             return {"loss": loss.detach() * share}
-        if self.mode == "forward" or self._config.family == "encoder":
+        if self.mode == "forward" or not self._network.samples:
             return {"out": out}
-        return {"out": out, "next": _sampled(part["x"], out)}
+        return {"out": out, "next": _sampled(part[self._network.image], out)}
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         parameters, trained = (list(t.values()) for t in (_parameters(self.block), self._trained))
@@ -431,7 +378,12 @@ class ModelWorkload(Workload):
 
 
 def _parameters(module: nn.Module) -> NamedTensors:
-    return dict(module.named_parameters())
+    """Those that are trained."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _in_own_dtype(linear: nn.Linear, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(linear.weight.dtype) for tensor in given)
 
 
 def _gradient(tensor: Tensor) -> Tensor:
@@ -445,8 +397,11 @@ def _single(tensor: Tensor) -> Tensor:
 
 
 def _sampled(x: Tensor, out: Tensor) -> Tensor:
-    """DDIM: x at the next noise level, from the noise that the first channels of `out` predict."""
-    noise = out[:, : x.shape[1]].to(x.dtype)
+    """DDIM: x at the next noise level, from the noise that the first channels of `out` predict.
+
+    Where fewer come out than go in, those behind are a condition."""
+    channels = min(x.shape[1], out.shape[1])
+    x, noise = x[:, :channels], out[:, :channels].to(x.dtype)
     signal, later = _SIGNAL
     image = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
     return math.sqrt(later) * image + math.sqrt(1 - later) * noise
@@ -464,15 +419,16 @@ def least_model_work(cell: Cell) -> tuple[int, int]:
         cell, batch=1, microbatch=None, impl="reference", checkpoint="none", dropout=0.0
     )
     with unset_fake_temporarily():
-        weights = _parameters(_module(single))
+        weights: NamedTensors = dict(_module(single).named_parameters())
         one = ModelWorkload(single, weights, _zero_inputs(single, meta), meta, exact=True)
         with FlopCounterMode(display=False) as counter:
             (results,) = one.step()
     training, size = cell.mode == "train", DTYPES[cell.dtype].itemsize
     kept = sum(t.numel() * one._dtypes[name].itemsize for name, t in weights.items())
     if cell.workload == "model":
-        image = 0 if training else size * (one.inputs["x"].numel() + _numbers(results)[-1])
-        moved = 4 * 2 * 4 * sum(_numbers(weights)) if training else kept
+        given = one.inputs[one._network.image]
+        image = 0 if training else size * (given.numel() + _numbers(results)[-1])
+        moved = 4 * 2 * 4 * sum(_numbers(one._trained)) if training else kept
     else:
         xs = [t for name, t in one.inputs.items() if not name.startswith("cotangent")]
         image = size * (sum(t.numel() for t in xs) + sum(_numbers(results)))

@@ -24,7 +24,7 @@ from resblock_bench.bench.records import Cell, DType, Memory
 from resblock_bench.reference.layers import GROUPS
 
 from .memory import tracking
-from .predict_memory import fake_workload, predict_memory, unpredictable
+from .predict_memory import MemoryOracle, fake_workload, predict_memory, unpredictable
 from .storages import StorageWatch
 
 _SCALED = ("reference", "fused")
@@ -103,6 +103,7 @@ class ScaledMemory:
                 members.setdefault(kind, set()).add(_nameless(cell))
         self._members = members
         self._known: dict[Cell, Memory | None] = {}
+        self._one_by_one = MemoryOracle().memory
         self._shapes: dict[_Kind, _Shape | None] = {}
 
     def memory(self, cell: Cell) -> Memory | None:
@@ -112,7 +113,7 @@ class ScaledMemory:
             # Predicting collects garbage again and again, and what PyTorch has imported is none.
             gc.freeze()
             shape = self._shape(cell)
-            self._known[cell] = predict_memory(cell) if shape is None else shape.at(_sizes(cell))
+            self._known[cell] = self._one_by_one(cell) if shape is None else shape.at(_sizes(cell))
         return self._known[cell]
 
     def _shape(self, cell: Cell) -> _Shape | None:

@@ -22,6 +22,7 @@ from resblock_bench.bench.records import Cell
 from resblock_bench.reference import ResBlock
 from resblock_bench.reference.layers import GROUPS
 
+from . import diffusers_model
 from .implementations import IMPLEMENTATIONS, BlockCall, block_arguments, refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +58,7 @@ def unsupported(cell: Cell) -> str | None:
         offered = IMPLEMENTATIONS.get(cell.impl)
         if offered is not None and offered.model is None:
             return f"{cell.impl} offers a block and no whole models: measure it with workload=block"
-        return None
+        return None if cell.config is None else diffusers_model.missing()
     if cell.layout == "nhwc" and cell.dims == 1:
         return "PyTorch has no channels-last layout for one spatial dimension"
     if any(cell.batch * channels * size <= GROUPS for channels, size in norm_shapes(cell)):

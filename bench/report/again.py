@@ -1,6 +1,8 @@
 """The commands that measure again what a page shows."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from resblock_bench.bench.errors import InvalidError, UsageError, command
 from resblock_bench.bench.grid.axes import axes
@@ -8,17 +10,20 @@ from resblock_bench.bench.grid.grid import PICKS, plan
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.grid.presets import Preset, choose, presets
 from resblock_bench.bench.records import Cell, Row
+from resblock_bench.bench.runs.folder import config_file
 
 
-def command_of_run(of: Plan) -> str | None:
+def command_of_run(of: Plan, folder: Path) -> str | None:
     """The command that measures the same cells, by a preset or by axes; None where there is none.
+
+    folder   of the run, in which models of diffusers have their config.json
 
     With what options set of the rule; the rest of it is that of the version which measures.
     """
     for preset in presets().values():
         if preset.device in (None, of.device) and _cells(preset) == {c.cell for c in of.cells}:
             return command("run", "--preset", preset.name, *_options(of, preset))
-    arguments = _arguments([item.cell for item in of.cells])
+    arguments = _arguments([item.cell for item in of.cells], folder)
     if not arguments:
         return None
     try:
@@ -30,12 +35,12 @@ def command_of_run(of: Plan) -> str | None:
     return command("run", *_given(arguments), *_options(of, selection))
 
 
-def command_of_cell(row: Row) -> str:
-    """The command that measures the cell of a row alone."""
+def command_of_cell(row: Row, folder: Path) -> str:
+    """The command that measures the cell of a row alone; `folder` is that of its run."""
     options = ["--device", row.contract.device]
     if row.seed:
         options += ["--seed", str(row.seed)]
-    return command("run", *_given(_arguments([row.axes])), *options)
+    return command("run", *_given(_arguments([row.axes], folder)), *options)
 
 
 def _cells(preset: Preset) -> set[Cell]:
@@ -63,16 +68,22 @@ def _given(arguments: Sequence[str]) -> list[str]:
     return [word for argument in arguments for word in ("-a", argument)]
 
 
-def _arguments(cells: Sequence[Cell]) -> list[str]:
+def _arguments(cells: Sequence[Cell], folder: Path) -> list[str]:
     """The values that the cells have on each axis, but for those that are the default."""
     found = []
     whole = all(cell.workload != "block" for cell in cells)
     for axis in axes().values():
         if whole and axis.name in PICKS:  # of a model they are its own
             continue
-        values = tuple(dict.fromkeys(getattr(cell, axis.name) for cell in cells))
+        values = tuple(dict.fromkeys(_value(cell, axis.name, folder) for cell in cells))
         as_many = axis.name == "out_channels" and all(c.out_channels == c.channels for c in cells)
         of_model = axis.name == "dropout" and all(cell.model for cell in cells)
         if values and values not in (axis.default, (None,)) and not as_many and not of_model:
             found.append(f"{axis.name}={','.join(map(str, values))}")
     return found
+
+
+def _value(cell: Cell, axis: str, folder: Path) -> Any:
+    if axis == "model" and cell.config is not None:
+        return folder / config_file(cell)
+    return getattr(cell, axis)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ import msgspec
 from markupsafe import Markup
 
 from resblock_bench.bench.errors import command, shortened
-from resblock_bench.bench.measure.fingerprint import code_of
+from resblock_bench.bench.measure.fingerprint import code_of_cell
 from resblock_bench.bench.records import (
     Cell,
     Memory,
@@ -142,14 +143,14 @@ def content_of(run: Run, figures: Figures, *, predict: bool) -> RunContent:
         more_figures=len(drawn) == MOST_FIGURES,
         wall=_wall(rows),
         cells=_cells(rows, expected),
-        missing=_missing(rows),
+        missing=_missing(rows, run.folder),
         predicted=_about_predicted(rows, expected),
         environment=_environment(run),
         contract=_facts(row.contract for row in rows),
         again={
             "report": command("report", folder),
             "plot": command("plot", folder),
-            "run": command_of_run(run.plan),
+            "run": command_of_run(run.plan, run.folder),
             "resume": command("run", "--resume", "--output", folder),
         },
     )
@@ -181,7 +182,11 @@ def shown_texts(value: Any) -> Any:
     if isinstance(value, str):
         return shown(value)
     if isinstance(value, dict):
-        return {shown(name): shown_texts(one) for name, one in value.items()}
+        found = {shown(name): shown_texts(one) for name, one in value.items()}
+        if "config" in value and "emb_channels" in value:
+            # A cell is named after its configuration. No page shows it, so it stays whole.
+            found["config"] = value["config"]
+        return found
     if isinstance(value, list | tuple):
         return [shown_texts(one) for one in value]
     return value
@@ -484,14 +489,14 @@ def _mib(count: int | None) -> Entry:
     return Entry(_NO_NUMBER) if count is None else Entry(format_mib(count), count)
 
 
-def _missing(rows: Sequence[Row]) -> list[MissingCell]:
+def _missing(rows: Sequence[Row], folder: Path) -> list[MissingCell]:
     found, room = [], _MOST_OUTPUT
     for row in rows:
         if row.status == "ok":
             continue
         output = (row.output or "")[:room]
         room -= len(output)
-        again = command_of_cell(row)
+        again = command_of_cell(row, folder)
         found.append(MissingCell(cell_name(row.axes), row.status, row.reason or "", output, again))
     return found
 
@@ -514,7 +519,7 @@ def _about_predicted(rows: Sequence[Row], expected: Mapping[Cell, Memory]) -> st
     left = sum(row.status == "ok" and row.axes.impl in PREDICTED for row in rows) - len(off)
     if left:
         text += f"; {counted(left, 'cell')} not predicted"
-    if any(row.code != code_of(row.axes.impl) for row in known):
+    if any(row.code != code_of_cell(row.axes) for row in known):
         text += ". The rows were measured by other code than that which predicts"
     return text + "."
 

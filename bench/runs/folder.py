@@ -1,6 +1,7 @@
 """A run folder: rows as JSON lines, flushed one by one; the plan; the environment; the figures.
 
     <output>/cells.jsonl  plan.json  environment.json  figures/  snapshots/
+    <output>/CLASS-DIGEST.json   of every model of diffusers its configuration, to be given again
 
 It is opened once, as a Run: `create_run` begins one, `resume_run` goes on with it, `read_run` only
 reads. What was measured survives whatever ends the run: a row is on disk before the next cell
@@ -36,6 +37,11 @@ CELLS_BYTES = 1 << 30
 """The most that is read: of rows with all their samples about 100,000."""
 S = TypeVar("S", bound=msgspec.Struct)
 _ADVICE = "give an --output that is writable"
+
+
+def config_file(cell: Cell) -> str:
+    """In which file of a run folder a model of diffusers has its configuration."""
+    return f"{cell.model}.json"
 
 
 @dataclass
@@ -98,6 +104,10 @@ class Run:
         """Write down what is going to be measured, and on what."""
         for name, content in ((PLAN, self.plan), (ENVIRONMENT, self.environment)):
             files.write(self.folder / name, files.as_json(content, indent=2), _ADVICE)
+        cells = (item.cell for item in self.plan.cells)
+        configs = {config_file(cell): cell.config for cell in cells if cell.config is not None}
+        for name, config in configs.items():
+            files.write(self.folder / name, config.encode() + b"\n", _ADVICE)
 
     def append(self, row: Row) -> None:
         """Write one row and wait until it is on disk, unless nothing was run for it.

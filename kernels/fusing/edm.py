@@ -21,6 +21,7 @@ from resblock_bench.kernels.resample import Direction, Resample
 from resblock_bench.reference.checkpoint import checkpoint
 
 from .family import (
+    EVERYTHING_DROPPED,
     Context,
     Found,
     checkpoint_attributes,
@@ -148,7 +149,7 @@ def _altered(block: Any, children: set[str]) -> str | None:
     for name in ("norm0", "norm1"):
         if not is_norm(norm := getattr(block, name)):
             return f"{name} ({type(norm).__name__}) is no group norm that is known, or has hooks"
-    return None
+    return None if block.dropout < 1 else EVERYTHING_DROPPED
 
 
 def _is_plain(conv: Any) -> bool:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from resblock_bench.kernels.alterations import recomputable
 from resblock_bench.kernels.blocks import CheckpointMode
 
+EVERYTHING_DROPPED = "its dropout is 1, and the operator has none of everything"
+
 _NOTE = "_before_fusing"
 
 

@@ -25,6 +25,7 @@ from resblock_bench.kernels.resample import Direction, Resample
 from resblock_bench.reference.checkpoint import checkpoint
 
 from .family import (
+    EVERYTHING_DROPPED,
     Context,
     Found,
     called,
@@ -62,7 +63,7 @@ class FusedOpenAIBlock(FusedResBlock):
             return "h_upd was replaced or has hooks"
         if (found := altered_layers(block, self._layers)) is not None:
             return found
-        return "its dropout is 1" if block.out_layers[2].p == 1 else None
+        return EVERYTHING_DROPPED if block.out_layers[2].p == 1 else None
 
     def _direction(self) -> Direction | None:
         return self._resampling[0]
@@ -126,6 +127,8 @@ def _altered(block: Any) -> str | None:
             return f"{name}.1 ({type(activation).__name__}) is no SiLU, or has hooks"
         if count == 4 and not is_exactly(rest[0], (nn.Dropout,)):
             return f"{name}.2 ({type(rest[0]).__name__}) is no Dropout, or has hooks"
+        if count == 4 and rest[0].p == 1:
+            return EVERYTHING_DROPPED
     if getattr(block, "updown", False) and _direction(block) is None:
         return f"h_upd ({type(block.h_upd).__name__}) is no plain resampling by 2, or has hooks"
     return None

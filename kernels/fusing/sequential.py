@@ -7,7 +7,7 @@ class, is called.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def _run(layers: list[nn.Module]) -> Run | None:
     activation = dropout = None
     if rest and is_silu(rest[0]):
         activation = type(rest.pop(0))
-    if rest and is_exactly(rest[0], (nn.Dropout,)):
+    if rest and is_exactly(rest[0], (nn.Dropout,)) and cast(nn.Dropout, rest[0]).p < 1:
         dropout = type(rest[0])
     return None if activation is dropout is None else Run(type(layers[0]), activation, dropout)
 

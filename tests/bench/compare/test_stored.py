@@ -1,5 +1,6 @@
 """Run folders against each other, and calibrations: made-up numbers in files."""
 
+import contextlib
 import datetime
 import math
 import os
@@ -14,6 +15,7 @@ from support.comparing import a_round, plan_of
 from support.sweeps import spawned
 
 from resblock_bench.bench import files
+from resblock_bench.bench.compare import calibration as calibration_of
 from resblock_bench.bench.compare import compare
 from resblock_bench.bench.compare import stored as compare_stored
 from resblock_bench.bench.compare.calibration import (
@@ -30,7 +32,9 @@ from resblock_bench.bench.compare.stored import Stored
 from resblock_bench.bench.compare.verdict import Estimate, Tolerance
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.findings.findings import exit_code
+from resblock_bench.bench.gate import timing
 from resblock_bench.bench.lockstep.rounds import RoundRule
+from resblock_bench.bench.machine.environment import gather
 from resblock_bench.bench.measure.cell import row_of
 from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.telemetry import Reading
@@ -385,7 +389,7 @@ def test_a_stale_calibration_is_said_and_not_used(
     assert outcome.tolerance.relative == 0.02
     threads = environment.threads
     assert "is stale (it is" in outcome.uncalibrated[0]
-    assert f"calibrate --device cpu --threads {threads}'" in outcome.uncalibrated[0]
+    assert f"calibrate --device cpu --threads {threads}" in outcome.uncalibrated[0]
     good = path.read_bytes()
     for damaged, message in (
         (b"{}", "is damaged"),
@@ -459,3 +463,21 @@ def test_an_empty_selection_is_not_a_pass(run_cli):
     done = run_cli("compare", "--base", "HEAD", "-a", "mode=inference", "-a", "checkpoint=full")
     assert done.code == 3
     assert "has no cell" in done.err
+
+
+@pytest.mark.parametrize("verb", ["compare", "check"])
+def test_the_hint_to_calibrate_names_the_cells_that_were_asked_for(run_cli, monkeypatch, verb):
+    asked = []
+    monkeypatch.setattr(compare, "against_base", lambda request, console: asked.append(request))
+    monkeypatch.setattr(timing, "against_base", compare.against_base)
+    named = ("-a", "batch=[1:4:x2]", "--preset", "smoke")
+    with contextlib.suppress(AttributeError):  # nothing was measured
+        run_cli(verb, *(() if verb == "compare" else ("--timing",)), "--base", "HEAD", *named)
+    (request,) = asked
+    environment = gather(1)
+    _, note = calibration_of.usable(
+        environment, "cpu", RoundRule(), Path("/nowhere"), request.cells
+    )
+    assert note.endswith(
+        "run: resblock-bench calibrate --device cpu --threads 1 -a 'batch=[1:4:x2]' --preset smoke"
+    )

@@ -10,64 +10,25 @@ import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
+from support.diffusers_configs import CONFIGS, needs_diffusers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fit import training as trainings
 from resblock_bench.bench.fit.cuda_autocast import cuda_autocast
-from resblock_bench.bench.fit.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject, read_subject
 from resblock_bench.bench.fit.training import Recipe, Training
 from resblock_bench.bench.fit.variant import VariantJob, variant_plan
+from resblock_bench.bench.measure.diffusers_model import build_model, call, draw_inputs
 from resblock_bench.kernels import FuseReport
 
-needs_diffusers = pytest.mark.skipif(
-    importlib.util.find_spec("diffusers") is None, reason="needs diffusers"
-)
-LEVELS: dict[str, Any] = {"block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 16}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_class_name": "UNet2DModel",
-        **LEVELS,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "num_class_embeds": 10,
-    },
-    "scale_shift": {
-        "_class_name": "UNet2DModel",
-        **LEVELS,
-        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-        "resnet_time_scale_shift": "scale_shift",
-        "class_embed_type": "timestep",
-    },
-    "text": {
-        "_class_name": "UNet2DConditionModel",
-        **LEVELS,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "cross_attention_dim": 48,
-        "attention_head_dim": 8,
-    },
-    "sdxl": {
-        "_class_name": "UNet2DConditionModel",
-        **LEVELS,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "cross_attention_dim": 48,
-        "attention_head_dim": 8,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 16,
-        "projection_class_embeddings_input_dim": 6 * 16 + 40,
-    },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        **LEVELS,
-        "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
-    },
+K_BLOCKS: dict[str, Any] = {
+    "down_block_types": ["KDownBlock2D", "KDownBlock2D"],
+    "up_block_types": ["KUpBlock2D", "KUpBlock2D"],
+    "act_fn": "gelu",
+    "resnet_time_scale_shift": "scale_shift",
 }
 REFERENCE = Recipe(impl="reference", checkpoint="none", precision="fp32", ema=True)
 
@@ -125,6 +86,25 @@ def test_fake_tensors_of_a_model_of_diffusers_live_as_real_ones_do(
     real = Training(subject, recipe).watch(2)
     assert fake.live_bytes().tolist() == real.live_bytes().tolist()
     assert fake.peak() == real.peak()
+
+
+@needs_diffusers
+def test_the_loss_of_an_autoencoder_has_its_posteriors_divergence() -> None:
+    training = Training(Subject(name="vae", diffusers=CONFIGS["vae"]), REFERENCE)
+    with torch.no_grad():
+        for p in training.parameters:
+            p.normal_(std=0.1)
+    image = torch.randn(2, 3, 16, 16)
+    inputs = {"sample": image, "target": image}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = training._loss(inputs)
+        torch.manual_seed(0)
+        out = training.model(image, sample_posterior=True).sample
+    posterior = training.model.encode(image).latent_dist
+    expected = F.mse_loss(out, image) + 1e-6 * posterior.kl().mean()
+    torch.testing.assert_close(loss, expected)
+    assert posterior.kl().mean() > 1
 
 
 @needs_diffusers
@@ -196,6 +176,7 @@ def test_a_model_in_which_nothing_is_fused_says_so(monkeypatch: pytest.MonkeyPat
         ("text", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type is 'image_proj'"),
         ("text", {"cross_attention_dim": [48, 48]}, "cross_attention_dim has several values"),
         ("text", {"class_embed_type": "identity"}, "class_embed_type is 'identity'"),
+        ("text", K_BLOCKS, "constants beside its weights (down_blocks.0.downsamplers.0.kernel)"),
     ],
 )  # fmt: skip
 def test_a_config_that_describes_no_model_is_one_sentence(
@@ -255,8 +236,8 @@ def test_a_number_that_a_model_of_diffusers_asks_for_names_the_line(
     given = write(CONFIGS["unet"])
     made = trainings.diffusers_model.build_model
 
-    def asking(config: dict[str, Any]) -> nn.Module:
-        model = made(config)
+    def asking(config: dict[str, Any], *, checkpoint: bool) -> nn.Module:
+        model = made(config, checkpoint=checkpoint)
         model.conv_in.register_forward_hook(lambda module, inputs, out: out.max().item())
         return model
 

@@ -6,7 +6,7 @@ import torch
 
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.fit.subject import read_subject
-from resblock_bench.bench.measure.models import zero_inputs
+from resblock_bench.bench.measure.networks import zero_inputs
 from resblock_bench.reference import PUBLISHED, build
 
 TOML = """

@@ -10,14 +10,14 @@ from msgspec.structs import replace
 from support.models import CONFIGS, model_cell, register
 from torch import Tensor, nn
 
-from resblock_bench.bench.measure import models
+from resblock_bench.bench.measure import models, networks
 from resblock_bench.bench.measure.cell import Task, contract_of
 from resblock_bench.bench.measure.correctness import check, compute_truth
 from resblock_bench.bench.measure.floor import floor_of, matrix_share
 from resblock_bench.bench.measure.kinds import KINDS
 from resblock_bench.bench.measure.memory import TrackerMeter
 from resblock_bench.bench.measure.models import ModelWorkload
-from resblock_bench.bench.measure.predict_memory import predict_memory
+from resblock_bench.bench.measure.predict_memory import MemoryOracle, predict_memory
 from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.measure.workload import unsupported
 from resblock_bench.bench.records import Ceilings, Cell, Row
@@ -50,7 +50,7 @@ def drawn(cell: Cell) -> ModelWorkload:
 def test_the_truth_is_the_reference_in_float64(kind: str, workload: str) -> None:
     cell = model_cell(CONFIGS[kind], dropout=0.0, workload=workload)
     truth = compute_truth(cell, CPU, 0, 0).tensors
-    model = build(models.config_of(cell))
+    model = build(networks.config_of(cell))
     preparation = KINDS[cell.workload]
     weights, inputs = preparation.draw_weights(cell, 0), preparation.draw_inputs(cell, CPU, 0)
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
@@ -65,7 +65,7 @@ def test_the_truth_is_the_reference_in_float64(kind: str, workload: str) -> None
         expected = {"loss": loss.detach()}
         expected |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
     else:
-        shapes = models.block_shapes(models.config_of(cell))
+        shapes = networks.block_shapes(networks.config_of(cell))
         blocks = models.ResBlocks(model, [one.name for one in shapes])
         blocks.load_state_dict(weights)
         blocks.double()
@@ -105,10 +105,10 @@ def test_all_blocks_of_a_model_are_run_as_often_as_they_are_there(kind: str) -> 
     cell = model_cell(CONFIGS[kind], workload="blocks")
     sites = [
         (site.c_in, site.h, site.c_out)
-        for site in resblock_sites(models.config_of(cell))
+        for site in resblock_sites(networks.config_of(cell))
         for _ in range(site.count)
     ]
-    shapes = models.block_shapes(models.config_of(cell))
+    shapes = networks.block_shapes(networks.config_of(cell))
     assert [(x[0], x[1], out[0]) for _, x, out in shapes] == sites
     made = drawn(cell)
     xs = [t for name, t in made.inputs.items() if name.startswith("x ")]
@@ -299,6 +299,16 @@ def test_the_predicted_memory_is_the_measured(
     kept = 4 * state * (4 if (workload, mode) == ("model", "train") else 1)
     if workload == "model":  # weights, two moments, the average
         assert kept <= predicted.baseline_bytes < 1.1 * kept
+
+
+def test_variants_in_a_row_are_predicted_as_each_by_itself(unet: Callable[..., Cell]) -> None:
+    """They share parameters and AdamW's states, whatever came before."""
+    cells = [
+        unet(impl=impl, checkpoint=checkpoint, dtype="bf16")
+        for checkpoint, impl in (("none", "fused"), ("selective", "reference"), ("full", "fused"))
+    ]
+    oracle = MemoryOracle()
+    assert [oracle.memory(cell) for cell in cells] == [predict_memory(cell) for cell in cells]
 
 
 CEILINGS = Ceilings(

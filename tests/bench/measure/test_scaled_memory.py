@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resblock_bench.bench.measure import scaled_memory
-from resblock_bench.bench.measure.predict_memory import predict_memory
+from resblock_bench.bench.measure.predict_memory import MemoryOracle, predict_memory
 from resblock_bench.bench.measure.scaled_memory import ScaledMemory
 from resblock_bench.bench.records import Cell
 
@@ -32,7 +32,11 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
         cells.append(cell)
         return predict_memory(cell)
 
+    class Noted(MemoryOracle):
+        memory = staticmethod(noted)  # type: ignore[assignment]
+
     monkeypatch.setattr(scaled_memory, "predict_memory", noted)
+    monkeypatch.setattr(scaled_memory, "MemoryOracle", Noted)
     return cells
 
 

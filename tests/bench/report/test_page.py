@@ -19,7 +19,7 @@ from support.pages import Tag, parsed
 
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.profile.profiles import PROFILE, PROFILES, Profile
-from resblock_bench.bench.records import OOM_EXPECTED, Row
+from resblock_bench.bench.records import OOM_EXPECTED, Row, config_name
 from resblock_bench.bench.report import content, derived
 from resblock_bench.bench.report.page import rendered, write_page
 from resblock_bench.bench.report.predicted import predicted
@@ -446,6 +446,17 @@ def test_a_half_written_row_is_told(run_cli: Callable, stored: Callable) -> None
     assert "is half-written and was left out" in done.err
     assert "is half-written and was left out" in (folder / "report.html").read_text()
     assert os.listdir(folder).count("report.html") == 1
+
+
+def test_a_long_configuration_keeps_its_cell_whole(run: Run) -> None:
+    config = f'{{"_class_name":"UNet2DModel","down_block_types":"{"x" * content.MOST_TEXT}"}}'
+    name = config_name("UNet2DModel", config)
+    axes = msgspec.structs.replace(
+        run.attempts[0].axes, workload="model", model=name, config=config
+    )
+    page = page_of(changed(run, 0, axes=axes))
+    assert f"{name} whole model" in page.text()
+    assert "xxx" not in page.text()
 
 
 def test_profiles_in_the_folder_are_shown_and_what_they_say_is_text(

@@ -271,3 +271,26 @@ def test_under_data_parallelism(name: str) -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=n)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_what_is_compiled_already_is_compiled_anew() -> None:
+    graphs: list[list[str]] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return module.forward
+
+    def norms_of_pytorch() -> int:
+        return sum("group_norm" in target for target in graphs[-1])
+
+    torch._dynamo.reset()
+    model = Both()
+    compiled, inputs = torch.compile(model, backend=backend), drawn((2, 3, 4, 4), (2, 12))
+    before = compiled(*inputs)
+    assert (len(graphs), norms_of_pytorch()) == (1, 2)
+    assert len(fuse_(compiled).fused) == 2
+    torch.testing.assert_close(compiled(*inputs), before)
+    assert (len(graphs), norms_of_pytorch()) == (2, 0)
+    unfuse_(model)
+    assert torch.equal(compiled(*inputs), before)

@@ -4,24 +4,31 @@
     UNet2DConditionModel    the same for a text of 77 tokens, and SDXL's sizes where it takes them
     AutoencoderKL           reconstructs an image from a sample of its posterior
 
-diffusers is imported where such a model is planned, and is needed nowhere else.
+A configuration comes from outside: it is JSON, its keys are those of the class, its numbers are
+bounded, and it is built and run without data before anything is made of it. diffusers is imported
+where there is such a model, and is needed nowhere else.
 """
 
+import functools
 import importlib.util
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import UsageError, first_line, shortened, unknown
+from resblock_bench.bench.records import config_name
 
 Config = dict[str, Any]
 
@@ -42,8 +49,93 @@ _CLASS_KINDS = (None, "timestep", "projection", "simple_projection")
 
 
 def read_config(given: str) -> Config:
-    """The configuration of a model that can be built and run. Raises UsageError."""
-    config = _parsed(given)
+    """The configuration in a file, of a model that can be built and run. Raises UsageError."""
+    try:
+        content = files.read(Path(given), _FILE_BYTES)
+    except OSError as error:
+        raise UsageError(f"cannot read {given}: {error.strerror}; check the path") from None
+    except ValueError as error:
+        raise UsageError(f"{given} is no configuration in JSON: {error}; mend it") from None
+    return _checked(given, content)
+
+
+@functools.cache
+def checked(text: str) -> Config:
+    """The configuration in a text that `as_text` made, by whoever. Raises UsageError."""
+    return _checked("the configuration", text.encode())
+
+
+def as_text(config: Config) -> str:
+    """All of a configuration that a model is built from, in one way."""
+    kept = {k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}
+    return msgspec.json.encode(kept, order="sorted").decode()
+
+
+class MeasuredSizes(Struct, frozen=True):
+    """A model whose steps can be measured.
+
+    name, text   as a cell has them
+    side         of its square images
+    modulated    whether its blocks scale and shift; else they add their embedding
+    """
+
+    name: str
+    text: str
+    side: int
+    in_channels: int
+    out_channels: int
+    emb_channels: int
+    modulated: bool
+    dropout: float
+
+
+def measured_sizes(given: str, config: Config) -> MeasuredSizes:
+    """Those of a configuration from `given`. Raises UsageError for a model that is not measured."""
+    kind, full, text = config["_class_name"], _with_defaults(config), as_text(config)
+    if kind == "AutoencoderKL":
+        raise UsageError(
+            f"{given} describes an AutoencoderKL, whose step draws from its posterior, differently "
+            "in every precision: it is planned, and not measured; give a UNet"
+        )
+    height, width = _sides(full)
+    if height != width:
+        raise UsageError(f"{given}: sample_size is {height} by {width}: square images are measured")
+    dropout = full.get("dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UsageError(f"{given}: dropout is {dropout!r}: it is measured from 0 to below 1")
+    return MeasuredSizes(
+        name=config_name(kind, text),
+        text=text,
+        side=height,
+        in_channels=full["in_channels"],
+        out_channels=full["out_channels"],
+        emb_channels=full.get("time_embedding_dim") or 4 * full["block_out_channels"][0],
+        modulated=full["resnet_time_scale_shift"] == "scale_shift",
+        dropout=float(dropout),
+    )
+
+
+def missing() -> str | None:
+    """Why no model of diffusers can be built here, or None."""
+    if importlib.util.find_spec("diffusers") is None:
+        return "diffusers is not installed: pip install diffusers"
+    return None
+
+
+def version() -> dict[str, str]:
+    """diffusers', by its name."""
+    try:
+        return {"diffusers": metadata.version("diffusers")}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def _checked(given: str, content: bytes) -> Config:
+    """`given` says where it is from."""
+    try:
+        config: Config = msgspec.json.decode(content, type=Config)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{given} is no configuration in JSON: {error}; mend it") from None
     kind = config.get("_class_name")
     if kind not in CLASSES:
         found = (
@@ -69,30 +161,26 @@ def read_config(given: str) -> Config:
         for key, value in own.items():
             _check_size(given, key, value)
         _check_inputs(given, config)
-        with torch.device("meta"):
+        with unset_fake_temporarily(), torch.device("meta"):
             inputs = draw_inputs(config, 1)
             target = inputs.pop("target")
-            shape = call(build_model(config), inputs).shape
+            model = build_model(config)
+            shape = call(model, inputs).shape
     except UsageError:
         raise
     except Exception as error:  # whatever diffusers raises for sizes that do not fit each other
         raise UsageError(f"{given} describes no model that runs: {first_line(error)}") from None
+    for name, _ in model.named_buffers():
+        raise UsageError(
+            f"{given} describes a model with constants beside its weights ({name}), and such ones "
+            "are not made here: take other blocks"
+        )
     if shape != target.shape:
         raise UsageError(
             f"{given} describes a model that gives {tuple(shape)} for an image of "
             f"{tuple(target.shape)}: set sample_size to a multiple of "
             f"{2 ** (len(_with_defaults(config)['block_out_channels']) - 1)}"
         )
-    return config
-
-
-def _parsed(given: str) -> Config:
-    try:
-        config: Config = msgspec.json.decode(files.read(Path(given), _FILE_BYTES), type=Config)
-    except OSError as error:
-        raise UsageError(f"cannot read {given}: {error.strerror}; check the path") from None
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{given} is no configuration in JSON: {error}; mend it") from None
     return config
 
 
@@ -137,14 +225,45 @@ def _is_pair(value: object) -> bool:
     )
 
 
-def build_model(config: Config) -> nn.Module:
-    """On the default device, in training mode."""
+def build_model(config: Config, *, checkpoint: bool = False) -> nn.Module:
+    """On the default device, in training mode.
+
+    checkpoint   with diffusers' own gradient checkpointing, of whole blocks of the model
+    """
     with _quiet():
-        model: nn.Module = _class(config).from_config(config)
-    return model.train()
+        model = _class(config).from_config(config)
+    if checkpoint:
+        model.enable_gradient_checkpointing()
+    built: nn.Module = model.train()
+    return built
 
 
-def call(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+@functools.cache
+def activation_elements(text: str) -> int:
+    """What comes in and out of all residual blocks of a model, for an image."""
+    found: list[int] = []
+    config = checked(text)
+    with unset_fake_temporarily(), torch.device("meta"), torch.no_grad():
+        model, inputs = build_model(config), draw_inputs(config, 1)
+        del inputs["target"]
+        for module in model.modules():
+            if type(module).__name__.startswith("ResnetBlock"):
+                module.register_forward_hook(
+                    lambda _, given, out: found.append(given[0].numel() + out.numel())
+                )
+        call(model, inputs)
+    return sum(found)
+
+
+def autoencoded(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an AutoencoderKL: what it makes of a sample of an image's posterior, and how far the
+    posterior is from a normal one, the mean over the images of its divergence."""
+    posterior = model.encode(image, return_dict=False)[0]
+    out: Tensor = model.decode(posterior.sample(), return_dict=False)[0]
+    return out, posterior.kl().mean()
+
+
+def call(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """The model's prediction, or reconstruction."""
     arguments: dict[str, Any] = dict(inputs)
     added = {name: arguments.pop(name) for name in ("text_embeds", "time_ids") if name in arguments}
@@ -159,8 +278,7 @@ def call(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def draw_inputs(config: Config, batch: int) -> dict[str, Tensor]:
     """A batch of zeros as `call` takes it, and "target" for the loss; on the default device."""
     full = _with_defaults(config)
-    size = full["sample_size"]
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = _sides(full)
     found = {"sample": torch.zeros(batch, full["in_channels"], *sides)}
     if config["_class_name"] != "AutoencoderKL":
         found["timestep"] = torch.zeros(batch)
@@ -176,6 +294,12 @@ def draw_inputs(config: Config, batch: int) -> dict[str, Tensor]:
             found["time_ids"] = torch.zeros(batch, _SIZES)
     found["target"] = torch.zeros(batch, full["out_channels"], *sides)
     return found
+
+
+def _sides(full: Config) -> tuple[int, int]:
+    """Height and width of its images."""
+    size = full["sample_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _class_labels(full: Config, batch: int) -> Tensor | None:
