@@ -133,8 +133,8 @@ def _tests(stage: Stage) -> tuple[GpuStep, ...]:
     """The tests in pieces, so that an illegal access, after which a process can launch nothing
     more, takes no other piece along."""
     launches = ("{python}", "-m", "resblock_bench.bench.gpu.launches", "--device", stage)
-    # Most of it compiles.
-    workers = str(min(8, os.cpu_count() or 1))
+    # Most of it compiles; each holds a context and tensors of its own.
+    workers = str(min(6, os.cpu_count() or 1))
     several = ("-n", workers) if importlib.util.find_spec("xdist") else ()
 
     def tests(name: str, what: str, seconds: float, *options: str) -> GpuStep:
@@ -225,7 +225,7 @@ def _run(
         what,
         (*PROGRAM, "run", *options, "--max-time", time),
         seconds,
-        max(240, 2.5 * seconds),
+        max(400, 4 * seconds),
         budget="{}s",
         run=f"runs/{name}",
         path=path,

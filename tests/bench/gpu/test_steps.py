@@ -14,6 +14,7 @@ from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.gpu import steps
 from resblock_bench.bench.gpu.parts import GpuPart, GpuStep
 from resblock_bench.bench.gpu.steps import OutcomeFile, SliceRequest, StepOutcome, read_outcomes
+from resblock_bench.kernels import tuned
 
 
 @pytest.fixture(autouse=True)
@@ -342,3 +343,31 @@ def test_outcomes_are_written_as_they_are_read(slices: Slices) -> None:
     line = (slices.output / steps.OUTCOMES).read_bytes()
     found = msgspec.json.decode(line, type=StepOutcome)
     assert found == slices.outcomes["a"]
+
+
+@pytest.mark.slow
+def test_a_tuned_step_has_kernels_that_read_the_table_and_leaves_the_others_alone(
+    slices: Slices,
+) -> None:
+    code = (
+        "from resblock_bench.kernels import tuned; from resblock_bench.bench import units; "
+        "print(tuned.path_of('sm_77').exists(), units.MIB)"
+    )
+    one = script("tuned", code, tuned=True)
+    slices.run(one)
+    assert slices.statuses() == {"tuned": "skipped"}
+    assert "there is no table of launches to read" in slices.outcomes["tuned"].sentence
+    table = tuned.Table(arch="sm_77", machine={}, commit="", measured_at="", entries=[])
+    (slices.output / "tables/tuned.json").write_bytes(msgspec.json.encode(table))
+    assert slices.run(one, again=True) == 0
+    assert slices.outcomes["tuned"].sentence == "True 1048576"
+    assert not tuned.path_of("sm_77").exists()
+
+
+def test_a_file_that_is_kept_is_copied_from_the_checkout(
+    slices: Slices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "import os; os.makedirs('results/m'); open('results/m/c-1.json', 'w').write('{}')"
+    assert slices.run(script("calibrate", code, keep="results/*/c-*.json")) == 0
+    assert (slices.output / "calibration/c-1.json").read_text() == "{}"
