@@ -138,14 +138,9 @@ def contained(results: GpuResults) -> dict[str, bool]:
 def main(
     output: Annotated[Path, typer.Option(metavar="DIR")],
     slices: Annotated[int, typer.Option(min=1)] = 6,
-    only: Annotated[str, typer.Option(metavar="1,2", help="Parts.")] = "1,2,3,4,5,6",
 ) -> None:
     console = Console()
-    known = [
-        replace(part, steps=tuple(map(seeded, part.steps)))
-        for part in parts("cpu")
-        if str(part.number) in only.split(",")
-    ]
+    known = [replace(part, steps=tuple(map(seeded, part.steps))) for part in parts("cpu")]
     request = SliceRequest(parts=known, output=output, stage="cpu", seconds=540.0)
     for _ in range(slices):
         steps.carry_out(request, console)

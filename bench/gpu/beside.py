@@ -138,6 +138,11 @@ def _wrong_results(results: GpuResults) -> Iterator[Contradiction]:
         if row.impl == "fused" and row.status in ("wrong", "failed"):
             text = f"{site_of_operator(row)} {row.direction} is {row.status}: {row.reason}"
             yield Contradiction(f"the fused operator, {text}", _WRONG)
+        if row.impl == "fused" and row.status == "begun":
+            text = "was begun and nothing came of it: it broke the GPU, hung, or its time ended"
+            yield Contradiction(
+                f"the fused operator, {site_of_operator(row)} {row.direction}, {text}", _WRONG
+            )
     for cell in results.rows:
         if cell.axes.impl == "fused" and cell.status in ("wrong", "failed", "crashed", "timeout"):
             yield Contradiction(f"{cell_name(cell.axes)}: {cell.status}: {cell.reason}", _WRONG)

@@ -27,7 +27,7 @@ class GpuResults:
     """Rows that a part has written, whatever became of its steps.
 
     machines      by the names that outcomes have
-    operators     of all labels
+    operators     of all labels, also those that were begun and of which nothing came
     runs, plans   by the names of their steps
     notes         sentences about what could not be read
     """
@@ -69,7 +69,7 @@ def read_results(folder: Path) -> GpuResults:
         folder=folder,
         outcomes=outcomes,
         machines=_decoded(folder, f"{MACHINES}/*.json", Environment, notes),
-        operators=[row for row in rows if row.status != "begun"],
+        operators=rows,
         runs=runs,
         plans=_decoded(folder, "plans/*.json", MemoryPlan, notes),
         calibrations=list(_decoded(folder, "calibration/*.json", Calibration, notes).values()),

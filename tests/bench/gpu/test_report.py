@@ -263,7 +263,9 @@ def test_what_was_measured_is_read_back_and_what_is_damaged_is_a_note(
     )
     results = read_results(tmp_path)
     assert list(results.runs) == ["one"] and results.plans == {}
-    assert [row.direction for row in results.operators] == ["forward"]
+    assert [row.status for row in results.operators] == ["ok", "begun"]
+    (text,) = [one.sentence for one in contradictions(results, [])]
+    assert "256 256² b8 bf16 nchw scale_shift backward, was begun and nothing came of it" in text
     assert len(results.notes) == 2
     assert "p.json was left out" in text_of(results)
 
