@@ -302,15 +302,14 @@ def _stages(phase: str, launch: Launch, x: Tensor) -> int:
 
 
 def _registers(launch: Launch, x: Tensor, spec: Spec) -> dict[str, int]:
-    """Of a divided backward, so few that as many programs run at once as `tiers.SPLIT_TILES` says.
+    """Of a divided backward, so few that four programs run on a multiprocessor at once.
 
     Left alone, ptxas takes more, or spills a few bytes to fit one program more.
     """
     if not launch.split:
         return {}
-    if spec.dropout_p > 0:
-        return {"maxnreg": 128}
-    return {"maxnreg": 64 if memory_format(x) == torch.contiguous_format else 112}
+    lean = memory_format(x) == torch.contiguous_format and spec.dropout_p == 0
+    return {"maxnreg": 64 if lean else 128}
 
 
 def _forward_registers(launch: Launch, x: Tensor) -> dict[str, int]:
