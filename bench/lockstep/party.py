@@ -16,9 +16,7 @@ from resblock_bench.bench.records import Row, StopRule
 CLOCK_FACTOR, CLOCK_MS = 3.0, 2.0
 """What a step may take from outside, without what its process waited for a CPU: so many times what
 it says, and so much more for the work around it. In one burst at least."""
-CLOCK_BURST_MS = {"cpu": 0.0, "cuda": 20.0}
-"""And so much more around a burst: a GPU's driver takes 5 ms to say what energy was used."""
-A = TypeVar("A", orders.Ready, orders.Samples, orders.Counters)
+A = TypeVar("A", orders.Ready, orders.Samples, orders.Counters, orders.Energy)
 
 
 class Ended(Exception):
@@ -65,23 +63,30 @@ class Party:
     def burst(self, seconds: float, most: int | None = None) -> list[float]:
         """Samples in milliseconds, of inputs not seen before."""
         self._ask(orders.Redraw(), orders.Ready)
+        energy_before_j = self._read_energy_j()
         before, held_up_s = self._used_s, self._process.held_up_s()
-        answer = self._ask(orders.Burst(seconds, most), orders.Samples)
-        samples = answer.samples_ms
-        if self.energy_j is not None:
-            self.energy_j = None if answer.energy_j is None else self.energy_j + answer.energy_j
+        samples = self._ask(orders.Burst(seconds, most), orders.Samples).samples_ms
         held_up_s = self._process.held_up_s() - held_up_s
         said_ms, seen_ms = sum(samples), 1e3 * (self._used_s - before - held_up_s)
-        steps = len(samples) + 1  # the first after others' turns is not told
-        beyond_ms = seen_ms - CLOCK_FACTOR * said_ms - CLOCK_MS * steps
-        beyond_ms -= CLOCK_BURST_MS[self.task.device]
+        beyond_ms = seen_ms - CLOCK_FACTOR * said_ms - CLOCK_MS * len(samples)
         burst = (beyond_ms, said_ms, seen_ms)
         self._closest = min(self._closest or burst, burst)
+        energy_j = self._read_energy_j()
+        if self.energy_j is None or energy_before_j is None or energy_j is None:
+            self.energy_j = None
+        else:
+            self.energy_j += max(0.0, energy_j - energy_before_j)
         return samples
 
     def read(self) -> orders.Counters:
         """The machine's counters, as the process sees them."""
         return self._ask(orders.Read(), orders.Counters)
+
+    def _read_energy_j(self) -> float | None:
+        """None on a CPU, which says nothing of a process."""
+        if self.task.device == "cpu":
+            return None
+        return self._ask(orders.ReadEnergy(), orders.Energy).energy_j
 
     def finish(self, stop_rule: StopRule) -> Row:
         """Have the last results checked; the row, without what only others know."""

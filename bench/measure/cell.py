@@ -339,15 +339,13 @@ def _timed(task: Task, workload: Workload, device: Device, channel: Channel) -> 
             match msgspec.json.decode(channel.receive(), type=orders.Order):
                 case orders.Redraw():
                     workload.redraw()
+                    sampler.sample_ms()
                     answer = orders.Ready()
                 case orders.Burst(seconds, most):
-                    # What others' turns have left, and memory that is new, is no part of one.
-                    sampler.sample_ms()
-                    before = probe.energy_j()
                     bursts.append(list(islice(sampler.burst(seconds), most)))
-                    after = probe.energy_j()
-                    energy = None if before is None or after is None else max(0.0, after - before)
-                    answer = orders.Samples(bursts[-1], energy)
+                    answer = orders.Samples(bursts[-1])
+                case orders.ReadEnergy():
+                    answer = orders.Energy(probe.energy_j())
                 case orders.Read():
                     answer = orders.Counters(probe.source, probe.read())
                 case orders.Finish(stop_rule):

@@ -8,7 +8,8 @@ from .telemetry import Reading
 
 
 class Redraw(msgspec.Struct, tag=True):
-    """Other inputs, in the same memory."""
+    """Other inputs, and a step with them that is not told: what others' turns have left, and memory
+    that is new, is no part of a burst."""
 
 
 class Burst(msgspec.Struct, tag=True):
@@ -22,24 +23,25 @@ class Read(msgspec.Struct, tag=True):
     """Read the machine's counters."""
 
 
+class ReadEnergy(msgspec.Struct, tag=True):
+    """Read the device's energy alone. Not within a burst: a GPU's driver takes 5 ms to say."""
+
+
 class Finish(msgspec.Struct, tag=True):
     """No more bursts: check the last results, and reply with the row."""
 
     stop_rule: StopRule
 
 
-Order = Redraw | Burst | Read | Finish
+Order = Redraw | Burst | Read | ReadEnergy | Finish
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Right, its memory measured, and warm; then after every redrawing."""
+    """Right, its memory measured, and warm; then whenever it is redrawn."""
 
 
 class Samples(msgspec.Struct, tag=True):
-    """`energy_j` is what the device took meanwhile, None where it does not say."""
-
     samples_ms: list[float]
-    energy_j: float | None = None
 
 
 class Counters(msgspec.Struct, tag=True):
@@ -47,4 +49,10 @@ class Counters(msgspec.Struct, tag=True):
     reading: Reading
 
 
-Response = Ready | Samples | Counters
+class Energy(msgspec.Struct, tag=True):
+    """What the device has taken since some time, None where it does not say."""
+
+    energy_j: float | None
+
+
+Response = Ready | Samples | Counters | Energy

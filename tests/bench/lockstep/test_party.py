@@ -39,6 +39,7 @@ class Cell:
         self.wall_s: float | None = None
         self.silent = False
         self.held_up, self.held_s = 0.0, 0.0
+        self.reading_s = 0.0
 
     def held_up_s(self) -> float:
         return self.held_s
@@ -51,6 +52,9 @@ class Cell:
                 self.answers.append(orders.Ready())
             case orders.Burst():
                 self.answers.append(orders.Samples([self.said_ms] * self.steps))
+            case orders.ReadEnergy():
+                self.clock.now_s += self.reading_s
+                self.answers.append(orders.Energy(self.clock.now_s * 100))
             case orders.Finish(stop_rule):
                 row = row_of(self.task, "ok", stop_rule=stop_rule, wall_s=self.wall_s)
                 self.ending = Ending(msgspec.json.encode(row), 0, output="printed")
@@ -139,6 +143,18 @@ def test_a_clock_is_held_against_another_process_s(
     if status == "impossible":
         assert "by another process's clock" in (row.reason or "")
         assert "its own is not to be trusted" in (row.reason or "")
+
+
+def test_a_gpu_is_asked_for_its_energy_beside_a_burst_and_not_within(
+    begin: Callable, clock: Clock
+) -> None:
+    """Its driver takes longer to say than a burst of small steps does."""
+    party, cell = begin(step_s=0.001, said_ms=1.0, steps=2)
+    party.task = replace(party.task, device="cuda")
+    cell.reading_s = 0.5
+    assert ended(party, 3).status == "ok"
+    # 100 W, for a reading and two steps of each burst.
+    assert party.energy_j == pytest.approx(3 * 100 * (0.5 + 0.001 * 3))
 
 
 def test_one_burst_that_nobody_held_up_clears_a_clock(begin: Callable) -> None:

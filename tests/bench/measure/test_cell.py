@@ -75,9 +75,9 @@ def test_a_cell_takes_its_turns_as_ordered(
     told = [a.samples_ms for a in channel.answers if isinstance(a, orders.Samples)]
     assert [ms for burst in told for ms in burst] == row.samples_ms
     assert channel.phases == ["check", "memory", "timing", "last check"]
-    # After others' turns a step comes before those that count.
+    # With new inputs a step comes before those that count.
     steps = [after - before for before, after in itertools.pairwise(began)]
-    assert steps == [0, 4, 0, 2, 3, 0]
+    assert steps == [0, 3, 1, 1, 2, 0]
     assert len(set(seen[began[1] :])) == len(seen[began[1] :])  # never the same inputs twice
 
 
