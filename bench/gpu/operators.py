@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, cast, get_args
 
 import msgspec
 import torch
@@ -31,11 +31,12 @@ from resblock_bench.bench.grid.axes import Selection
 from resblock_bench.bench.grid.grid import plan
 from resblock_bench.bench.measure import correctness, operator, stats
 from resblock_bench.bench.measure.devices import Kind, device_kind, open_device
-from resblock_bench.bench.measure.operator import CallInputs
+from resblock_bench.bench.measure.operator import CallInputs, Tensors
 from resblock_bench.bench.measure.peers import PEERS
 from resblock_bench.bench.measure.timing import CpuTimer, Timer, Timing, time_fn
 from resblock_bench.bench.measure.workload import DTYPES
 from resblock_bench.bench.records import DType, Layout, Record
+from resblock_bench.bench.tune.cases import errors
 from resblock_bench.bench.tune.gpu import TIMING, QueuedTimer
 from resblock_bench.kernels import dispatch, functional
 from resblock_bench.kernels.spec import Modulation, spread
@@ -46,8 +47,6 @@ OperatorCall = Callable[[Tensor, Modulation, int], Tensor]
 
 BATCHES = {32: 128, 64: 64, 128: 16, 256: 8, 512: 4}
 """Images a step, by their size: what fills a GPU."""
-NORM_PEERS = ("liger-flat", "liger", "flag-gems", "apex")
-"""Of `peers.PEERS`, those that have a norm of their own with a backward."""
 SAMPLING = replace(TIMING, rel_half_width=0.01, max_time_s=0.25)
 
 
@@ -56,12 +55,11 @@ class OperatorRow(Record, frozen=True, kw_only=True):
 
     label         what the rows are told apart by, such as before and after tuning
     weight        C·HW × count over the published models that have this norm at this batch
-    status        begun: nothing has come after it
+    status        begun: nothing has come after it; skipped: it is not installed
     reason        why it is not ok
     median_us     device time with a cold L2; low_us and high_us its 95 % interval
     bytes         that have to be moved: x, dy, y or dx and what modulates, each once
     floor_us      bytes at copy_bytes_per_s; share: floor_us / median_us
-    saved_bytes   what the forward keeps for the backward, per element of x
     """
 
     label: str
@@ -76,7 +74,7 @@ class OperatorRow(Record, frozen=True, kw_only=True):
     weight: int
     direction: Direction
     impl: str
-    status: Literal["begun", "ok", "wrong", "failed"] = "begun"
+    status: Literal["begun", "ok", "wrong", "failed", "skipped"] = "begun"
     reason: str | None = None
     tier: str | None = None
     error: float | None = None
@@ -146,7 +144,9 @@ def implementation(impl: str, norm: Norm, device: torch.device) -> OperatorCall:
     if impl == "fused":
         return fused
     if impl == "compiled":
-        return torch.compile(operator.eager, dynamic=False)
+        # Of one function Dynamo compiles some shapes only, and then, but for fullgraph, gives up.
+        torch.compiler.reset()
+        return torch.compile(operator.eager, dynamic=False, fullgraph=True)
     block = (
         PEERS[impl]
         .build(
@@ -200,29 +200,19 @@ class OperatorTruth:
         self._tensors = operator.in_parts(operator.gradients, inputs, torch.float64)
         usual = operator.in_parts(operator.gradients, inputs)
         self._limits = {
-            name: correctness.limit(self._error(name, t), t.dtype) for name, t in usual.items()
+            name: correctness.limit(error.norm, usual[name].dtype)
+            for name, error in errors(usual, self._tensors).items()
         }
 
-    def _error(self, name: str, found: Tensor) -> float:
-        """‖found − truth‖ / ‖truth‖, part by part, since float64 copies are large."""
-        exact = self._tensors[name]
-        wrong = torch.stack(
-            [
-                torch.linalg.vector_norm(a.double() - b)
-                for a, b in zip(torch.split(found, 1), torch.split(exact, 1), strict=True)
-            ]
-        )
-        return float(torch.linalg.vector_norm(wrong) / torch.linalg.vector_norm(exact))
-
-    def mistake(self, found: dict[str, Tensor]) -> tuple[str | None, float]:
-        """What is wrong, or None; and the error that is nearest to its limit."""
-        worst, sentence = 0.0, None
-        for name, t in found.items():
-            error, limit = self._error(name, t), self._limits[name]
-            worst = max(worst, error)
+    def mistake(self, found: Tensors) -> tuple[str | None, float]:
+        """What is wrong, or None; and the largest relative error."""
+        norms = {name: error.norm for name, error in errors(found, self._tensors).items()}
+        sentence = None
+        for name, error in norms.items():
+            limit = self._limits[name]
             if not error <= limit:
                 sentence = f"{name} has a relative error of {error:.2g}, and {limit:.2g} is right"
-        return sentence, worst
+        return sentence, max(norms.values())
 
 
 def time_direction(
@@ -251,6 +241,9 @@ class Sweep:
     def __init__(self, path: Path, label: str, kind: Kind, deadline: float) -> None:
         self._path, self._label, self._deadline = path, label, deadline
         self._known = {row.key for row in read_rows(path)}
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\n")  # Behind a line that was cut off.
         self._device = open_device(kind, torch.get_num_threads())
         self._timer: Timer = CpuTimer()
         if kind == "cuda":
@@ -285,32 +278,33 @@ class Sweep:
             device=self._device.name,
             torch=str(torch.__version__),
         )
-        missing = [
-            (impl, rows)
-            for impl in impls
-            if (
-                rows := [
-                    row
-                    for direction in ("forward", "backward")
-                    if (row := replace(head, impl=impl, direction=direction)).key not in self._known
-                ]
-            )
-        ]
-        if not missing or self.spent():
+        wanted: list[list[OperatorRow]] = []
+        for impl in impls:
+            both = [replace(head, impl=impl, direction=way) for way in get_args(Direction)]
+            rows = [row for row in both if row.key not in self._known]
+            absent = PEERS[impl].missing() if impl in PEERS else None
+            if absent is not None:
+                yield from self._kept(replace(row, status="skipped", reason=absent) for row in rows)
+            elif rows:
+                wanted.append(rows)
+        if not wanted or self.spent():
             return
         inputs = inputs_of(norm, site.resolution, self._device.torch_device)
         truth = OperatorTruth(inputs)
-        for _, rows in missing:
+        for rows in wanted:
             if self.spent():
                 return
             for row in rows:
                 self._write(row)
-            for row in self._measured(rows, norm, inputs, truth):
-                self._write(row)
-                yield row
+            yield from self._kept(self._measured(rows, norm, inputs, truth))
         del truth
         if self._device.kind == "cuda":
             torch.cuda.empty_cache()
+
+    def _kept(self, rows: Iterable[OperatorRow]) -> Iterator[OperatorRow]:
+        for row in rows:
+            self._write(row)
+            yield row
 
     def spent(self) -> bool:
         return time.monotonic() >= self._deadline
