@@ -20,9 +20,10 @@ from rich.table import Table
 
 from resblock_bench.bench.gpu import report, steps
 from resblock_bench.bench.gpu.operators import read_rows
+from resblock_bench.bench.gpu.outcomes import StepOutcome, last_outcomes, read_outcomes
 from resblock_bench.bench.gpu.parts import FAULTS, GpuPart, GpuStep, parts
 from resblock_bench.bench.gpu.results import GpuResults, read_results
-from resblock_bench.bench.gpu.steps import SliceRequest, StepOutcome
+from resblock_bench.bench.gpu.steps import SliceRequest
 
 _LAUNCHES = """
 import typer
@@ -96,7 +97,7 @@ def seeded(step: GpuStep) -> GpuStep:
 
 def contained(results: GpuResults) -> dict[str, bool]:
     """Of each fault, whether a row or an outcome tells of it."""
-    last = steps.last_outcomes(results.outcomes)
+    last = last_outcomes(results.outcomes)
     operators = read_rows(results.folder / "operators.jsonl")
     turns = [outcome for outcome in results.outcomes if outcome.step == "operators"]
 
@@ -144,13 +145,13 @@ def main(
     request = SliceRequest(parts=known, output=output, stage="cpu", seconds=540.0)
     for _ in range(slices):
         steps.carry_out(request, console)
-        if not steps.pending(known, steps.read_outcomes(output)):
+        if not steps.pending(known, read_outcomes(output)):
             break
     raise typer.Exit(judge(known, output, console))
 
 
 def judge(known: Sequence[GpuPart], output: Path, console: Console) -> int:
-    left = steps.pending(known, steps.read_outcomes(output))
+    left = steps.pending(known, read_outcomes(output))
     results = read_results(output)
     document = output / "gpu.md"
     report.carry_out(report.GpuReportRequest(output, document, predict=False), console, console)

@@ -20,8 +20,8 @@ from resblock_bench.bench.terminal import say
 from resblock_bench.bench.units import format_bytes
 
 from .operators import OperatorRow
+from .outcomes import last_outcomes
 from .results import GpuResults
-from .steps import last_outcomes
 
 TIME_MARGIN = 1.25
 """A predicted time is a few divisions: within this factor it is taken to hold."""

@@ -32,9 +32,9 @@ from .beside import (
     site_of_operator,
 )
 from .operators import OperatorRow
+from .outcomes import OVER, last_outcomes
 from .parts import OPERATORS_LABEL, TABLE_7, TUNED_LABEL
 from .results import GpuResults, read_results
-from .steps import OVER, last_outcomes
 
 PAGE = "report.html"
 _MOST = 20
@@ -120,6 +120,7 @@ def _machines(results: GpuResults) -> Iterator[str]:
     for found in results.machines.values():
         versions = [f"{name} {found.versions.get(name)}" for name in ("torch", "triton", "cuda")]
         commit = f"commit {found.commit[:10]}" if found.commit else "no git repository"
+        commit += " with changes" if found.dirty else ""
         device = found.gpu or f"{found.cpu} (a rehearsal without a GPU)"
         text = f"{device}, driver {found.gpu_driver}, {', '.join(versions)}, {commit}"
         lines.append(f"- {escaped(text)}")

@@ -16,8 +16,8 @@ from resblock_bench.bench.runs.folder import PLAN, Run, read_run
 from resblock_bench.bench.terminal import visible
 
 from .operators import OperatorRow, read_rows
+from .outcomes import StepOutcome, read_outcomes
 from .parts import MACHINES, TWINS
-from .steps import StepOutcome, read_outcomes
 
 T = TypeVar("T")
 

@@ -10,7 +10,6 @@ never touches the GPU.
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import os
 import re
@@ -25,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 from rich.console import Console
@@ -36,18 +34,26 @@ from resblock_bench.bench.checkout import checkout_around, package_folder
 from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.machine.environment import machine_name
 from resblock_bench.bench.machine.parent import die_with_parent, end_tree
-from resblock_bench.bench.records import Environment, NonNegative, Record
+from resblock_bench.bench.records import Environment
 from resblock_bench.bench.terminal import say, visible
 from resblock_bench.bench.units import counted, format_duration
 from resblock_bench.kernels import tuned
 
-from .parts import FOLDERS, MACHINES, TABLE_FILE, GpuPart, GpuStep, Stage
+from .outcomes import (
+    OUTCOMES,
+    OVER,
+    OutcomeFile,
+    StepOutcome,
+    StepStatus,
+    last_outcomes,
+    opened,
+    read_outcomes,
+)
+from .parts import MACHINES, TABLE_FILE, GpuPart, GpuStep, Stage
 
-OUTCOMES = "steps.jsonl"
 SENTENCE = 300  # characters
 SPENT = "the time budget is spent"
 """What `run`, `tune` and the operators say when they stopped for it."""
-_OUTCOMES_BYTES = 1 << 26
 _TAIL_BYTES = 1 << 16
 _PROBE_S = 120.0
 _GRACE_S = 8.0  # a program that is told to end keeps what it has measured
@@ -55,36 +61,12 @@ _REAP_S = 10.0  # what is held up in a driver cannot be killed
 _MARGIN_S = 15.0  # of a slice, for a program to notice that its budget is spent
 _ROW_S = 25.0  # what is being measured when a turn's time is spent is still written down
 _LEAST_S = 45.0  # a program that can be cut off gets something done in
-_ADVICE = "give an --output that is writable, or make room: nothing that was measured is lost"
 _PROBE = """
 import sys, msgspec
 from resblock_bench.bench.machine.environment import gather
 from resblock_bench.bench.machine.proc import usable_cpus
 sys.stdout.buffer.write(msgspec.json.encode(gather(usable_cpus())))
 """
-
-StepStatus = Literal["ok", "failed", "timeout", "skipped", "cut", "again"]
-OVER = ("ok", "failed", "timeout", "skipped")
-"""`cut`: it goes on in the next slice; `again`: what came of it before does not count any more."""
-
-
-class StepOutcome(Record, frozen=True, kw_only=True):
-    """What became of a step in a slice.
-
-    exit_code   -n for signal n; None where nothing ran, or it was stopped
-    sentence    the last line that it printed and that says something, or why nothing ran
-    machine     the name of a file of machines/; "" where the machine could not be asked
-    """
-
-    part: int
-    step: str
-    status: StepStatus
-    exit_code: int | None
-    seconds: NonNegative
-    sentence: str
-    command: list[str]
-    started_at: str
-    machine: str
 
 
 @dataclass(frozen=True)
@@ -104,83 +86,6 @@ class SliceRequest:
 
 class _NotStarted(Exception):
     """A command that the system does not start."""
-
-
-class OutcomeFile:
-    """The outcomes of an output folder, which one slice at a time appends to."""
-
-    def __init__(self, file: int, path: Path, outcomes: list[StepOutcome]) -> None:
-        self._file, self.path, self.outcomes = file, path, outcomes
-
-    def append(self, outcome: StepOutcome) -> None:
-        """Write it, and wait until it is on disk. Raises OSError; what was there stays whole."""
-        end = os.fstat(self._file).st_size
-        line = msgspec.json.encode(outcome) + b"\n"
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, end)
-            raise
-        self.outcomes.append(outcome)
-
-
-@contextlib.contextmanager
-def opened(output: Path) -> Iterator[OutcomeFile]:
-    """The outcomes of a folder, which is made where there is none; half a last line is removed.
-
-    Raises UsageError where it cannot be written or another slice writes to it, InvalidError for
-    what is no outcome.
-    """
-    path = output / OUTCOMES
-    with files.explained(output, _ADVICE):
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"{output} is not a folder: give another --output")
-        for folder in (output, *(output / name for name in FOLDERS)):
-            folder.mkdir(parents=True, exist_ok=True)
-        file = files.open_to_append(path, create=True)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another gpu-results is writing to {output}: wait until it ends, or give another "
-                "--output"
-            ) from None
-        found, whole = decoded(files.read(path, _OUTCOMES_BYTES), path)
-        if os.fstat(file).st_size > whole:
-            os.ftruncate(file, whole)
-        yield OutcomeFile(file, path, found)
-    finally:
-        os.close(file)
-
-
-def read_outcomes(output: Path) -> list[StepOutcome]:
-    """Raises UsageError where there are none, InvalidError for what is no outcome."""
-    path = output / OUTCOMES
-    try:
-        return decoded(files.read(path, _OUTCOMES_BYTES), path)[0]
-    except OSError as error:
-        raise UsageError(
-            f"{output} holds no results of a GPU: {OUTCOMES} cannot be read ({error.strerror}); "
-            "name the folder that 'resblock-bench gpu-results' wrote"
-        ) from None
-
-
-def decoded(content: bytes, path: Path) -> tuple[list[StepOutcome], int]:
-    """The outcomes of a file, and how many bytes hold them: a half-written last line is none."""
-    whole = content.rfind(b"\n") + 1
-    found = [
-        files.decoded(line, StepOutcome, f"{path}, line {number}", "remove that line")
-        for number, line in enumerate(content[:whole].splitlines(), start=1)
-    ]
-    return found, whole
-
-
-def last_outcomes(outcomes: Sequence[StepOutcome]) -> dict[str, StepOutcome]:
-    """The last outcome of each step, by its name."""
-    return {outcome.step: outcome for outcome in outcomes}
 
 
 def pending(

@@ -21,8 +21,9 @@ from resblock_bench.bench import files
 from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject
 from resblock_bench.bench.gpu import report, steps
+from resblock_bench.bench.gpu.outcomes import OVER, StepOutcome, last_outcomes, read_outcomes
 from resblock_bench.bench.gpu.parts import GpuPart, parts
-from resblock_bench.bench.gpu.steps import SliceRequest, StepOutcome, read_outcomes
+from resblock_bench.bench.gpu.steps import SliceRequest
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import Environment, Row, cell_id
 from resblock_bench.bench.runs.folder import create_run
@@ -144,11 +145,11 @@ def test_all_parts_come_to_their_end_with_a_fault_in_each(
     for _ in range(3):  # a step that waits for another goes on in the next slice
         assert steps.carry_out(request, console) == 5
     outcomes = read_outcomes(machine)
-    last = steps.last_outcomes(outcomes)
+    last = last_outcomes(outcomes)
     names = [step.name for part in request.parts for step in part.steps]
     assert set(last) == set(names)
     assert {outcome.part for outcome in outcomes} == {1, 2, 3, 4, 5, 6}
-    assert {last[name].status for name in names} <= set(steps.OVER)
+    assert {last[name].status for name in names} <= set(OVER)
 
     def said(name: str, status: str, text: str = "") -> bool:
         return last[name].status == status and text in last[name].sentence

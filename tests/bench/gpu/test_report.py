@@ -14,7 +14,7 @@ from resblock_bench.bench.fit.plans import MemoryPlan
 from resblock_bench.bench.fit.subject import Subject
 from resblock_bench.bench.fit.training import Recipe
 from resblock_bench.bench.fit.variant import VariantPlan
-from resblock_bench.bench.gpu import report, steps
+from resblock_bench.bench.gpu import report
 from resblock_bench.bench.gpu.beside import (
     BesideOperator,
     contradictions,
@@ -22,8 +22,8 @@ from resblock_bench.bench.gpu.beside import (
     predict_operators,
 )
 from resblock_bench.bench.gpu.operators import OperatorRow
+from resblock_bench.bench.gpu.outcomes import StepOutcome, opened
 from resblock_bench.bench.gpu.results import GpuResults, read_results
-from resblock_bench.bench.gpu.steps import StepOutcome
 from resblock_bench.bench.grid.plan import Plan
 from resblock_bench.bench.records import Environment, Row, cell_id
 from resblock_bench.bench.runs.folder import Run, create_run
@@ -247,7 +247,7 @@ def test_blocks_say_how_variants_stand_and_which_were_disturbed(
 def test_what_was_measured_is_read_back_and_what_is_damaged_is_a_note(
     tmp_path: Path, plan: Plan, found: Environment, some_row: Callable[[str], Row]
 ) -> None:
-    with steps.opened(tmp_path) as book:
+    with opened(tmp_path) as book:
         book.append(OUTCOME)
     with create_run(tmp_path / "runs/one", plan, found) as run:
         run.append(some_row("train"))

@@ -12,8 +12,16 @@ from rich.console import Console
 from resblock_bench.bench import files
 from resblock_bench.bench.errors import InvalidError, UsageError
 from resblock_bench.bench.gpu import steps
+from resblock_bench.bench.gpu.outcomes import (
+    OUTCOMES,
+    OutcomeFile,
+    StepOutcome,
+    last_outcomes,
+    opened,
+    read_outcomes,
+)
 from resblock_bench.bench.gpu.parts import GpuPart, GpuStep
-from resblock_bench.bench.gpu.steps import OutcomeFile, SliceRequest, StepOutcome, read_outcomes
+from resblock_bench.bench.gpu.steps import SliceRequest
 from resblock_bench.kernels import tuned
 
 
@@ -55,7 +63,7 @@ class Slices:
 
     @property
     def outcomes(self) -> dict[str, StepOutcome]:
-        return steps.last_outcomes(read_outcomes(self.output))
+        return last_outcomes(read_outcomes(self.output))
 
     def statuses(self) -> dict[str, str]:
         return {name: outcome.status for name, outcome in self.outcomes.items()}
@@ -187,7 +195,7 @@ def test_cuts_add_up_to_the_limit_of_a_step(slices: Slices) -> None:
         part=1, step="run", status="cut", exit_code=3, seconds=70.0, sentence="", command=[],
         started_at="", machine="",
     )  # fmt: skip
-    with steps.opened(slices.output) as book:
+    with opened(slices.output) as book:
         book.append(cut)
     assert slices.run(one) == 0
     budget = slices.outcomes["run"].command[-1]
@@ -233,7 +241,7 @@ def test_a_full_disk_ends_the_slice_and_loses_nothing(
     slices: Slices, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slices.run(script("a", "print('measured')"))
-    before = (slices.output / steps.OUTCOMES).read_bytes()
+    before = (slices.output / OUTCOMES).read_bytes()
 
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -242,7 +250,7 @@ def test_a_full_disk_ends_the_slice_and_loses_nothing(
         patch.setattr(steps.os, "write", full)
         assert slices.run(script("a", ""), script("b", "print('too much')")) == 3
     assert "make room" in capsys.readouterr().out.replace("\n", " ")
-    assert (slices.output / steps.OUTCOMES).read_bytes() == before
+    assert (slices.output / OUTCOMES).read_bytes() == before
     assert slices.run(script("a", ""), script("b", "print('too much')")) == 0
     assert list(slices.statuses()) == ["a", "b"]
 
@@ -265,7 +273,7 @@ def test_what_fails_on_a_full_disk_is_no_outcome(
 
 def test_half_a_line_is_removed_and_damage_is_an_error(slices: Slices) -> None:
     slices.run(script("a", ""))
-    path = slices.output / steps.OUTCOMES
+    path = slices.output / OUTCOMES
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"part": 1, "st')
     assert slices.run(script("a", ""), script("b", "")) == 0
@@ -276,7 +284,7 @@ def test_half_a_line_is_removed_and_damage_is_an_error(slices: Slices) -> None:
 
 
 def test_one_slice_at_a_time(slices: Slices) -> None:
-    with steps.opened(slices.output), pytest.raises(UsageError, match="another gpu-results"):
+    with opened(slices.output), pytest.raises(UsageError, match="another gpu-results"):
         slices.run(script("a", ""))
 
 
@@ -340,7 +348,7 @@ def test_what_was_printed_by_an_earlier_try_does_not_count(slices: Slices) -> No
 
 def test_outcomes_are_written_as_they_are_read(slices: Slices) -> None:
     slices.run(script("a", "print('x')"))
-    line = (slices.output / steps.OUTCOMES).read_bytes()
+    line = (slices.output / OUTCOMES).read_bytes()
     found = msgspec.json.decode(line, type=StepOutcome)
     assert found == slices.outcomes["a"]
 

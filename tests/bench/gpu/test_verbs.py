@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from resblock_bench.bench.gpu import steps
+from resblock_bench.bench.gpu.outcomes import opened
 from resblock_bench.bench.records import Environment
 
 ROOT = Path(__file__).parents[3]
@@ -55,7 +56,7 @@ def test_a_machine_is_kept_once(
     answer(monkeypatch, found)
     console = steps.Console(quiet=True)
     request = steps.SliceRequest(parts=[], output=tmp_path, stage="cpu", seconds=60)
-    with steps.opened(tmp_path):
+    with opened(tmp_path):
         name = steps._ask_machine(request, console)
         assert steps._ask_machine(request, console) == name
     (path,) = (tmp_path / steps.MACHINES).iterdir()
