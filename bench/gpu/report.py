@@ -171,7 +171,9 @@ def _operators(found: Sequence[BesideOperator], label: str) -> Iterator[str]:
     yield from table((*headings, *more), lines, words=2)
     yield ""
     rows = [one for item in own for one in (item.row, *item.others) if one.status != "ok"]
-    problems = Counter(f"{row.impl} {row.status}: {row.reason}" for row in rows)
+    problems = Counter(
+        f"{row.impl} {row.status}: {row.reason or 'nothing came after it'}" for row in rows
+    )
     for said, count in problems.items():
         yield f"- {escaped(said)} ({counted(count, 'row')})"
 
