@@ -49,7 +49,7 @@ def backward(
     dtype = _statistics_dtype(h)
     dy = dy.to(h.dtype)
     if seed is not None and spec.dropout_p > 0:
-        dy = dy * keep_mask(seed, dy, spec.dropout_p)
+        dy = keep_mask(seed, dy, spec.dropout_p).mul_(dy)
     # Without an affine in fp32, ATen's statistics of 16-bit x have 16 bits.
     if not modulation.after_norm() and (modulation.affine() or h.element_size() >= 4):
         dh, s1, s2 = _backward_about_x(dy, h, modulation, spec, dtype)
@@ -216,24 +216,36 @@ def _calls(
             yield x_hat[n : n + 1], dz[n : n + 1], gain[n]
 
 
-@torch.library.custom_op("resblock_bench::keep_mask", mutates_args=())
 def keep_mask(seed: Tensor, like: Tensor, p: float) -> Tensor:
-    """1/(1 − p) where an element is kept and 0 where it is dropped, the same for the same seed.
+    """1/(1 − p) where an element is kept and 0 where it is dropped, the same for the same seed."""
+    # Calling an operator that is written in Python takes as long as the mask of a small map.
+    plain = type(seed) is type(like) is Tensor and not _modes()
+    if plain and not torch.compiler.is_compiling():
+        return _drawn(seed, like, p)
+    mask: Tensor = _keep_mask(seed, like, p)
+    return mask
 
-    A custom operator because the seed is read on the host, which fake tensors and torch.compile
-    cannot follow otherwise. Drawn in logical order, so a mask does not depend on the layout.
-    """
+
+def _drawn(seed: Tensor, like: Tensor, p: float) -> Tensor:
+    """The mask, drawn in logical order, so that it does not depend on the layout."""
     generator = torch.Generator(device=like.device).manual_seed(int(seed.item()))
-    # Four elements to a 64-bit draw: on the CPU the mask so costs a quarter of F.dropout's, and it
+    # Four elements to a 64-bit draw: on the CPU the mask so costs an eighth of F.dropout's, and it
     # is drawn again where F.dropout's is kept. p is met to within 2⁻¹⁶.
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
     uniform = draws.view(torch.int16)[: like.numel()].view(like.shape)
     threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
-    mask = (uniform >= threshold).to(like.dtype).mul_(1 / (1 - p))
+    # Into the mask's own dtype: a comparison to booleans, and these to numbers, is not vectorized.
+    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    torch.ge(uniform, threshold, out=mask).mul_(1 / (1 - p))
     return dense(mask, memory_format(like))
 
 
-@keep_mask.register_fake
+# An operator for what cannot follow a read of the seed on the host: fake tensors, torch.compile.
+_keep_mask = torch.library.custom_op("resblock_bench::keep_mask", _drawn, mutates_args=())
+_modes = torch._C._len_torch_dispatch_stack
+
+
+@_keep_mask.register_fake
 def _(seed: Tensor, like: Tensor, p: float) -> Tensor:
     return dense(torch.empty_like(like), memory_format(like))
