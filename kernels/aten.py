@@ -89,7 +89,7 @@ def _group_norm(
     """y, in the layout of h on every device and for fake tensors, mean and rstd."""
     N, C = h.shape[:2]
     y, mean, rstd = aten.native_group_norm(
-        h, weight, bias, N, C, h[0, 0].numel(), spec.num_groups, spec.eps
+        h, weight, bias, N, C, h.numel() // (N * C), spec.num_groups, spec.eps
     )
     return dense(y, memory_format(h)), mean, rstd
 
@@ -105,7 +105,7 @@ def _group_norm_backward(
     """dh, in the layout of h as in `_group_norm`, dweight and dbias. mask: which are wanted."""
     N, C = h.shape[:2]
     dh, dweight, dbias = aten.native_group_norm_backward(
-        dz, h, mean, rstd, weight, N, C, h[0, 0].numel(), rstd.shape[1], mask
+        dz, h, mean, rstd, weight, N, C, h.numel() // (N * C), rstd.shape[1], mask
     )
     return dense(dh, memory_format(h)), dweight, dbias
 

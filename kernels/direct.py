@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from . import calls, dispatch, op
 from .calls import Call
@@ -76,10 +76,7 @@ def _key(x: Tensor, rows: Rows, constants: _Constants) -> Any:
 
 def run(call: Call, x: Tensor, rows: Rows, seed: Tensor | None) -> Tensor:
     """y of a call of the kind."""
-    if forward_ad._current_level < 0 and not (
-        torch.is_grad_enabled()
-        and (x.requires_grad or any(t is not None and t.requires_grad for t in rows))
-    ):
+    if not op.needs_autograd(x, rows):
         return call.forward(x, rows, seed)[0]  # type: ignore[misc]
     y: Tensor = _apply(x, *rows, seed, call)
     return y

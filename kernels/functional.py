@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resblock_bench.reference import arguments
 from resblock_bench.reference.checkpoint import under_transforms
 
-from . import transforms, versions
+from . import aten, transforms, versions
 from .dispatch import choose_backend, launch_for, triton_installed
 from .op import (
     Convolution,
@@ -22,6 +22,7 @@ from .op import (
     Kernel,
     NormActConvFunction,
     convolve,
+    needs_autograd,
 )
 from .resample import Resample
 from .spec import Modulation, Spec, dense, memory_format
@@ -96,6 +97,12 @@ def group_norm_silu(
         return transforms.group_norm_silu(x, modulation, seed, spec)
     if kept:
         direct.remember(x, modulation, spec, activation)
+    if not (
+        torch.compiler.is_compiling()
+        or needs_autograd(x, modulation)
+        or choose_backend(x)[0] == "triton"
+    ):
+        return aten.forward(dense(x), modulation.dense(), seed, spec)
     y: Tensor = GroupNormSiLUFunction.apply(dense(x), *modulation.dense(), seed, spec)
     return y
 

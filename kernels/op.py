@@ -8,13 +8,13 @@ convolution runs twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from resblock_bench.reference.checkpoint import under_transforms
 
@@ -78,6 +78,14 @@ def backward(
         return dx.detach(), tuple(None if g is None else g.detach() for g in gradients)
     dx, *found = registry.backward(dy, x, *statistics, *modulation, seed, *spec)
     return dx, tuple(None if t is None else g for t, g in zip(modulation, found, strict=True))
+
+
+def needs_autograd(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether anything may be differentiated through a call that no compiler traces."""
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
+    )
 
 
 class GroupNormSiLUFunction(Function):
