@@ -219,8 +219,7 @@ def _calls(
 def keep_mask(seed: Tensor, like: Tensor, p: float) -> Tensor:
     """1/(1 − p) where an element is kept and 0 where it is dropped, the same for the same seed."""
     # Calling an operator that is written in Python takes as long as the mask of a small map.
-    plain = type(seed) is type(like) is Tensor and not _modes()
-    if plain and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(seed) is type(like) is Tensor and not _modes():
         return _drawn(seed, like, p)
     mask: Tensor = _keep_mask(seed, like, p)
     return mask

@@ -186,7 +186,7 @@ def norm_act_kernel(
         )
     dtype = kernel.weight.dtype
     device = x.device.type
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     seed, spec = _constants(x, num_groups, eps, activation, dropout_p, training, dtype)
     cast = kernel.weight.to(dtype)
@@ -235,6 +235,13 @@ def explain(
 
 # A tuple, since torch.compile traces a union of types in newer versions only.
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Asked for once, since torch.compile does not trace the question; its decorator for such functions
+# would import the whole compiler, which takes longer than importing torch.
+_WITH_AUTOCAST = tuple(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
+    if torch.amp.is_autocast_available(kind)
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -289,12 +296,6 @@ def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> Non
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point tensor.")
     raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them.")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device: str) -> bool:
-    """Whether autocast may be asked about a kind of device; torch.compile does not trace this."""
-    return torch.amp.is_autocast_available(device)
 
 
 def _constants(

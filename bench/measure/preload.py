@@ -6,6 +6,8 @@ server must find the allocator, the device and the pools untouched.
 
 import gc
 
+# At its first call a checkpoint, an optimizer or a custom operator would import it.
+import torch._dynamo
 import torch.distributed._tools.mem_tracker
 import torch.utils.flop_counter  # noqa: F401
 
