@@ -37,6 +37,7 @@ from .family import (
     Found,
     checkpoint_attributes,
     describe_block,
+    features_of,
     fused_class,
     named,
     parameter_of,
@@ -149,7 +150,7 @@ class FusedResnetBlock2D(FusedBlock):
         if temb is None or self.time_emb_proj is None:
             return None
         e: Tensor = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        return e.expand(len(x), -1)
+        return e if len(e) == len(x) else e.expand(len(x), -1)
 
     def _norm_act_conv(
         self,
@@ -263,9 +264,7 @@ def _inputs(block: Any) -> tuple[Tensor, Tensor | None]:
     x = random_like(like, 2, block.norm1.num_channels, 8, 8)
     if block.time_emb_proj is None:
         return x, None
-    # Of an adapter, too: what it adapts comes first.
-    matrix = next(p for p in block.time_emb_proj.parameters() if p.dim() == 2)
-    return x, random_like(like, 2, matrix.shape[1])
+    return x, random_like(like, 2, features_of(block.time_emb_proj))
 
 
 _CHECKPOINT = torch.utils.checkpoint.__file__

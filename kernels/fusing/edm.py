@@ -26,6 +26,7 @@ from .family import (
     Found,
     checkpoint_attributes,
     describe_block,
+    features_of,
     named,
     parameter_of,
     random_like,
@@ -178,10 +179,9 @@ def _direction(conv: Any) -> Direction | None:
 
 
 def _inputs(block: Any) -> tuple[Tensor, Tensor]:
-    affine = next(m for m in block.affine.modules() if hasattr(m, "in_features"))
     return (
         random_like(parameter_of(block.conv0), 2, channels_of(block.norm0), 8, 8),
-        random_like(parameter_of(block.affine), 2, affine.in_features),
+        random_like(parameter_of(block.affine), 2, features_of(block.affine)),
     )
 
 

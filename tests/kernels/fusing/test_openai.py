@@ -284,3 +284,32 @@ def test_fusing_under_fake_tensors_tries_real_ones() -> None:
     with FakeTensorMode():
         model = nn.Sequential(Fresh(32, 16, 0.0, up=True), openai.normalization(32), openai.SiLU())
         assert list(fuse_(model).fused) == ["", "0"]
+
+
+def test_a_class_is_tried_in_float32_whatever_the_default_is() -> None:
+    class Fresh(openai.ResBlock):
+        pass
+
+    model = Fresh(32, 16, 0.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fuse_(model).fused
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_class_that_could_not_be_tried_once_is_tried_again() -> None:
+    class Fresh(openai.ResBlock):
+        broken = True
+
+        def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+            if self.broken:
+                raise RuntimeError("not now")
+            out: Tensor = super()._forward(x, emb)
+            return out
+
+    model = Fresh(32, 16, 0.0)
+    with pytest.warns(UserWarning, match="Fresh cannot be tried: RuntimeError: not now"):
+        fuse_(model)
+    Fresh.broken = False
+    assert fuse_(model).fused
