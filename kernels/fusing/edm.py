@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resblock_bench.kernels.alterations import is_untouched
-from resblock_bench.kernels.blocks import FusedBlock, add
+from resblock_bench.kernels.blocks import FusedBlock, add, embeds
 from resblock_bench.kernels.op import Convolution, Kernel
 from resblock_bench.kernels.resample import Direction, Resample
 from resblock_bench.reference.checkpoint import checkpoint
@@ -77,6 +77,7 @@ class FusedEDMBlock(FusedBlock):
             and is_untouched(self.norm0)
             and is_untouched(self.norm1)
             and self.dropout < 1
+            and embeds(emb, x)
         ):
             y: Tensor = super().forward(x, emb)  # type: ignore[misc]
             return y

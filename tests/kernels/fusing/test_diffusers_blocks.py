@@ -391,6 +391,15 @@ def test_torch_compile_takes_it(name: str, mode: str) -> None:
         torch.testing.assert_close(found, expected[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
+def test_another_of_their_layers_that_resamples_is_called() -> None:
+    from diffusers.models.upsampling import KUpsample2D
+
+    original = block()
+    original.upsample = KUpsample2D()
+    ours, x = fused(original, "selective"), inputs(original)
+    check(outcome(original, x), outcome(ours, x), truth(original, x))
+
+
 @pytest.mark.filterwarnings("ignore")  # of tracing itself
 def test_a_trace_takes_another_number_of_samples() -> None:
     original = block().eval()

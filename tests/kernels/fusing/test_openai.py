@@ -60,6 +60,17 @@ def test_other_numbers_of_dimensions(
     check_parity(model, fused, inputs(size))
 
 
+@pytest.mark.parametrize("samples", [(3, 1), (1, 3)])
+@pytest.mark.parametrize("name", ["scale-shift", "add, wider"])
+def test_one_embedding_is_of_all_images_and_one_image_of_all_embeddings(
+    name: str, samples: tuple[int, int]
+) -> None:
+    model = block(name)
+    fused = copy.deepcopy(model)
+    assert fuse_(fused, "selective").fused
+    check_parity(model, fused, drawn((samples[0], 32, 4, 4), (samples[1], 16)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"), [("scale-shift", "none"), ("add, wider", "selective"), ("down", "selective")]
