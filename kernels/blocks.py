@@ -102,11 +102,14 @@ class FusedBlock:
     ) -> tuple[Tensor, Tensor | None]:
         """conv(norm(conv(norm(x)))) modulated by e, and the last bias if it is still to be added.
 
-        e: the embedding of the block's width, or twice that if it modulates; None without one.
+        e: the embedding of the block's width, or twice that if it modulates, for every sample or
+        one for all; None without one.
 
         On the GPU a convolution's bias is a pass over its output. There the first one becomes part
         of the add before the second norm, and the second one part of the residual addition.
         """
+        if e is not None and len(e) != len(x):
+            e = e.expand(len(x), -1)
         kernel, first_bias = self._without_bias(first[1], x)
         h = self._norm_act_conv(x, *first, resample=resample, without_bias=kernel)
         scale, shift, pre_shift = None, None, e
@@ -163,7 +166,7 @@ class FusedResBlock(FusedBlock):
         return out
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self._alteration() is not None:
+        if self._alteration() is not None or not embeds(emb, x):
             y: Tensor = super()._forward(x, emb)  # type: ignore[misc]
             return y
         in_norm, _, in_conv = cast("tuple[nn.GroupNorm, Any, nn.Module]", tuple(self.in_layers))
@@ -207,7 +210,7 @@ class EDMBlock(FusedBlock, reference.EDMBlock):
         self.checkpoint = "full" if self.use_checkpoint else checkpoint
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if alteration(self) is not None:
+        if alteration(self) is not None or not embeds(emb, x):
             return super()._forward(x, emb)
         h, bias = self._residual_branch(
             x,
@@ -221,6 +224,11 @@ class EDMBlock(FusedBlock, reference.EDMBlock):
         x = self._resampled(x)
         y = add(x if self.skip is None else self.skip(x), h, bias, self.skip_scale)
         return self._attend(y) if self.num_heads else y
+
+
+def embeds(emb: Tensor, x: Tensor) -> bool:
+    """Whether every sample of x has an embedding, or one is for all, as in EDM's sampler."""
+    return emb.dim() == 2 and len(emb) in (1, len(x))
 
 
 def add(skip: Tensor, h: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:

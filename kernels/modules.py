@@ -19,8 +19,8 @@ class GroupNormSiLU(nn.GroupNorm):
     state-dict keys. The norm is computed in fp32 whatever the dtype of x, and returned in x's.
 
     num_groups, num_channels, eps, affine: as in `nn.GroupNorm`. activation: "silu", or None for the
-    norm alone. forward: x (N, C, *spatial) with any number of spatial dimensions, none too; scale,
-    shift and pre_shift (N, C) or absent.
+    norm alone. forward: input (N, C, *spatial), called as in `nn.GroupNorm`, with any number of
+    spatial dimensions, none too; scale, shift and pre_shift (N, C) or absent.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class GroupNormSiLU(nn.GroupNorm):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         pre_shift: Tensor | None = None,
     ) -> Tensor:
-        return normalise(self, x, scale, shift, pre_shift, activation=self.activation)
+        return normalise(self, input, scale, shift, pre_shift, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

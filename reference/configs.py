@@ -73,6 +73,13 @@ class UNetConfig:
         arguments.integers(self, -1, **{name: given[name] for name in heads})
         arguments.multipliers(self, channel_mult=self.channel_mult)
         arguments.integer_collections(self, 1, attention_resolutions=self.attention_resolutions)
+        levels = list(dict.fromkeys(self.image_size >> i for i in range(len(self.channel_mult))))
+        for size in self.attention_resolutions:
+            if size not in levels:
+                raise ValueError(
+                    f"UNetConfig: attention_resolutions are in pixels, and no level has {size}: "
+                    f"of this image_size and channel_mult they have {', '.join(map(str, levels))}"
+                )
         arguments.probabilities(self, dropout=self.dropout)
         flags = ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")
         arguments.flags(self, **{name: given[name] for name in flags})

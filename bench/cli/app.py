@@ -184,11 +184,13 @@ def checked_threads(threads: int | None, engine: str = "local") -> int | None:
 
 
 def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Raises UsageError for an option that was given and would be ignored."""
+    """Raises UsageError for an option, or an argument, that was given and would be ignored."""
+    arguments = {p.name for p in context.command.params if p.param_type_name == "argument"}
     for option in options:
         source = context.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{option.replace('_', '-')} {why}")
+            shown = option.upper() if option in arguments else f"--{option.replace('_', '-')}"
+            raise UsageError(f"{shown} {why}")
 
 
 def result_console() -> Console:

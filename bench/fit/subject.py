@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import torch
@@ -27,6 +28,7 @@ from resblock_bench.bench.measure import diffusers_model
 from resblock_bench.bench.measure.networks import zero_inputs
 from resblock_bench.bench.records import Cell, site_name
 from resblock_bench.reference import PUBLISHED, UNetConfig, build
+from resblock_bench.reference.configs import Family
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,6 +105,9 @@ def _read_config(path: Path) -> UNetConfig:
     for key in table:
         if key not in [field.name for field in fields]:
             raise unknown(f"key in {path}:", key, [field.name for field in fields])
+    families = get_args(Family)
+    if isinstance(family := table.get("family"), str) and family not in families:
+        raise unknown(f"family in {path}:", family, families)
     # The checks of a config read all of its fields, which msgspec sets only where they are given.
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     try:

@@ -180,7 +180,8 @@ def _parse_value(axis: Axis, item: object) -> AxisValue:
     if axis.kind == "choice":
         text = str(item)
         if text not in axis.choices and not (axis.name == "model" and is_config(text)):
-            raise unknown(f"value of axis {axis.name!r}:", text, map(str, axis.choices))
+            files = ["the config.json of a model of diffusers"] if axis.name == "model" else []
+            raise unknown(f"value of axis {axis.name!r}:", text, [*map(str, axis.choices), *files])
         return text
     try:
         if isinstance(item, bool) or not isinstance(item, str | int | float):

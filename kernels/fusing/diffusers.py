@@ -26,7 +26,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from resblock_bench.kernels.alterations import is_exactly, recomputable, replaced
-from resblock_bench.kernels.blocks import FusedBlock
+from resblock_bench.kernels.blocks import FusedBlock, embeds
 from resblock_bench.kernels.modules import GroupNormSiLU, normalise
 from resblock_bench.kernels.op import Kernel, residual_add
 from resblock_bench.kernels.resample import Direction
@@ -37,6 +37,7 @@ from .family import (
     Found,
     checkpoint_attributes,
     describe_block,
+    features_of,
     fused_class,
     named,
     parameter_of,
@@ -120,7 +121,7 @@ class FusedResnetBlock2D(FusedBlock):
         between = _between(self, self.norm2)
         h, bias = self._residual_branch(
             x,
-            self._embedding(x, temb),
+            self._embedding(temb),
             (self.norm1, self.conv1),
             (self.norm2, self.conv2),
             modulated=self.time_embedding_norm == "scale_shift",
@@ -143,13 +144,13 @@ class FusedResnetBlock2D(FusedBlock):
         if self.time_emb_proj is None or temb is None:
             neither = self.time_emb_proj is None and temb is None
             return neither and self.time_embedding_norm != "scale_shift"
-        return temb.dim() == 2 and len(temb) in (1, len(x))
+        return embeds(temb, x)
 
-    def _embedding(self, x: Tensor, temb: Tensor | None) -> Tensor | None:
+    def _embedding(self, temb: Tensor | None) -> Tensor | None:
         if temb is None or self.time_emb_proj is None:
             return None
         e: Tensor = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        return e.expand(len(x), -1)
+        return e
 
     def _norm_act_conv(
         self,
@@ -233,12 +234,15 @@ def _direction(resample: Any) -> Direction | None:
     if not type(resample).__module__.startswith("diffusers."):
         return None
     layer: Any = resample
+    name = type(layer).__name__
+    if name not in ("Upsample2D", "Downsample2D"):
+        return None
     if layer.use_conv or getattr(layer, "norm", None) is not None:
         return None
-    if type(layer).__name__ == "Upsample2D":
+    if name == "Upsample2D":
         usual = not layer.use_conv_transpose and getattr(layer, "interpolate", True)
         return "up" if usual else None
-    if type(layer).__name__ != "Downsample2D" or not is_exactly(layer.conv, (nn.AvgPool2d,)):
+    if not is_exactly(layer.conv, (nn.AvgPool2d,)):
         return None
     pool = layer.conv
     usual = pool.kernel_size == pool.stride == 2 and pool.padding == 0 and not pool.ceil_mode
@@ -263,9 +267,7 @@ def _inputs(block: Any) -> tuple[Tensor, Tensor | None]:
     x = random_like(like, 2, block.norm1.num_channels, 8, 8)
     if block.time_emb_proj is None:
         return x, None
-    # Of an adapter, too: what it adapts comes first.
-    matrix = next(p for p in block.time_emb_proj.parameters() if p.dim() == 2)
-    return x, random_like(like, 2, matrix.shape[1])
+    return x, random_like(like, 2, features_of(block.time_emb_proj))
 
 
 _CHECKPOINT = torch.utils.checkpoint.__file__

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resblock_bench.kernels.alterations import is_untouched
-from resblock_bench.kernels.blocks import FusedBlock, add
+from resblock_bench.kernels.blocks import FusedBlock, add, embeds
 from resblock_bench.kernels.op import Convolution, Kernel
 from resblock_bench.kernels.resample import Direction, Resample
 from resblock_bench.reference.checkpoint import checkpoint
@@ -26,6 +26,7 @@ from .family import (
     Found,
     checkpoint_attributes,
     describe_block,
+    features_of,
     named,
     parameter_of,
     random_like,
@@ -76,6 +77,7 @@ class FusedEDMBlock(FusedBlock):
             and is_untouched(self.norm0)
             and is_untouched(self.norm1)
             and self.dropout < 1
+            and embeds(emb, x)
         ):
             y: Tensor = super().forward(x, emb)  # type: ignore[misc]
             return y
@@ -178,10 +180,9 @@ def _direction(conv: Any) -> Direction | None:
 
 
 def _inputs(block: Any) -> tuple[Tensor, Tensor]:
-    affine = next(m for m in block.affine.modules() if hasattr(m, "in_features"))
     return (
         random_like(parameter_of(block.conv0), 2, channels_of(block.norm0), 8, 8),
-        random_like(parameter_of(block.affine), 2, affine.in_features),
+        random_like(parameter_of(block.affine), 2, features_of(block.affine)),
     )
 
 

@@ -108,7 +108,8 @@ def become(module: nn.Module, mixin: type, attributes: Mapping[str, Any]) -> Non
         # A class that was made says itself what was there before, also in a copy that brings its
         # own classes along.
         made = not issubclass(mixin, type(module))
-        own[_NOTE] = (None if made else type(module), tuple(attributes), kept)
+        classes = None if made else (type(module), fused_class(mixin, type(module)))
+        own[_NOTE] = (classes, tuple(attributes), kept)
     own.update(attributes)
     module.__class__ = fused_class(mixin, type(module))
 
@@ -118,23 +119,55 @@ def is_fused(module: nn.Module) -> bool:
     return _NOTE in vars(module)
 
 
+def set_by_fusing(module: nn.Module) -> set[str]:
+    """The attributes that it had not before."""
+    _, names, kept = vars(module).get(_NOTE, (None, (), {}))
+    return set(names) - set(kept)
+
+
 def unfused_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before it was fused; its class where it was not."""
-    made: type[nn.Module] | None = vars(type(module)).get("_unfused")
+    return _classes(module)[0]
+
+
+def _classes(module: nn.Module) -> tuple[type[nn.Module], type[nn.Module]]:
+    """The module's class before it was fused, and the one that it got; its own twice where it was
+    not."""
+    made: Any = _made_class(module)
     if made is not None:
-        return made
+        return made._unfused, made
     note = vars(module).get(_NOTE)
-    return type(module) if note is None else note[0]
+    pair: tuple[type[nn.Module], type[nn.Module]] | None = None if note is None else note[0]
+    return (type(module), type(module)) if pair is None else pair
+
+
+def _made_class(module: nn.Module) -> type | None:
+    """Its class that fusing made; it has a subclass of that where others made one since."""
+    return next((cls for cls in type(module).__mro__ if "_unfused" in vars(cls)), None)
 
 
 def restore(module: nn.Module) -> None:
     """Undo `become`."""
-    cls = unfused_class(module)
+    before, fused = _classes(module)
     _, names, kept = vars(module).pop(_NOTE)
     for name in names:
         vars(module).pop(name, None)
     vars(module).update(kept)
-    module.__class__ = cls
+    module.__class__ = _rebased(type(module), fused, before)
+
+
+def _rebased(cls: Any, fused: type, before: type) -> Any:
+    """The class with `before` in the place of `fused`.
+
+    A parametrization and FSDP2's `fully_shard` give a module a subclass of its own.
+    """
+    if cls is fused:
+        return before
+    if not issubclass(cls, fused):
+        return cls
+    bases = tuple(_rebased(base, fused, before) for base in cls.__bases__)
+    body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
 
 
 def fused_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
@@ -166,7 +199,7 @@ def _made(mixin: Any, cls: Any) -> Any:
 
 def _reduce_ex(module: Any, protocol: Any) -> Any:
     """How copy and pickle take it apart: as what it was, with the mixin's name."""
-    made = type(module)
+    made: Any = _made_class(module)
     build, arguments, *rest = super(made, module).__reduce_ex__(protocol)
     arguments = tuple(made._unfused if a is made else a for a in arguments)
     return _build, (made._mixin, build, arguments), *rest
@@ -187,3 +220,11 @@ def random_like(parameter: Any, *shape: int) -> Tensor:
 def parameter_of(module: nn.Module) -> Tensor | None:
     """The largest parameter in it, which says in which dtype it wants its input."""
     return max(module.parameters(), key=Tensor.numel, default=None)
+
+
+def features_of(layer: nn.Module) -> int:
+    """What a linear layer reads, also behind an adapter, a parametrization or a quantisation."""
+    for part in layer.modules():
+        if isinstance(features := getattr(part, "in_features", None), int):
+            return features
+    raise ValueError(f"{type(layer).__name__} does not say how many features it reads")

@@ -74,7 +74,7 @@ def no_norm(module: nn.Module) -> str | None:
         return f"{cls.__name__} is no group norm"
     if issubclass(cls, nn.GroupNorm) and cls.__name__ != "GroupNorm32":
         return f"{cls.__name__} is a subclass"
-    more = public_attributes(module) - _ATTRIBUTES - ({"activation"} if is_fused(module) else set())
+    more = public_attributes(module) - _ATTRIBUTES
     parameters = {name for name, _ in module.named_parameters()}
     if more or not parameters <= _PARAMETERS or any(True for _ in module.buffers()):
         return f"{cls.__name__} has more than a group norm: {', '.join(sorted(more | parameters))}"

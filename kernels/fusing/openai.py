@@ -31,6 +31,7 @@ from .family import (
     called,
     checkpoint_attributes,
     describe_block,
+    features_of,
     parameter_of,
     random_like,
     unfused_class,
@@ -162,11 +163,10 @@ def _dims(block: Any) -> int:
 
 
 def _inputs(block: Any) -> tuple[Tensor, Tensor]:
-    width = next(m.in_features for m in block.emb_layers.modules() if hasattr(m, "in_features"))
     channels = channels_of(block.in_layers[0])
     return (
         random_like(parameter_of(block.in_layers[2]), 2, channels, *(8,) * _dims(block)),
-        random_like(parameter_of(block.emb_layers), 2, width),
+        random_like(parameter_of(block.emb_layers), 2, features_of(block.emb_layers)),
     )
 
 

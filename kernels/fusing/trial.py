@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from .family import set_by_fusing
+
 C = TypeVar("C", bound=Callable[..., "str | None"])
 
 
 @contextmanager
 def aside() -> Iterator[None]:
     """On the CPU, whatever device, mode or precision is set; the caller's random state is kept."""
+    usual = torch.get_default_dtype()
     with (
         unset_fake_temporarily(),
         torch.random.fork_rng(devices=[]),
@@ -30,19 +33,26 @@ def aside() -> Iterator[None]:
         torch.no_grad(),
     ):
         torch.default_generator.manual_seed(0)  # torch.manual_seed is every device's
-        yield
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def trial(run: C) -> C:
     """Decorates a function of a class that says what is wrong with it: run once a class, aside."""
 
-    @functools.cache
-    def tried(cls: type[nn.Module], *arguments: Any) -> str | None:
+    @functools.cache  # of what was tried to the end: what raised may not do so another time
+    def once(*arguments: Any) -> str | None:
         with aside():
-            try:
-                return run(cls, *arguments)
-            except Exception as error:  # whatever code that nobody here wrote raises
-                return f"{cls.__name__} cannot be tried: {type(error).__name__}: {error}"
+            return run(*arguments)
+
+    def tried(cls: Any, *arguments: Any) -> str | None:
+        try:
+            return once(cls, *arguments)
+        except Exception as error:  # whatever code that nobody here wrote raises
+            return f"{cls.__name__} cannot be tried: {type(error).__name__}: {error}"
 
     return tried  # type: ignore[return-value]
 
@@ -65,8 +75,9 @@ def randomised(module: nn.Module) -> Any:
 
 
 def public_attributes(module: nn.Module) -> set[str]:
-    """The names of what is set on the module itself, without what every module has."""
-    return {name for name in vars(module) if not name.startswith("_")} - {"training"}
+    """The names of what is set on the module itself, and neither on every one nor by fusing."""
+    public = {name for name in vars(module) if not name.startswith("_")}
+    return public - {"training"} - set_by_fusing(module)
 
 
 @trial

@@ -24,29 +24,43 @@ _SEED = 0
 _NEGLIGIBLE = 0.1
 
 
+@torch.inference_mode(False)
 def original(module: nn.Module) -> nn.Module:
     """A copy of what the module was before it was fused."""
-    was = copy.deepcopy(module)
+    was = _copied(module)
     for part in was.modules():
         if is_fused(part):
             restore(part)
     return was
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """What weight_norm, spectral_norm and pruning compute before every forward, nobody can copy:
+    it is cut off from what it was computed from, until the next forward."""
+    computed = {
+        id(t): t.detach().clone()
+        for part in module.modules()
+        for t in vars(part).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    }
+    return copy.deepcopy(module, computed)
+
+
+@torch.inference_mode(False)
 def wrong(module: nn.Module, was: nn.Module, found: Found) -> str | None:
     """What is wrong with a fused module that was `was`; None where nothing is."""
     if found.inputs is None:
         return "it cannot be verified: its family knows no input for it"
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_SEED)  # torch.manual_seed is every device's
-        inputs = found.inputs(module)
     try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_SEED)  # torch.manual_seed is every device's
+            inputs = found.inputs(module)
         truth = _step(_in_float64(was), inputs, torch.float64)
         usual = _step(was, inputs)
     except Exception as error:  # whatever a module that nobody here wrote raises
         return f"it cannot be verified: {type(error).__name__}: {error}"
     try:
-        fused = _step(copy.deepcopy(module), inputs)
+        fused = _step(_copied(module), inputs)
     except Exception as error:
         return f"verified and found wrong: {type(error).__name__}: {error}"
     largest = max(float(t.norm()) for name, t in truth.items() if name != "the output")
@@ -68,7 +82,7 @@ def wrong(module: nn.Module, was: nn.Module, found: Found) -> str | None:
 
 def _in_float64(module: nn.Module) -> nn.Module:
     """A copy of it. A norm that casts its input to fp32 would not take weights in float64."""
-    module = copy.deepcopy(module).double()
+    module = _copied(module).double()
     for part in module.modules():
         if isinstance(part, nn.GroupNorm) and no_norm(part) is None:
             part.__class__ = nn.GroupNorm

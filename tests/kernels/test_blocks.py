@@ -298,6 +298,20 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(other(x, emb), fused(x, emb))
 
 
+@pytest.mark.parametrize("samples", [(3, 1), (1, 3)])
+def test_one_embedding_is_of_all_images_and_one_image_of_all_embeddings(
+    samples: tuple[int, int],
+) -> None:
+    x, emb = torch.randn(samples[0], 32, 4, 4), torch.randn(samples[1], 8)
+    for name, arguments in (("ResBlock", (32, 8, 0.0)), ("EDMBlock", (32, 32, 8))):
+        plain, fused = (getattr(package, name)(*arguments) for package in (reference, kernels))
+        with torch.no_grad():
+            for p in plain.parameters():
+                p.normal_(std=0.1)
+        fused.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(fused(x, emb), plain(x, emb), rtol=1e-4, atol=1e-5)
+
+
 def test_is_a_timestep_block() -> None:
     _, fused = pair("none")
     x, emb = inputs()

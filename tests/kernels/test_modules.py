@@ -36,6 +36,13 @@ def test_vectors() -> None:
     torch.testing.assert_close(fused(x), F.silu(F.group_norm(x, 2)))
 
 
+def test_is_called_by_keyword_as_group_norm_is() -> None:
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(
+        GroupNormSiLU(2, 8, activation=None)(input=x), nn.GroupNorm(2, 8)(input=x)
+    )
+
+
 def test_bad_activation_and_repr() -> None:
     with pytest.raises(ValueError, match="activation must be 'silu' or None, got 'relu'"):
         GroupNormSiLU(2, 8, activation="relu")

@@ -221,6 +221,14 @@ def test_attention_stands_at_the_resolutions_in_pixels():
     assert has == [False, False, False, True]  # 8 pixels without, 4 with
 
 
+@pytest.mark.parametrize("sizes", [(5,), (4, 2), (7, 4)])
+def test_attention_at_a_resolution_that_no_level_has_is_refused(sizes):
+    """7 of 8 pixels would be attention at all 8, and 2 beside 4 none."""
+    foreign = next(size for size in sizes if size != 4)
+    with pytest.raises(ValueError, match=rf"are in pixels, and no level has {foreign}: .* 8, 4$"):
+        replace(TINY, attention_resolutions=sizes)
+
+
 def test_configs_that_no_network_matches_are_refused():
     """The sites are read off the config, so the config must not say what the network is not."""
     with pytest.raises(ValueError, match=r"family must be 'unet', .*got 'vit'"):

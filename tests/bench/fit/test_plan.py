@@ -107,7 +107,7 @@ def test_variants_have_processes_of_their_own(run_cli: Callable) -> None:
         (["--device-memory", "4KiB"], "devices have 1 MiB to 1048576 GiB"),
         (["--plot", "x.pdf"], "is no PNG or SVG by its name"),
         (["--json", "absent/x.json"], "absent/x.json cannot be written"),
-        (["--published"], "--model is fixed by --published"),
+        (["--published"], ": MODEL is fixed by --published"),
     ],
 )
 def test_bad_input_is_one_sentence_and_2(

@@ -36,6 +36,7 @@ def test_arguments_become_a_selection() -> None:
     [
         ("resolutoin=8", "unknown axis 'resolutoin'.*did you mean 'resolution'"),
         ("dtype=fp8", "unknown value of axis 'dtype': 'fp8'.*fp32, bf16, fp16"),
+        ("model=mine.toml", "one of iddpm-.*, the config.json of a model of diffusers"),
         ("impl=fusd", "did you mean 'fused'"),
         ("model=iddpm-cifar10", "did you mean 'iddpm-cifar10-uncond'"),
         ("dtype", "write NAME=VALUES"),

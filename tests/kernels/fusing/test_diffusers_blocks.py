@@ -391,6 +391,23 @@ def test_torch_compile_takes_it(name: str, mode: str) -> None:
         torch.testing.assert_close(found, expected[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
+def test_another_of_their_layers_that_resamples_is_called() -> None:
+    from diffusers.models.upsampling import KUpsample2D
+
+    original = block()
+    original.upsample = KUpsample2D()
+    ours, x = fused(original, "selective"), inputs(original)
+    check(outcome(original, x), outcome(ours, x), truth(original, x))
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing itself
+def test_a_trace_takes_another_number_of_samples() -> None:
+    original = block().eval()
+    traced = torch.jit.trace(fused(original), inputs(original))
+    x = inputs(original, n=3)
+    torch.testing.assert_close(traced(*x), original(*x), rtol=1e-4, atol=1e-5)
+
+
 def test_resampling_of_another_kind_is_called() -> None:
     for resample in (
         partial(F.interpolate, scale_factor=2.0, mode="bilinear"),

@@ -54,6 +54,22 @@ def test_a_block_computes_the_same(name: str, mode: str) -> None:
     check_parity(model, fused, inputs(), autocast=True)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["adaptive", "add, scaled"])
+def test_one_noise_level_is_of_all_images_as_in_their_sampler(name: str, mode: str) -> None:
+    model = block(name)
+    fused = copy.deepcopy(model)
+    assert fuse_(fused, mode).fused
+    check_parity(model, fused, drawn((3, 16, 6, 6), (1, 12)))
+
+
+def test_one_image_at_several_noise_levels() -> None:
+    model = block()
+    fused = copy.deepcopy(model)
+    fuse_(fused)
+    check_parity(model, fused, drawn((1, 16, 6, 6), (3, 12)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("name", ["adaptive", "add, scaled", "down, wider", "wide filter"])

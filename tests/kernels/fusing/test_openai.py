@@ -60,6 +60,17 @@ def test_other_numbers_of_dimensions(
     check_parity(model, fused, inputs(size))
 
 
+@pytest.mark.parametrize("samples", [(3, 1), (1, 3)])
+@pytest.mark.parametrize("name", ["scale-shift", "add, wider"])
+def test_one_embedding_is_of_all_images_and_one_image_of_all_embeddings(
+    name: str, samples: tuple[int, int]
+) -> None:
+    model = block(name)
+    fused = copy.deepcopy(model)
+    assert fuse_(fused, "selective").fused
+    check_parity(model, fused, drawn((samples[0], 32, 4, 4), (samples[1], 16)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"), [("scale-shift", "none"), ("add, wider", "selective"), ("down", "selective")]
@@ -284,3 +295,32 @@ def test_fusing_under_fake_tensors_tries_real_ones() -> None:
     with FakeTensorMode():
         model = nn.Sequential(Fresh(32, 16, 0.0, up=True), openai.normalization(32), openai.SiLU())
         assert list(fuse_(model).fused) == ["", "0"]
+
+
+def test_a_class_is_tried_in_float32_whatever_the_default_is() -> None:
+    class Fresh(openai.ResBlock):
+        pass
+
+    model = Fresh(32, 16, 0.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fuse_(model).fused
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_class_that_could_not_be_tried_once_is_tried_again() -> None:
+    class Fresh(openai.ResBlock):
+        broken = True
+
+        def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+            if self.broken:
+                raise RuntimeError("not now")
+            out: Tensor = super()._forward(x, emb)
+            return out
+
+    model = Fresh(32, 16, 0.0)
+    with pytest.warns(UserWarning, match="Fresh cannot be tried: RuntimeError: not now"):
+        fuse_(model)
+    Fresh.broken = False
+    assert fuse_(model).fused

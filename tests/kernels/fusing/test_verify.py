@@ -10,6 +10,7 @@ from support import edm_classes as edm
 from support import openai_classes as openai
 from support.parity import drawn, randomised
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from resblock_bench import reference
 from resblock_bench.kernels import fuse_, group_norm_silu
@@ -112,6 +113,38 @@ def test_what_cannot_be_run_is_left_and_says_why() -> None:
         report = fuse_(model, verify=True)
     assert "it cannot be verified: RuntimeError: an image is 5 by 7" in report.left[""]
     assert type(model) is nn.Sequential
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+        lambda conv: nn.utils.spectral_norm(conv),
+        lambda conv: nn.utils.parametrizations.weight_norm(conv),
+    ],
+)
+def test_weights_that_are_computed_before_every_forward_are_verified(compute: Any) -> None:
+    block = randomised(openai.ResBlock(32, 16, 0.0))
+    compute(block.in_layers[2])
+    compute(block.emb_layers[1])
+    block(*drawn((2, 32, 4, 4), (2, 16)))
+    report = fuse_(block, verify=True)
+    assert report.fused and not report.left
+
+
+def test_a_block_that_no_input_can_be_drawn_for_is_left() -> None:
+    block = openai.ResBlock(32, 16, 0.0)
+    block.emb_layers[1] = nn.Flatten()
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = fuse_(block, verify=True)
+    assert "Sequential does not say how many features it reads" in report.left[""]
+    assert type(block) is openai.ResBlock
+
+
+def test_in_inference_mode_it_is_verified_all_the_same() -> None:
+    block = randomised(openai.ResBlock(32, 16, 0.0))
+    with torch.inference_mode():
+        assert fuse_(block, verify=True).fused
 
 
 def test_weights_that_are_not_there_cannot_be_verified() -> None:

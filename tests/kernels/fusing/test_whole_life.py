@@ -14,10 +14,14 @@ from support import edm_classes as edm
 from support import openai_classes as openai
 from support.parity import drawn, randomised, step
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from resblock_bench import kernels, reference
 from resblock_bench.kernels import fuse_, unfuse_
+from resblock_bench.kernels.blocks import FusedBlock
 from resblock_bench.kernels.fusing.edm import FusedEDMBlock
+from resblock_bench.kernels.fusing.sequential import FusedSequential
+from resblock_bench.kernels.modules import GroupNormSiLU
 
 
 def own() -> nn.Module:
@@ -87,6 +91,67 @@ def test_unfused_it_is_the_model_it_was_to_the_bit(name: str) -> None:
     found = step(model, inputs(name))
     assert all(torch.equal(found[n], expected[n]) for n in expected)
     assert unfuse_(model) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_twice_the_last_mode_holds(name: str) -> None:
+    model = built(name)
+    fused = fuse_(model, "selective").fused
+    again = fuse_(model, "full")
+    assert again.fused.keys() == fused.keys() and not again.left
+    assert all(b.checkpoint == "full" for b in model.modules() if isinstance(b, FusedBlock))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def parametrized(model: nn.Module) -> None:
+    """A norm that is fused by itself gets a subclass of its own class, with a property."""
+    norm = [m for m in model.modules() if hasattr(m, "num_groups")][-1]
+    parametrize.register_parametrization(norm, "weight", Doubled())
+
+
+def subclassed(model: nn.Module) -> None:
+    """As FSDP2's fully_shard does it."""
+    for module in model.modules():
+        if isinstance(module, FusedBlock | GroupNormSiLU | FusedSequential):
+            module.__class__ = type(f"FSDP{type(module).__name__}", (Sharded, type(module)), {})
+
+
+class Sharded:
+    pass
+
+
+@pytest.mark.parametrize("change", [parametrized, subclassed])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_class_that_others_made_of_the_fused_one_lives_on(name: str, change: Any) -> None:
+    model = built(name)
+    kinds = classes(model)
+    fuse_(model, "selective")
+    change(model)
+    expected = step(model, inputs(name))
+    fuse_(model, "full")
+    assert all(b.checkpoint == "full" for b in model.modules() if isinstance(b, FusedBlock))
+    assert classes(copy.deepcopy(model)) == classes(copy.copy(model)) == classes(model)
+    unfuse_(model)
+    found = step(model, inputs(name))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if change is subclassed:
+        bases = [cls.__bases__[1] if issubclass(cls, Sharded) else cls for cls in classes(model)]
+        assert bases == kinds
+
+
+def test_a_forward_that_was_set_since_is_not_left_behind() -> None:
+    """As accelerate's hooks wrap it: what they call is the fused one."""
+    model = built("a sequence")
+    fuse_(model)
+    model.layers.forward = model.layers.forward  # type: ignore[method-assign, union-attr]
+    with pytest.raises(ValueError, match=r"layers \(Sequential\) has got a forward of its own"):
+        unfuse_(model)
+    del model.layers.forward
+    assert set(unfuse_(model)) == {"layers", "norm"}
 
 
 def test_a_block_built_fused_stays_so_and_gets_its_mode_back() -> None:
