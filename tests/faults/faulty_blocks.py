@@ -178,4 +178,9 @@ late_hang = _late("never returns while it is timed", _hang)
 cached = _first("returns what it returned at first")
 slow_clock = replace(twin, description="counts a tenth of its time", wrap=_slow_clock)
 undisturbed = _on("on a machine that does nothing else", quiet)
+undisturbed_slower = replace(
+    undisturbed,
+    description="spins for 5 % of its forward pass on such a machine",
+    wrap=lambda module, cell: _lag(undisturbed.wrap(module, cell), cell),
+)
 overheated = _on("on a machine that throttles", throttled)
