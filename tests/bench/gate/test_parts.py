@@ -136,8 +136,10 @@ def test_the_pins_of_memory_hold() -> None:
     assert sum(len(pin.entries) for pin in pins.values()) == len(list(check_memory.items(cells)))
 
 
+@pytest.mark.usefixtures("shared_workers")
 def test_the_statistics_of_the_kernels_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(check_accuracy, "_SAME_EVERYWHERE", None)
     about_zero = AccuracyCase("A", "fp32", "nchw", "scale_shift", 0.0, 1, 8)
     cases = [about_zero, about_zero._replace(mean=1000.0)]
     assert not check_accuracy.measure_cases(cases, quiet()).findings
