@@ -44,7 +44,7 @@ _forward = ResBlock.forward
 
 def _spoiled(self, x, emb):
     if len(x) == {slow}:
-        _time.sleep(0.05)
+        _time.sleep(0.03)
     if len(x) == {crashing}:
         _os._exit(1)
     out = _forward(self, x, emb)
