@@ -58,9 +58,9 @@ def _quick_interpreter() -> Iterator[None]:
     """Only where the tests that were collected have imported it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         if "triton.runtime.interpreter" in sys.modules:
-            from support.interpreting import patch_language_once
+            from support.interpreting import do_once
 
-            patch_language_once(monkeypatch)
+            do_once(monkeypatch)
         yield
 
 

@@ -52,6 +52,15 @@ def _hang(out: Tensor) -> Tensor:
         time.sleep(60)
 
 
+HANGING_BATCH = "RESBLOCK_BENCH_HANGING_BATCH"
+
+
+def _hang_at_a_batch(module: nn.Module, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
+    if os.environ.get(HANGING_BATCH) == str(cell.batch):
+        return lambda x, emb: _hang(module(x, emb))
+    return module
+
+
 def _print(out: Tensor) -> Tensor:
     print("spam " * 200_000, flush=True)
     print("the end of the spam", file=sys.stderr, flush=True)
@@ -158,6 +167,9 @@ killed = _around("ends by SIGKILL", _kill)
 exiting = _around("ends its process with code 7", _exit)
 slow = _around("sleeps 20 ms in each call", _dawdle)
 twin = _around("the same", lambda out: out)
+hanging_once = replace(
+    twin, description="never returns for the batch that a variable names", wrap=_hang_at_a_batch
+)
 slower = replace(twin, description="spins for 5 % of its forward pass", wrap=_lag)
 late_crash = _late("reads address 0 while it is timed", _segfault)
 late_raise = _late("raises while it is timed", _raise)
@@ -166,4 +178,9 @@ late_hang = _late("never returns while it is timed", _hang)
 cached = _first("returns what it returned at first")
 slow_clock = replace(twin, description="counts a tenth of its time", wrap=_slow_clock)
 undisturbed = _on("on a machine that does nothing else", quiet)
+undisturbed_slower = replace(
+    undisturbed,
+    description="spins for 5 % of its forward pass on such a machine",
+    wrap=lambda module, cell: _lag(undisturbed.wrap(module, cell), cell),
+)
 overheated = _on("on a machine that throttles", throttled)

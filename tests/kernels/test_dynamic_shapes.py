@@ -79,21 +79,14 @@ def test_one_exported_program(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "training"),
-    [
-        ("operator", NCHW, True),
-        ("block", NCHW, False),
-        ("block", NHWC, True),
-        ("selective", NCHW, True),
-        ("selective, up", NHWC, True),
-        ("selective, down", NCHW, True),
-    ],
+    ("name", "layout"),
+    [("operator", NCHW), ("block", NHWC), ("selective, up", NHWC), ("selective, down", NCHW)],
 )
-def test_ten_sizes_in_two_graphs(name: str, layout: torch.memory_format, training: bool) -> None:
+def test_ten_sizes_in_two_graphs(name: str, layout: torch.memory_format) -> None:
     """A specialised one would be a graph for each; the first size may look special."""
     torch._dynamo.reset()
     channels, make = MODELS[name]
-    model = make().train(training)
+    model = make()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for i in range(2, 12):

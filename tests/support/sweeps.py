@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,45 @@ def rows_of(folder: Path) -> dict[str, Row]:
     return {row.axes.impl: row for row in read_run(folder).rows}
 
 
+def many(impl: str, cells: int = 300) -> list[str]:
+    """The arguments of a sweep of some hundred cells."""
+    arguments = ["run", *QUICK, "-a", f"batch=[1:{cells}:+1]", "-a", f"impl={impl}"]
+    return [*arguments, "-a", "channels=32", "-a", "resolution=4", "-a", "mode=inference"]
+
+
 def started(
     folder: Path, *more: str, impl: str = "reference", cells: int = 300, **options: Any
 ) -> "subprocess.Popen[str]":
-    """A sweep of some hundred cells in a process of its own."""
-    arguments = ["run", *QUICK, "-a", f"batch=[1:{cells}:+1]", "-a", f"impl={impl}"]
-    arguments += ["-a", "channels=32", "-a", "resolution=4", "-a", "mode=inference"]
-    return spawned(*arguments, "--output", str(folder), *more, **options)
+    """Such a sweep in a process of its own, on a machine whose ceilings nobody measures."""
+    arguments = [*many(impl, cells), "--output", str(folder), *more]
+    return spawned(*arguments, module="without_ceilings", **options)
 
 
-def spawned(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
+def spawned(
+    *arguments: str, module: str = "resblock_bench.bench", **options: Any
+) -> "subprocess.Popen[str]":
     """The command line in a process of its own."""
-    command = [sys.executable, "-m", "resblock_bench.bench", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     # A shell's background jobs ignore Ctrl-C, and so would this process.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     options.setdefault("stdout", subprocess.PIPE)
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
-def wait_for_rows(process: "subprocess.Popen[str]", folder: Path, count: int) -> None:
+@contextlib.contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """What another thread does to the sweep that this one carries out."""
+    with ThreadPoolExecutor(1) as pool:
+        acted = pool.submit(act)
+        yield
+        acted.result()
+
+
+def wait_for_rows(folder: Path, count: int, process: "subprocess.Popen[str] | None" = None) -> None:
     deadline = time.monotonic() + 300
     cells = folder / "cells.jsonl"
     while not cells.exists() or cells.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -64,15 +82,15 @@ def children_of(pid: int) -> set[int]:
         found |= more
 
 
-def wait_for_hanging(process: "subprocess.Popen[str]") -> int:
-    """The process of a cell that has come to hang."""
+def wait_for_hanging(parent: int, process: "subprocess.Popen[str] | None" = None) -> int:
+    """The process of a cell that has come to hang, somewhere under `parent`."""
     deadline = time.monotonic() + 300
     while True:
-        for pid in children_of(process.pid):
+        for pid in children_of(parent):
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{pid}/comm").read_text() == "hanging\n":
                     return pid
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -136,8 +136,10 @@ def test_the_pins_of_memory_hold() -> None:
     assert sum(len(pin.entries) for pin in pins.values()) == len(list(check_memory.items(cells)))
 
 
+@pytest.mark.usefixtures("shared_workers")
 def test_the_statistics_of_the_kernels_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(check_accuracy, "_SAME_EVERYWHERE", None)
     about_zero = AccuracyCase("A", "fp32", "nchw", "scale_shift", 0.0, 1, 8)
     cases = [about_zero, about_zero._replace(mean=1000.0)]
     assert not check_accuracy.measure_cases(cases, quiet()).findings
@@ -239,18 +241,25 @@ def test_a_gradient_of_another_sign_is_wrong(
     assert "dx is 2 from float64" in out
 
 
-def test_interpreted_and_with_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+TWO_WAYS = [AccuracyCase("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
+
+
+@pytest.mark.usefixtures("shared_workers")
+def test_interpreted_and_in_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(answers, "usable_cpus", lambda: 1)
-    cases = [AccuracyCase("A", "fp32", "nhwc", "add", 100.0, 1, 4), TINY._replace(size=4)]
-    found = check_accuracy.measure_cases(cases, quiet())
+    monkeypatch.setattr(check_accuracy, "_SAME_EVERYWHERE", None)
+    found = check_accuracy.measure_cases(TWO_WAYS, quiet())
     assert not found.findings
-    figures = found.subjects["triton-A"][cases[0].name]
+    figures = found.subjects["triton-A"][TWO_WAYS[0].name]
     assert set(figures) <= set(check_accuracy.PART.criteria)
     assert 0 < figures["y error"] < 1e-4
-    assert list(found.subjects["aten"]) == [cases[1].name]
+    assert list(found.subjects["aten"]) == [TWO_WAYS[1].name]
+
+
+def test_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "usable_cpus", lambda: 1)
     monkeypatch.setattr(check_accuracy, "measure", process_functions.die)
-    found = check_accuracy.measure_cases(cases, quiet())
+    found = check_accuracy.measure_cases(TWO_WAYS, quiet())
     assert [one.level for one in found.findings] == ["invalid", "invalid"]
     assert all("its process ended with" in one.text for one in found.findings)
     assert not found.subjects

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import process_functions as functions
+from support import light_functions as functions
+from support.process_functions import state
 
 from resblock_bench.bench.errors import InvalidError
 from resblock_bench.bench.machine import process
@@ -21,6 +22,10 @@ from resblock_bench.bench.machine.process import (
 )
 
 pytestmark = pytest.mark.slow
+
+
+LIGHT = "resblock_bench.bench.machine.channel"
+"""For a server that starts at once, of which no cell is measured: it imports nothing else."""
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def test_every_call_has_a_process_of_its_own(processes: Processes) -> None:
 
 
 def test_a_process_begins_warm_and_clean(processes: Processes) -> None:
-    reply = processes.run(functions.state, b"").reply
+    reply = processes.run(state, b"").reply
     assert reply is not None
     warm, cuda, threads = reply.decode().split()
     assert (warm, cuda) == ("True", "False")
@@ -75,7 +80,7 @@ def test_variables_are_set_for_one_call(processes: Processes) -> None:
 
 def test_what_hangs_is_ended_with_all_that_it_started(processes: Processes, tmp_path: Path) -> None:
     note = tmp_path / "group"
-    ending = processes.run(functions.hang, str(note).encode(), limit_s=3)
+    ending = processes.run(functions.hang, str(note).encode(), limit_s=2)
     assert (ending.reply, ending.exit_code, ending.phase) == (None, None, "hanging")
     assert "I hang" in ending.output
     assert died(int(note.read_text()))
@@ -170,7 +175,8 @@ def test_an_interrupt_at_any_point_of_a_start_is_quiet(tmp_path: Path, number: s
     note = tmp_path / "group"
     code = f"""
 import signal, socket, subprocess
-from support import process_functions as functions
+from support import light_functions as functions
+from resblock_bench.bench.machine import process
 from resblock_bench.bench.machine.process import Process, Processes, Server
 from resblock_bench.bench.terminal import terminable
 
@@ -180,6 +186,7 @@ def interrupted(function):
         return function(*arguments, **options)
     return call
 
+process._PRELOAD = {LIGHT!r}
 server = Server()
 processes = Processes(server)
 for module, name in (
@@ -251,9 +258,11 @@ def test_a_process_that_waits_ends_with_who_started_it(tmp_path: Path) -> None:
     """However the latter dies."""
     code = f"""
 import os, signal
-from support import process_functions as functions
+from support import light_functions as functions
+from resblock_bench.bench.machine import process
 from resblock_bench.bench.machine.process import Processes
 
+process._PRELOAD = {LIGHT!r}
 process = Processes().start(functions.tell_group, {str(tmp_path / "group")!r}.encode())
 assert process.receive() == b"written"
 os.kill(os.getpid(), signal.SIGKILL)
@@ -266,15 +275,16 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert died(int((tmp_path / "group").read_text()))
 
 
-def test_a_server_that_was_killed_is_started_anew() -> None:
+def test_a_server_that_was_killed_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_PRELOAD", LIGHT)
     server = Server()
     made = Processes(server)
     try:
         first = made.run(functions.parent, b"").reply
-        process = made.start(functions.converse, b"x")
-        assert process.receive(60) == b"X"
+        talking = made.start(functions.converse, b"x")
+        assert talking.receive(60) == b"X"
         os.kill(int(first or b""), signal.SIGKILL)
-        ending = process.finish(60)
+        ending = talking.finish(60)
         assert (ending.reply, ending.exit_code) == (None, -signal.SIGKILL)
         second = made.run(functions.parent, b"").reply
         assert second is not None

@@ -1,85 +1,56 @@
 import os
 import resource
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import limited_functions
 
+from resblock_bench.bench.machine.channel import Function
 from resblock_bench.bench.machine.proc import available_bytes, oom_kills
+from resblock_bench.bench.machine.process import Processes
 from resblock_bench.bench.measure.memory_limit import limit_memory
 
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
-# Everything is imported before the limit is set, as in a cell's process.
-BEGIN = """
-import msgspec, torch
-from resblock_bench.bench.measure.memory_limit import limit_memory
-from resblock_bench.bench.records import Cell
-from resblock_bench.bench.measure.workload import Workload, draw_inputs, draw_weights
-torch.set_num_threads({threads})
-assert limit_memory({mib} * 2**20)
-"""
 
 
-def under_limit(mib: int, code: str, threads: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BEGIN.format(mib=mib, threads=threads) + code],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+@pytest.fixture
+def under_limit() -> Iterator[Callable[..., str]]:
+    """What a function says of a process that may allocate so many MiB more. As in a cell's,
+    everything is imported before."""
+    made = Processes()
+
+    def run(function: Function, mib: int, threads: int = 2) -> str:
+        ending = made.run(function, f"{mib} {threads}".encode(), limit_s=300)
+        assert ending.reply is not None, ending
+        return ending.reply.decode()
+
+    yield run
+    made.close()
 
 
 @LINUX
-def test_the_allocation_over_the_limit_fails_with_torch_s_own_error() -> None:
-    code = """
-fits = torch.ones(20 * 2**18)
-try:
-    torch.ones(100 * 2**18)
-except RuntimeError as error:
-    assert "DefaultCPUAllocator: can't allocate memory" in str(error), error
-    print("refused")
-print(float(fits.sum()))  # the process lives on
-"""
-    done = under_limit(64, code)
-    assert (done.returncode, done.stdout.split()) == (0, ["refused", str(20 * 2.0**18)]), done
+def test_the_allocation_over_the_limit_fails_with_torch_s_own_error(
+    under_limit: Callable[..., str],
+) -> None:
+    said = under_limit(limited_functions.allocate_too_much, 64)
+    assert said == f"refused, and {20 * 2.0**18} go on"
 
 
 @LINUX
-def test_small_allocations_add_up_to_the_limit() -> None:
-    code = """
-held = []
-try:
-    while True:
-        held.append(torch.ones(2**18))
-except RuntimeError as error:
-    assert "DefaultCPUAllocator" in str(error), error
-print(len(held))
-"""
-    done = under_limit(64, code)
-    assert done.returncode == 0, done
+def test_small_allocations_add_up_to_the_limit(under_limit: Callable[..., str]) -> None:
     stacks = 4 * resource.getrlimit(resource.RLIMIT_STACK)[0] // MIB
-    assert 56 <= int(done.stdout) <= 64 + stacks + 8, done
+    assert 56 <= int(under_limit(limited_functions.allocate_mebibytes, 64)) <= 64 + stacks + 8
 
 
 @LINUX
-def test_threads_and_a_modest_cell_fit() -> None:
+def test_threads_and_a_modest_cell_fit(under_limit: Callable[..., str]) -> None:
     """Sixteen threads' stacks are more than the limit itself; next to none of them is used."""
-    code = """
-shape = {"resolution": 32, "channels": 64, "out_channels": 64, "emb_channels": 64, "batch": 2}
-rest = {"model": None, "dims": 2, "conditioning": "add", "dropout": 0.0, "updown": "none",
-        "dtype": "fp32", "layout": "nchw", "mode": "train", "checkpoint": "full", "impl": "fused"}
-cell = msgspec.convert({**shape, **rest}, Cell)
-cpu = torch.device("cpu")
-torch.ones(2**20).sum()  # enough for every thread to start
-made = Workload(cell, draw_weights(cell, 0), draw_inputs(cell, cpu, 0), cpu)
-print(len(made.results()) > 5)
-"""
-    done = under_limit(96, code, threads=16)
-    assert (done.returncode, done.stdout.strip()) == (0, "True"), done
+    assert under_limit(limited_functions.compute_a_cell, 96, threads=16) == "True"
 
 
 def test_where_nothing_is_counted_nothing_is_limited(tmp_path: Path) -> None:

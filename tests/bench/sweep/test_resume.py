@@ -1,21 +1,33 @@
 """Folders of runs: what a resumption keeps, adds, mends and refuses."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from support.sweeps import QUICK, TINY, children_of, rows_of, started, wait_for_death, wait_for_rows
+from faulty_blocks import HANGING_BATCH
+from support.sweeps import (
+    QUICK,
+    TINY,
+    children_of,
+    many,
+    rows_of,
+    started,
+    wait_for_death,
+    wait_for_hanging,
+)
 
 from resblock_bench.bench.cli import main as cli
 from resblock_bench.bench.errors import UsageError
-from resblock_bench.bench.records import cell_id
+from resblock_bench.bench.records import Environment, cell_id
 from resblock_bench.bench.runs.folder import create_run, read_run, resume_run
+from resblock_bench.bench.sweep import engines
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +49,15 @@ def test_what_failed_is_tried_again_on_request_only(run_cli: Callable, tmp_path:
     assert {name: row.attempt for name, row in rows.items()} == {"reference": 2, "raising": 2}
 
 
-def test_kill_9_at_a_random_cell_then_resume(run_cli: Callable, tmp_path: Path) -> None:
+def test_kill_9_at_a_random_cell_leaves_no_process_and_can_be_resumed(
+    run_cli: Callable, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    process = started(folder)
+    first = 1 + time.time_ns() % 5
+    variables = {**os.environ, HANGING_BATCH: str(first + 1)}
+    process = started(folder, "--timeout", "600s", impl="hanging_once", env=variables)
     try:
-        wait_for_rows(process, folder, 1 + time.time_ns() % 5)
+        wait_for_hanging(process.pid, process)
         family = children_of(process.pid)
         process.kill()
         process.communicate(timeout=300)
@@ -49,38 +65,43 @@ def test_kill_9_at_a_random_cell_then_resume(run_cli: Callable, tmp_path: Path) 
         process.kill()
     wait_for_death(family)
     before = (folder / "cells.jsonl").read_bytes()
-    kept = before[: before.rfind(b"\n") + 1]
-    done = run_cli(
-        "run", "--no-plots", "--resume", "--output", folder, "--time-budget", "3s"
-    )  # fmt: skip
+    assert before.count(b"\n") == first
+    done = run_cli("run", "--no-plots", "--resume", "--output", folder, "--time-budget", "1s")
     assert done.code == 3, done.err
+    assert (folder / "cells.jsonl").read_bytes().startswith(before)
     rows = read_run(folder).rows
-    assert (folder / "cells.jsonl").read_bytes().startswith(kept)
     batches = [row.axes.batch for row in rows]
     # With a time budget the heaviest of what is missing comes first.
-    first = kept.count(b"\n")
     assert batches[:first] == list(range(1, first + 1))
     assert batches[first:] == list(range(300, 300 - len(batches[first:]), -1))
     assert {row.attempt for row in rows} == {1}
-    assert len(rows) > kept.count(b"\n")
+    assert len(rows) > first
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """This process writes no larger ones."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_keeps_what_fitted_and_can_be_resumed(
     run_cli: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    limit = 40_000  # about ten rows, and the plan
-
-    def fill() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = started(folder, cells=40, preexec_fn=fill)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 3, (out, err)
-    assert "Traceback" not in err
+    # What cells are forked from starts before.
+    run_cli("run", *TINY, *QUICK, "-a", "impl=reference", "--output", tmp_path / "warm")
+    with largest_file(10_000):  # two rows and a half, and the plan
+        done = run_cli(*many("reference", 9), "--output", folder)
+    assert done.code == 3, (done.out, done.err)
+    assert "Traceback" not in done.err
     rows = read_run(folder).rows
     assert rows
-    assert f"cannot be written (File too large): {len(rows)} rows are in" in out, out
+    assert f"cannot be written (File too large): {len(rows)} rows are in" in done.out, done.out
     done = run_cli("run", "--no-plots", "--resume", "--output", folder, "--time-budget", "1ms")
     assert "which has" in done.out
 
@@ -103,10 +124,13 @@ def test_a_read_only_file_system_is_refused(run_cli: Callable) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(
+    tmp_path_factory: pytest.TempPathFactory, one_survey: Callable[..., Environment]
+) -> Path:
     """A run of two cells."""
     folder = tmp_path_factory.mktemp("original") / "run"
-    with pytest.raises(SystemExit) as ending:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ending:
+        patch.setattr(engines, "survey", one_survey)
         cli.main(["run", *TINY, *QUICK, "--output", str(folder)])
     assert not ending.value.code
     return folder
