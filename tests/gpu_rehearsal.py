@@ -27,7 +27,7 @@ from support.scripted_gpu import FAULTS as SCRIPTED_FAULTS
 from resblock_bench.bench.gpu import report, steps
 from resblock_bench.bench.gpu.operators import read_rows
 from resblock_bench.bench.gpu.outcomes import StepOutcome, last_outcomes, read_outcomes
-from resblock_bench.bench.gpu.parts import FAULTS, GpuPart, GpuStep, Stage, parts
+from resblock_bench.bench.gpu.parts import FAULTS, GpuPart, GpuStep, Stage, parts, selected
 from resblock_bench.bench.gpu.results import GpuResults, read_results
 from resblock_bench.bench.gpu.steps import SliceRequest
 
@@ -153,24 +153,32 @@ def on_a_scripted_gpu(step: GpuStep) -> GpuStep:
         words = (*words, "--stages", "eager,fused")
     if step.name.startswith("tests"):
         words = (*words, "--collect-only")
-    if step.name == "calibrate":
-        words = (*words, "--max-time", "50ms")
+    if step.name in _MODELS:
+        kept = words[: words.index("-a")]
+        words = (*kept, *_MODELS[step.name], *words[words.index("--max-time") :])
     return replace(step, words=words)
 
 
 _PAIR = "impl=reference,fused"
+_MODEL = ("-a", "workload=model", "-a", "model=iddpm-cifar10-uncond", "-a", "batch=1")
+_MODELS = {
+    "table7-imagenet64-cond": (*_MODEL, "-a", "dtype=fp16", "-a", _PAIR, "-a", "checkpoint=none"),
+}
+"""What is a tiny block on a CPU, and here a model once."""
 
 
 def main(
     output: Annotated[Path, typer.Option(metavar="DIR")],
     slices: Annotated[int, typer.Option(min=1)] = 6,
+    numbers: Annotated[str | None, typer.Option("--parts", metavar="1,2,3")] = None,
     scripted: bool = False,
     fault: Annotated[str, typer.Option(metavar=f"{'|'.join(SCRIPTED_FAULTS)}")] = "",
 ) -> None:
     console = Console()
     stage: Stage = "cuda" if scripted else "cpu"
     change = on_a_scripted_gpu if scripted else seeded
-    known = [replace(part, steps=tuple(map(change, part.steps))) for part in parts("cpu")]
+    chosen = selected(parts("cpu"), numbers)
+    known = [replace(part, steps=tuple(map(change, part.steps))) for part in chosen]
     if scripted:
         folders = [_TESTS / "support/on_a_scripted_gpu", _TESTS, os.environ.get("PYTHONPATH", "")]
         os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "SCRIPTED_GPU": fault}

@@ -225,8 +225,7 @@ def _run(
     path: str = "",
     time_s: float = 1,
 ) -> GpuStep:
-    """A `run` into a folder of its own, or of another step; on the CPU of tiny blocks or the
-    smallest model."""
+    """A `run` into a folder of its own, or of another step; on the CPU always of tiny blocks."""
     expected = estimate(axes, time_s)
     run = f"runs/{folder or name}"
     options = ["--device", stage, "--no-plots", "--output", f"{{output}}/{run}"]
