@@ -351,10 +351,12 @@ def _models(stage: Stage) -> tuple[GpuStep, ...]:
     def whole(name: str, what: str, *axes: str) -> GpuStep:
         return _run(name, what, stage, "workload=model", "dtype=fp16", *axes, time_s=3)
 
-    def naive(model: str) -> GpuStep:
-        axes = (f"model={model}", f"batch={TABLE_7[model]}", _PAIR, "checkpoint=none,selective")
+    def naive(model: str, checkpoint: str = "none") -> GpuStep:
+        """A pair at a time: who waits for a turn holds memory, and four do not fit."""
+        axes = (f"model={model}", f"batch={TABLE_7[model]}", _PAIR, f"checkpoint={checkpoint}")
         name = f"table7-{model.removeprefix('adm-')}"
-        return whole(name, f"at table 7's batch of {TABLE_7[model]}", *axes)
+        name += "" if checkpoint == "none" else f"-{checkpoint}"
+        return whole(name, f"at table 7's batch of {TABLE_7[model]}, {checkpoint}", *axes)
 
     def largest(model: str) -> list[GpuStep]:
         found = []
@@ -375,7 +377,8 @@ def _models(stage: Stage) -> tuple[GpuStep, ...]:
     order = (_ADM256, _ADM64, _ADM128, "adm-upsample-64-256", "adm-upsample-128-512")
     steps = [naive(_ADM256), naive(_ADM64), *largest(_ADM256), *largest(_ADM64)]
     steps += [planned(_ADM256), planned(_ADM64)]
-    steps += [naive(model) for model in order[2:]] + largest(_ADM128)
+    steps += [naive(model) for model in order[2:]]
+    steps += [naive(model, "selective") for model in order] + largest(_ADM128)
     return (*steps, planned(_ADM128))
 
 

@@ -130,6 +130,13 @@ def test_table_7_is_measured_at_its_own_batches() -> None:
     assert set(TABLE_7.items()) <= models
 
 
+def test_models_are_measured_a_pair_at_a_time() -> None:
+    """Four that wait for each other do not fit into a GPU's memory."""
+    for step in all_steps():
+        if step.run and cells_of(step)[0].cell.workload == "model":
+            assert len(cells_of(step)) <= 2, step.name
+
+
 def test_what_steps_name_is_there() -> None:
     assert (ROOT / FAULTS / "faulty_blocks.py").is_file()
     assert (ROOT / "tests/gpu/test_gpu.py").is_file()
