@@ -1,10 +1,13 @@
 """What runs on a GPU only, run to its end on one that is scripted: names, signatures, units."""
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -16,7 +19,9 @@ from support.orders import Given
 from support.scripted_gpu import NAME, UUID, installed
 
 from resblock_bench.bench.compiled.norms import Norm
+from resblock_bench.bench.errors import UsageError
 from resblock_bench.bench.gpu import launches, operators
+from resblock_bench.bench.machine import visible_gpus
 from resblock_bench.bench.measure import ceilings, jobs
 from resblock_bench.bench.measure.cell import CellJob, Task
 from resblock_bench.bench.measure.conditions import conditions
@@ -193,6 +198,29 @@ def test_a_probe_reads_the_gpu(gpu: None) -> None:
         found = probe.read()
     assert found.notes == []
     assert (found.sm_clock_mhz, found.power_w, found.foreign_processes) == (1500, 250, 0)
+
+
+def test_a_gpu_is_found_where_nvml_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run does without NVML, of which a container may have nothing."""
+
+    def ask(words: list[str], **options: object) -> SimpleNamespace:
+        exec(words[2])
+        return SimpleNamespace(stdout=capture.getvalue())
+
+    visible_gpus._asked_of_cuda.cache_clear()
+    monkeypatch.setattr(visible_gpus.subprocess, "run", ask)
+    with installed("NVML gone"), redirect_stdout(StringIO()) as capture:
+        (found,) = visible_gpus.chosen_gpus(())
+    assert found == (f"GPU-{UUID}", NAME, 80 * 2**30)
+    visible_gpus._asked_of_cuda.cache_clear()
+
+    def fail(words: list[str], **options: object) -> None:
+        raise subprocess.CalledProcessError(1, words)
+
+    monkeypatch.setattr(visible_gpus.subprocess, "run", fail)
+    with installed("NVML gone"), pytest.raises(UsageError, match="no GPU can be used: GPU is lost"):
+        visible_gpus.chosen_gpus(())
+    visible_gpus._asked_of_cuda.cache_clear()
 
 
 def test_other_programs_disturb_a_gpu_where_they_leave_it_no_two_cpus(
