@@ -11,7 +11,6 @@ from resblock_bench.bench.errors import UsageError, unknown
 
 from . import nvml
 
-
 _ASK_CUDA = """
 import torch
 for i in range(torch.cuda.device_count()):
