@@ -72,6 +72,8 @@ def test_the_tests_run_in_6_processes_at_most(monkeypatch: pytest.MonkeyPatch) -
         assert counts == [most] * bool(importlib.util.find_spec("xdist"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not any("-n" in step.words for step in all_steps())
+    (many,) = (step for step in all_steps() if step.name == "tests-many")
+    assert "test_every_tier or" in many.words[-1]  # 150 norms, one by one, take too long
 
 
 def test_a_block_is_measured_by_one_step_and_its_others_by_another() -> None:
