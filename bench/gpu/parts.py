@@ -63,7 +63,7 @@ class GpuStep:
     after     the step that must be over before
     tool      a program that must be there
     tuned     with the launches that `tune` found
-    keep      files below the checkout that are copied into calibration/
+    keep      files below the checkout that are copied into calibration/, if it has written them
     path      a folder that its Python path begins with
     """
 

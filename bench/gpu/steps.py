@@ -260,7 +260,7 @@ def _run(
     machine: str,
 ) -> StepOutcome:
     """Run a step for at most so long."""
-    started, began = _now(), time.monotonic()
+    started, began, since = _now(), time.monotonic(), time.time()
 
     def outcome(
         status: StepStatus, sentence: str, code: int | None = None, words: Sequence[str] = ()
@@ -331,7 +331,7 @@ def _run(
         took = format_duration(limit_s)
         return outcome("timeout", f"not done in two slices, {took} this time: {said}", code, words)
     if step.keep and code == exitcodes.OK:
-        _keep(request.output, step.keep)
+        _keep(request.output, step.keep, since)
     return outcome("ok" if code == exitcodes.OK else "failed", said, code, words)
 
 
@@ -441,10 +441,12 @@ def _with_table(table: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _keep(output: Path, pattern: str) -> None:
+def _keep(output: Path, pattern: str, since: float) -> None:
+    """Copy what has been written since a time: a checkout has other machines' files, too."""
     folder = output / "calibration"
     for path in checkout_around(Path.cwd()).glob(pattern):
-        shutil.copy(path, folder / path.name)
+        if path.stat().st_mtime >= since:
+            shutil.copy(path, folder / path.name)
 
 
 def _size(output: Path, step: GpuStep) -> int:
