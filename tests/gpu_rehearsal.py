@@ -1,14 +1,19 @@
 """All parts of `gpu-results` on a CPU, by the real programs, with faults seeded into them.
 
     python tests/gpu_rehearsal.py --output /tmp/rehearsal
+    python tests/gpu_rehearsal.py --output /tmp/rehearsal --scripted --fault "NVML gone"
 
 What a step would measure on a GPU is tiny and interpreted here, and some steps go wrong: a launch
 is refused, results are NaN, a process aborts as after an illegal access, hangs, runs out of memory,
 throttles, is killed. Says of each fault whether it was contained: an outcome or a row tells of it,
 and every step came to its end. Exit code 1 if one was not. It takes half an hour on two cores;
 tests/bench/gpu/test_rehearsal.py does the same in seconds, with a program that stands in for all.
+
+`--scripted` has every process see a GPU (support/scripted_gpu.py), with one fault for all: what
+runs on a GPU only runs, but for kernels and torch.compile.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +22,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from support.scripted_gpu import FAULTS as SCRIPTED_FAULTS
 
 from resblock_bench.bench.gpu import report, steps
 from resblock_bench.bench.gpu.operators import read_rows
 from resblock_bench.bench.gpu.outcomes import StepOutcome, last_outcomes, read_outcomes
-from resblock_bench.bench.gpu.parts import FAULTS, GpuPart, GpuStep, parts
+from resblock_bench.bench.gpu.parts import FAULTS, GpuPart, GpuStep, Stage, parts, selected
 from resblock_bench.bench.gpu.results import GpuResults, read_results
 from resblock_bench.bench.gpu.steps import SliceRequest
 
+_TESTS = Path(__file__).parent
 _LAUNCHES = """
 import typer
 from resblock_bench.bench.gpu import launches
@@ -81,7 +88,7 @@ def seeded(step: GpuStep) -> GpuStep:
         "operators": lambda: replace(program(_OPERATORS, 3), turn_s=60.0),
         "adm256-256": lambda: block("reference,greedy", "--memory-limit", "1GiB"),
         "adm256-128": lambda: block("reference,hanging", "--timeout", "30s"),
-        "adm256-64": lambda: block("reference,overheated"),
+        "adm256-64": lambda: block("overheated"),  # of a machine one process is asked
         "adm64-64": lambda: block("reference,segfaulting"),
         "cifar-32": lambda: block("reference,wrong"),
         "adm256-256-nhwc": lambda: block("reference,killed"),
@@ -92,7 +99,9 @@ def seeded(step: GpuStep) -> GpuStep:
         ),
         "plan-imagenet64-cond": lambda: replace(step, limit_s=3.0),
     }
-    return faults[step.name]() if step.name in faults else step
+    # What goes on with a run has its fault, too.
+    name = step.name.removesuffix("-others")
+    return faults[name]() if name in faults else step
 
 
 def contained(results: GpuResults) -> dict[str, bool]:
@@ -136,25 +145,65 @@ def contained(results: GpuResults) -> dict[str, bool]:
     }
 
 
+def on_a_scripted_gpu(step: GpuStep) -> GpuStep:
+    """The tiny step as it is on a GPU."""
+    changed = {"cpu": "cuda", "gate-cpu": "gate-cuda", "impl=reference,compiled,fused": _PAIR}
+    words = tuple(changed.get(word, word) for word in step.words)
+    if step.name == "tune":
+        words = (*words, *_TUNED)
+    if step.name.startswith("operators"):
+        words = (*words, "--stages", "eager,fused")
+    if step.name.startswith("tests"):
+        words = (*words, "--collect-only")
+    if step.name in _MODELS:
+        kept = words[: words.index("-a")]
+        words = (*kept, *_MODELS[step.name], *words[words.index("--max-time") :])
+    return replace(step, words=words)
+
+
+_PAIR = "impl=reference,fused"
+_MODEL = ("-a", "workload=model", "-a", "model=iddpm-cifar10-uncond", "-a", "batch=1")
+_MODELS = {
+    "table7-imagenet64-cond": (*_MODEL, "-a", "dtype=bf16", "-a", _PAIR, "-a", "checkpoint=none"),
+}
+"""What is a tiny block on a CPU, and here a model once; fp16 takes a CPU minutes."""
+
+
 def main(
     output: Annotated[Path, typer.Option(metavar="DIR")],
     slices: Annotated[int, typer.Option(min=1)] = 6,
+    numbers: Annotated[str | None, typer.Option("--parts", metavar="1,2,3")] = None,
+    scripted: bool = False,
+    fault: Annotated[str, typer.Option(metavar=f"{'|'.join(SCRIPTED_FAULTS)}")] = "",
 ) -> None:
     console = Console()
-    known = [replace(part, steps=tuple(map(seeded, part.steps))) for part in parts("cpu")]
-    request = SliceRequest(parts=known, output=output, stage="cpu", seconds=540.0)
+    stage: Stage = "cuda" if scripted else "cpu"
+    change = on_a_scripted_gpu if scripted else seeded
+    chosen = selected(parts("cpu"), numbers)
+    known = [replace(part, steps=tuple(map(change, part.steps))) for part in chosen]
+    if scripted:
+        folders = [_TESTS / "support/on_a_scripted_gpu", _TESTS, os.environ.get("PYTHONPATH", "")]
+        os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "SCRIPTED_GPU": fault}
+    request = SliceRequest(parts=known, output=output, stage=stage, seconds=540.0)
     for _ in range(slices):
         steps.carry_out(request, console)
         if not steps.pending(known, read_outcomes(output)):
             break
+    if scripted:
+        draw(output, console)
+        raise typer.Exit(int(bool(steps.pending(known, read_outcomes(output)))))
     raise typer.Exit(judge(known, output, console))
+
+
+def draw(output: Path, console: Console) -> None:
+    request = report.GpuReportRequest(output, output / "gpu.md", predict=False)
+    report.carry_out(request, console, console)
 
 
 def judge(known: Sequence[GpuPart], output: Path, console: Console) -> int:
     left = steps.pending(known, read_outcomes(output))
     results = read_results(output)
-    document = output / "gpu.md"
-    report.carry_out(report.GpuReportRequest(output, document, predict=False), console, console)
+    draw(output, console)
     table = Table("fault", "contained")
     found = contained(results)
     for name, held in found.items():

@@ -47,6 +47,8 @@ OperatorCall = Callable[[Tensor, Modulation, int], Tensor]
 
 BATCHES = {32: 128, 64: 64, 128: 16, 256: 8, 512: 4}
 """Images a step, by their size: what fills a GPU."""
+COPY_ELEMENTS = {"cuda": 2**28, "cpu": 2**24}
+"""Of float32, in the copy that says what the memory reaches."""
 SAMPLING = replace(TIMING, rel_half_width=0.01, max_time_s=0.25)
 
 
@@ -249,10 +251,12 @@ class Sweep:
         if kind == "cuda":
             self._timer = QueuedTimer(self._device.torch_device)
         self._copy = self._copy_bytes_per_s()
+        self.left_out = False
+        """Whether the time was spent before all that was asked for was measured."""
 
     def _copy_bytes_per_s(self) -> float:
-        """Of 1 GiB, 64 MiB on a CPU, read plus written; the best of many samples."""
-        size = 2**28 if self._device.kind == "cuda" else 2**24
+        """Of a large copy, read plus written; the best of many samples."""
+        size = COPY_ELEMENTS[self._device.kind]
         source = torch.ones(size, device=self._device.torch_device)
         target = torch.empty_like(source)
         timing = time_fn(lambda: target.copy_(source), self._timer, SAMPLING)
@@ -287,12 +291,12 @@ class Sweep:
                 yield from self._kept(replace(row, status="skipped", reason=absent) for row in rows)
             elif rows:
                 wanted.append(rows)
-        if not wanted or self.spent():
+        if not wanted or self._spent():
             return
         inputs = inputs_of(norm, site.resolution, self._device.torch_device)
         truth = OperatorTruth(inputs)
         for rows in wanted:
-            if self.spent():
+            if self._spent():
                 return
             for row in rows:
                 self._write(row)
@@ -306,8 +310,11 @@ class Sweep:
             self._write(row)
             yield row
 
-    def spent(self) -> bool:
-        return time.monotonic() >= self._deadline
+    def _spent(self) -> bool:
+        """Whether the time is; what is asked for then is left out."""
+        spent = time.monotonic() >= self._deadline
+        self.left_out |= spent
+        return spent
 
     def _measured(
         self, rows: list[OperatorRow], norm: Norm, inputs: CallInputs, truth: OperatorTruth
@@ -400,6 +407,8 @@ def main(
                     f"{row.reason or ''}",
                     flush=True,
                 )
+    if sweep.left_out:
+        print("stopped, since the time budget is spent")
 
 
 if __name__ == "__main__":

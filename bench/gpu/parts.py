@@ -24,6 +24,8 @@ from typing import Literal
 
 from resblock_bench.bench.errors import UsageError
 
+from .estimates import estimate
+
 Words = tuple[str, ...]
 Stage = Literal["cuda", "cpu"]
 """A GPU; or a CPU, where everything is tiny and interpreted, and only the way is tried."""
@@ -51,6 +53,8 @@ class GpuStep:
     seconds   that it is expected to take on an H100
     limit_s   that it may take, over all slices
     budget    how it takes a --time-budget, {} being seconds: it goes on where that ended it
+    first_s   until something of it is on disk: not begun in less, and nothing new of it later
+    heaviest  a run of its heaviest block alone; the others are left to another step
     turn_s    it is called again and again, for so long at a time, whatever a call dies of, as long
               as each adds to `rows`
     rows      the file that it appends to
@@ -59,7 +63,7 @@ class GpuStep:
     after     the step that must be over before
     tool      a program that must be there
     tuned     with the launches that `tune` found
-    keep      files below the checkout that are copied into calibration/
+    keep      files below the checkout that are copied into calibration/, if it has written them
     path      a folder that its Python path begins with
     """
 
@@ -69,6 +73,8 @@ class GpuStep:
     seconds: float
     limit_s: float
     budget: str = ""
+    first_s: float = 0.0
+    heaviest: bool = False
     turn_s: float = math.inf
     rows: str = ""
     endless: bool = False
@@ -100,10 +106,11 @@ def parts(stage: Stage) -> list[GpuPart]:
     return [
         GpuPart(1, "are the kernels right: tests, and compute-sanitizer", _tests(stage)),
         GpuPart(2, "the operator at published sites", (_operators(stage),)),
-        GpuPart(3, "blocks: resolution × channels × checkpoint × dtype", _blocks(stage)),
+        GpuPart(3, "the heaviest blocks, in every checkpoint mode", _blocks(stage)),
         GpuPart(4, "tune, then the operator again", _tuning(stage)),
         GpuPart(5, "whole models at equal batch and at equal memory, plan beside", _models(stage)),
         GpuPart(6, "how far equal code lies apart: A/A, calibration", _equals(stage)),
+        GpuPart(7, "more blocks: resampling, compiled, layout, dtype", _more_blocks(stage)),
     ]
 
 
@@ -142,6 +149,11 @@ def _tests(stage: Stage) -> tuple[GpuStep, ...]:
         pytest = ("{python}", "-m", "pytest", "-q", "-rfEs", "--tb=short", "-W", "default")
         return GpuStep(name, what, (*pytest, "tests/gpu", *options), seconds, 5 * seconds)
 
+    many = tests("tests-many", "every tier, every norm, compiled", 170, *several, "-k", _MANY)
+    if not several:  # All norms one by one take longer than a slice; part 2 checks the heaviest.
+        fewer = _MANY.replace("test_every ", "test_every_tier ")
+        many = tests("tests-many", "every tier, compiled", 230, "-k", fewer)
+
     # An access behind a tensor is one out of bounds only where PyTorch asks for each tensor alone.
     sanitizer = (
         "env",
@@ -157,10 +169,10 @@ def _tests(stage: Stage) -> tuple[GpuStep, ...]:
     all_or_few = launches if stage == "cuda" else (*launches, "--sizes", "1", "--dtypes", "fp32")
     return (
         GpuStep("env", "the machine as the suite sees it", (*PROGRAM, "env"), 15, 60),
-        GpuStep("launches", "every kernel once, against float64", all_or_few, 60, 240),
-        tests("tests-many", "every tier, every norm, compiled", 90, *several, "-k", _MANY),
-        tests("tests-tickets", "programs that wait for each other", 60, "-k", _TICKETS),
-        tests("tests-rest", "the others of tests/gpu", 40, "-k", _REST),
+        GpuStep("launches", "every kernel once, against float64", all_or_few, 80, 300),
+        many,
+        tests("tests-tickets", "programs that wait for each other", 50, "-k", _TICKETS),
+        tests("tests-rest", "the others of tests/gpu", 35, "-k", _REST),
         GpuStep(
             "memcheck",
             "accesses out of bounds",
@@ -198,36 +210,49 @@ def _operators(stage: Stage, label: str = OPERATORS_LABEL) -> GpuStep:
     return GpuStep(
         name,
         "forward and backward, both layouts, beside eager, compiled and peers",
-        (*program, *options),
+        (*program, *options, "--sites", "12"),
         300,
         540,
         budget="{}",
+        first_s=25,
         turn_s=125,
         rows=f"{name}.jsonl",
     )
 
 
 def _run(
-    name: str, what: str, seconds: float, stage: Stage, *axes: str, path: str = "", time: str = "2s"
+    name: str,
+    what: str,
+    stage: Stage,
+    *axes: str,
+    folder: str = "",
+    heaviest: bool = False,
+    path: str = "",
+    time_s: float = 1,
 ) -> GpuStep:
-    """A `run` into a folder of its own; on the CPU of tiny blocks or the smallest model."""
-    options = ["--device", stage, "--no-plots", "--output", f"{{output}}/runs/{name}"]
+    """A `run` into a folder of its own, or of another step; on the CPU always of tiny blocks."""
+    expected = estimate(axes, time_s)
+    run = f"runs/{folder or name}"
+    options = ["--device", stage, "--no-plots", "--output", f"{{output}}/{run}"]
     if stage == "cpu":
         kept = ("impl=", "checkpoint=", "layout=")
         axes = (*(axis for axis in axes if axis.startswith(kept)), *_TINY)
-        time = "100ms"
+        time_s = 0.1
     else:
-        options += ["--timeout", "4m"]
+        options += ["--timeout", f"{math.ceil(max(240, 2 * expected.cell))}s"]
     for axis in axes:
         options += ["-a", axis]
+    seconds = math.ceil(expected.first if heaviest else expected.run)
     return GpuStep(
         name,
         what,
-        (*PROGRAM, "run", *options, "--max-time", time),
+        (*PROGRAM, "run", *options, "--max-time", f"{time_s}s"),
         seconds,
         max(400, 4 * seconds),
         budget="{}s",
-        run=f"runs/{name}",
+        first_s=expected.first,
+        heaviest=heaviest,
+        run=run,
         path=path,
     )
 
@@ -252,26 +277,48 @@ _ADM256, _ADM128, _ADM64 = "adm-imagenet256-cond", "adm-imagenet128-cond", "adm-
 _CIFAR = "iddpm-cifar10-uncond"
 
 
+_A256, _A128 = _site(_ADM256, 256, "256", 4), _site(_ADM256, 128, "256", 8)
+_A64 = _site(_ADM256, 64, "512", 8)
+_B64, _B32 = _site(_ADM64, 64, "192", 32), _site(_ADM64, 32, "384", 32)
+_C32, _C16 = _site(_CIFAR, 32, "128", 128), _site(_CIFAR, 16, "256", 128)
+_BF16, _NHWC = "dtype=bf16", "layout=nhwc"
+
+
 def _blocks(stage: Stage) -> tuple[GpuStep, ...]:
-    """The heaviest first. torch.compile only where it decides: it takes longest."""
-    a256 = _site(_ADM256, 256, "256", 8)
-    a128 = _site(_ADM256, 128, "256", 8)
-    a64 = _site(_ADM256, 64, "512", 8)
-    b64, b32 = _site(_ADM64, 64, "192", 64), _site(_ADM64, 32, "384", 64)
-    c32, c16 = _site(_CIFAR, 32, "128", 128), _site(_CIFAR, 16, "256", 128)
-    nhwc = "layout=nhwc"
+    """A block of each model: rows are written when a block is over, and each takes minutes."""
+
+    def heaviest(name: str, what: str, *axes: str) -> GpuStep:
+        return _run(name, what, stage, *axes, _BF16, _PAIR, _ALL, heaviest=True)
+
     return (
-        _run("adm256-256", "256 channels at 256²", 80, stage, *a256, "dtype=bf16", _TRIO, _ALL),
-        _run("adm256-128", "256 channels at 128²", 60, stage, *a128, "dtype=bf16", _TRIO, _ALL),
-        _run("adm256-64", "512 channels at 64²", 60, stage, *a64, "dtype=bf16", _TRIO, _ALL),
-        _run("adm64-64", "192 channels at 64²", 50, stage, *b64, "dtype=bf16", _PAIR, _ALL),
-        _run("cifar-32", "128 channels at 32²", 35, stage, *c32, "dtype=bf16", _PAIR, _ALL),
-        _run("adm256-256-nhwc", "channels-last", 45, stage, *a256, "dtype=bf16", nhwc, _PAIR, _ALL),
-        _run("adm256-256-fp16", "in fp16", 45, stage, *a256, "dtype=fp16", _PAIR, _ALL),
-        _run("adm64-64-nhwc", "channels-last", 40, stage, *b64, "dtype=bf16", nhwc, _PAIR, _ALL),
-        _run("adm64-32", "384 channels at 32²", 40, stage, *b32, "dtype=bf16", _PAIR, _ALL),
-        _run("cifar-16", "256 channels at 16²", 35, stage, *c16, "dtype=bf16", _PAIR, _ALL),
-        _run("cifar-32-fp32", "in fp32", 35, stage, *c32, "dtype=fp32", _PAIR, _ALL),
+        heaviest("adm256-256", "256 channels at 256²", *_A256),
+        heaviest("adm64-64", "192 channels at 64²", *_B64),
+        heaviest("cifar-32", "128 channels at 32²", *_C32),
+    )
+
+
+def _more_blocks(stage: Stage) -> tuple[GpuStep, ...]:
+    def others(name: str, of: str, *axes: str) -> GpuStep:
+        what = f"the others of {of}, with resampling"
+        return _run(name, what, stage, *axes, _BF16, _PAIR, _ALL, folder=of)
+
+    def more(name: str, what: str, *axes: str) -> GpuStep:
+        return _run(name, what, stage, *axes)
+
+    compiled = ("impl=reference,compiled", "checkpoint=none", _BF16)
+    return (
+        more("adm256-256-compiled", "torch.compile at 256²", *_A256, *compiled),
+        more("adm256-64", "512 channels at 64²", *_A64, _BF16, _PAIR, _ALL),
+        more("adm256-256-nhwc", "channels-last", *_A256, _BF16, _NHWC, _PAIR, _ALL),
+        more("adm64-64-compiled", "torch.compile at 64²", *_B64, *compiled),
+        more("adm256-256-fp16", "in fp16", *_A256, "dtype=fp16", _PAIR, _ALL),
+        others("adm256-256-others", "adm256-256", *_A256),
+        more("adm256-128", "256 channels at 128²", *_A128, _BF16, _PAIR, _ALL),
+        more("adm64-64-nhwc", "channels-last", *_B64, _BF16, _NHWC, _PAIR, _ALL),
+        others("adm64-64-others", "adm64-64", *_B64),
+        more("adm64-32", "384 channels at 32²", *_B32, _BF16, _PAIR, _ALL),
+        more("cifar-16", "256 channels at 16²", *_C16, _BF16, _PAIR, _ALL),
+        more("cifar-32-fp32", "in fp32", *_C32, "dtype=fp32", _PAIR, _ALL),
     )
 
 
@@ -280,7 +327,15 @@ def _tuning(stage: Stage) -> tuple[GpuStep, ...]:
     tune = GpuStep(
         "tune", "launches, heaviest calls first", words, 300, 300, budget="{}s", endless=True
     )
-    again = replace(_operators(stage, TUNED_LABEL), after="tune", tuned=True, seconds=240)
+    operators = _operators(stage, TUNED_LABEL)
+    again = replace(
+        operators,
+        what="forward and backward with these launches, both layouts",
+        words=(*operators.words, "--stages", "fused"),
+        seconds=80,
+        after="tune",
+        tuned=True,
+    )
     return (tune, again)
 
 
@@ -298,21 +353,23 @@ attention is computed again.)"""
 
 
 def _models(stage: Stage) -> tuple[GpuStep, ...]:
-    def whole(name: str, what: str, seconds: float, *axes: str) -> GpuStep:
-        return _run(name, what, seconds, stage, "workload=model", "dtype=fp16", *axes, time="3s")
+    def whole(name: str, what: str, *axes: str) -> GpuStep:
+        return _run(name, what, stage, "workload=model", "dtype=fp16", *axes, time_s=3)
 
-    def naive(model: str, seconds: float) -> GpuStep:
-        axes = (f"model={model}", f"batch={TABLE_7[model]}", _PAIR, "checkpoint=none,selective")
+    def naive(model: str, checkpoint: str = "none") -> GpuStep:
+        """A pair at a time: who waits for a turn holds memory, and four do not fit."""
+        axes = (f"model={model}", f"batch={TABLE_7[model]}", _PAIR, f"checkpoint={checkpoint}")
         name = f"table7-{model.removeprefix('adm-')}"
-        return whole(name, f"at table 7's batch of {TABLE_7[model]}", seconds, *axes)
+        name += "" if checkpoint == "none" else f"-{checkpoint}"
+        return whole(name, f"at table 7's batch of {TABLE_7[model]}, {checkpoint}", *axes)
 
-    def largest(model: str, seconds: float) -> list[GpuStep]:
+    def largest(model: str) -> list[GpuStep]:
         found = []
         for variant, batch in LARGEST[model].items():
             impl, checkpoint = variant.split("/")
             axes = (f"model={model}", f"batch={batch}", f"impl={impl}", f"checkpoint={checkpoint}")
             name = f"largest-{model.removeprefix('adm-')}-{impl}-{checkpoint}"
-            found.append(whole(name, f"at equal memory: {batch} images", seconds, *axes))
+            found.append(whole(name, f"at equal memory: {batch} images", *axes))
         return found
 
     def planned(model: str) -> GpuStep:
@@ -323,34 +380,37 @@ def _models(stage: Stage) -> tuple[GpuStep, ...]:
         return GpuStep(name, "what plan says of the same step, on the CPU", words, 45, 300)
 
     order = (_ADM256, _ADM64, _ADM128, "adm-upsample-64-256", "adm-upsample-128-512")
-    steps = [naive(_ADM256, 90), naive(_ADM64, 80), *largest(_ADM256, 90), *largest(_ADM64, 90)]
+    steps = [naive(_ADM256), naive(_ADM64), *largest(_ADM256), *largest(_ADM64)]
     steps += [planned(_ADM256), planned(_ADM64)]
-    steps += [naive(model, 90) for model in order[2:]] + largest(_ADM128, 90)
+    steps += [naive(model) for model in order[2:]]
+    steps += [naive(model, "selective") for model in order] + largest(_ADM128)
     return (*steps, planned(_ADM128))
 
 
 def _equals(stage: Stage) -> tuple[GpuStep, ...]:
-    twins = ("impl=reference,twin", "dtype=bf16", "batch=16")
-    calibrate: Words = (*PROGRAM, "calibrate", "--rounds", "5", "--device", stage, "--preset")
-    calibrate += (f"gate-{stage}", "-a", "checkpoint=none")
+    twins = ("impl=reference,twin", _BF16, "batch=16")
+    # A part of gate-cuda, which as a whole takes longer than a slice.
+    gate = {"cuda": _site(_ADM64, 64, "192", 32), "cpu": _TINY}
+    axes = (*gate[stage], _BF16, "impl=fused", "checkpoint=none")
+    calibrate: Words = (*PROGRAM, "calibrate", "--rounds", "5", "--device", stage)
+    for axis in axes:
+        calibrate += ("-a", axis)
     return (
         _run(
             TWINS,
             "the reference beside itself under another name: how often does an interval miss 1?",
-            120,
             stage,
             "channels=[64:512:x2]",
             "resolution=[16:64:x2]",
             *twins,
             path=FAULTS,
-            time="1s",
         ),
         GpuStep(
             "calibrate",
             "two processes of equal code, the tolerance of verdicts",
             calibrate,
-            240,
-            480,
+            330,
+            500,
             keep="results/baselines/*/calibration-*.json",
         ),
     )

@@ -59,7 +59,6 @@ _PROBE_S = 120.0
 _GRACE_S = 8.0  # a program that is told to end keeps what it has measured
 _REAP_S = 10.0  # what is held up in a driver cannot be killed
 _MARGIN_S = 15.0  # of a slice, for a program to notice that its budget is spent
-_ROW_S = 25.0  # what is being measured when a turn's time is spent is still written down
 _LEAST_S = 45.0  # a program that can be cut off gets something done in
 _PROBE = """
 import sys, msgspec
@@ -200,7 +199,7 @@ def _slice(
         if step.after and (step.after not in last or last[step.after].status not in OVER):
             continue
         left = deadline - clock() - _MARGIN_S
-        needed = _LEAST_S if step.resumes else step.seconds
+        needed = max(_LEAST_S, step.first_s) if step.resumes else step.seconds
         # A step that no slice is long enough for is tried once, by a slice that it has for itself.
         if left < (min(needed, _LEAST_S) if first else needed):
             continue
@@ -261,7 +260,7 @@ def _run(
     machine: str,
 ) -> StepOutcome:
     """Run a step for at most so long."""
-    started, began = _now(), time.monotonic()
+    started, began, since = _now(), time.monotonic(), time.time()
 
     def outcome(
         status: StepStatus, sentence: str, code: int | None = None, words: Sequence[str] = ()
@@ -286,7 +285,8 @@ def _run(
         tool = found
     spent_s = _spent_s(step, before)
     limit_s = min(step.limit_s - spent_s, step.turn_s, left_s)
-    budget_s = limit_s - (_ROW_S if step.rows else 0.0)
+    # What is under way when the budget is spent is still written down.
+    budget_s = 1.0 if step.heaviest else limit_s - step.first_s
     again = _last_status(step, before) == "again"
     if again and step.rows:
         _put_away(request.output, step.rows)
@@ -306,14 +306,15 @@ def _run(
             code = _waited(words, log, environment_of(request, paths), longest_s)
         except _NotStarted as error:
             return outcome("failed", str(error), words=words)
-    took_s = time.monotonic() - began
     printed = tail(log)
     said = last_line(printed) or "it printed nothing"
     if code is not None and code < 0:
         said = f"ended by {_signal_name(-code)}: {said}"
     ended = code is None
     if step.resumes and code in (exitcodes.OK, exitcodes.INCOMPLETE):
-        ended = SPENT in printed or took_s >= budget_s
+        ended = SPENT in printed and not step.heaviest
+        if SPENT in printed and step.heaviest:
+            code = exitcodes.OK  # what became of the block its rows say
     if ended and limit_s == step.limit_s - spent_s:
         status: StepStatus = "ok" if step.endless and code is not None else "timeout"
         return outcome(
@@ -330,7 +331,7 @@ def _run(
         took = format_duration(limit_s)
         return outcome("timeout", f"not done in two slices, {took} this time: {said}", code, words)
     if step.keep and code == exitcodes.OK:
-        _keep(request.output, step.keep)
+        _keep(request.output, step.keep, since)
     return outcome("ok" if code == exitcodes.OK else "failed", said, code, words)
 
 
@@ -440,10 +441,12 @@ def _with_table(table: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _keep(output: Path, pattern: str) -> None:
+def _keep(output: Path, pattern: str, since: float) -> None:
+    """Copy what has been written since a time: a checkout has other machines' files, too."""
     folder = output / "calibration"
     for path in checkout_around(Path.cwd()).glob(pattern):
-        shutil.copy(path, folder / path.name)
+        if path.stat().st_mtime >= since:
+            shutil.copy(path, folder / path.name)
 
 
 def _size(output: Path, step: GpuStep) -> int:

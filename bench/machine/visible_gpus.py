@@ -1,12 +1,23 @@
 """Which GPUs CUDA_VISIBLE_DEVICES lets a program see, found without starting CUDA."""
 
+import functools
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from resblock_bench.bench.errors import UsageError, unknown
 
 from . import nvml
+
+_ASK_CUDA = """
+import torch
+for i in range(torch.cuda.device_count()):
+    gpu = torch.cuda.get_device_properties(i)
+    print(f"GPU-{gpu.uuid}", gpu.total_memory, gpu.name)
+"""
+_ASK_S = 120.0
 
 
 class VisibleGpu(NamedTuple):
@@ -39,12 +50,16 @@ def visible_gpus(environ: Mapping[str, str]) -> list[VisibleGpu]:
 def chosen_gpus(wanted: Sequence[str]) -> list[VisibleGpu]:
     """Of the visible GPUs those named by position or UUID; all where none is named.
 
+    Where NVML fails CUDA is asked: a run does without NVML.
+
     Raises UsageError for a name that fits none, and where no GPU is visible.
     """
     try:
         visible = visible_gpus(os.environ)
     except nvml.NvmlError as error:
-        raise UsageError(f"no GPU can be used: {error}; use --device cpu") from None
+        visible = _asked_of_cuda(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if not visible:
+            raise UsageError(f"no GPU can be used: {error}; use --device cpu") from None
     if not visible:
         raise UsageError("no GPU is visible: mend CUDA_VISIBLE_DEVICES, or use --device cpu")
     known = {str(position): gpu for position, gpu in enumerate(visible)}
@@ -60,6 +75,27 @@ def chosen_gpus(wanted: Sequence[str]) -> list[VisibleGpu]:
             "compares cells on one: choose with --devices or CUDA_VISIBLE_DEVICES"
         )
     return list(dict.fromkeys(chosen))
+
+
+@functools.cache
+def _asked_of_cuda(variable: str | None) -> list[VisibleGpu]:
+    """The GPUs that PyTorch sees, in a process of its own; none where it cannot be asked.
+
+    variable   of the environment: with another one others are visible
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK_CUDA],
+            capture_output=True,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_ASK_S,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+    return [VisibleGpu(uuid, name, int(memory)) for uuid, memory, name in lines]
 
 
 def _named(entries: list[str], everyone: list[str]) -> list[str]:

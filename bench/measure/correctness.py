@@ -51,7 +51,7 @@ def compute_truth(site: Cell, device: torch.device, seed: int, inputs_seed: int)
     """
     of_kind = _block_results if site.workload == "block" else _model_results
     # Nothing is timed here, so cuDNN need not try all its algorithms.
-    with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         tensors, eager = of_kind(site, device, seed, inputs_seed)
     scales = _scales(tensors)
     errors = relative_errors(eager, tensors, scales)

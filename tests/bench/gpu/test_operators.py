@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from resblock_bench.bench.compiled.norms import Norm
-from resblock_bench.bench.gpu import operators
+from resblock_bench.bench.gpu import operators, steps
 from resblock_bench.bench.gpu.operators import OperatorRow, Site, Sweep, read_rows
 from resblock_bench.bench.measure import operator
 
@@ -106,6 +107,21 @@ def test_nothing_is_begun_once_the_time_is_spent(
     measured: Callable[..., list[OperatorRow]], tmp_path: Path
 ) -> None:
     assert measured("eager", seconds=0.0) == kept(tmp_path) == []
+
+
+def test_a_sweep_says_so_where_the_time_is_spent_before_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is done by then is over: its rows are all there."""
+    monkeypatch.setattr(operators, "COPY_ELEMENTS", {"cpu": 2**10})
+    monkeypatch.setattr(operators, "chosen", lambda sites, count: [SITE])
+    now = iter([0.0, 0.0, 9.0])
+    monkeypatch.setattr(operators, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    operators.main(tmp_path / "rows.jsonl", time_budget=5, device="cpu", stages="apex")
+    assert steps.SPENT not in capsys.readouterr().out
+    now = iter([0.0, 9.0, 9.0])
+    operators.main(tmp_path / "rows.jsonl", time_budget=5, device="cpu", stages="eager")
+    assert steps.SPENT in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_all_parts_come_to_their_end_with_a_fault_in_each(
     last = last_outcomes(outcomes)
     names = [step.name for part in request.parts for step in part.steps]
     assert set(last) == set(names)
-    assert {outcome.part for outcome in outcomes} == {1, 2, 3, 4, 5, 6}
+    assert {outcome.part for outcome in outcomes} == {1, 2, 3, 4, 5, 6, 7}
     assert {last[name].status for name in names} <= set(OVER)
 
     def said(name: str, status: str, text: str = "") -> bool:
@@ -174,7 +174,8 @@ def test_all_parts_come_to_their_end_with_a_fault_in_each(
     }
     assert [name for name, held in contained.items() if not held] == []
     assert len(contained) >= 12
-    faulty = {*SEEDS, "memcheck", "racecheck", "operators-tuned"}
+    # The other blocks of a run join the one that is wrong.
+    faulty = {*SEEDS, "memcheck", "racecheck", "adm256-256-others"}
     assert [name for name in names if name not in faulty and last[name].status != "ok"] == []
     assert REFUSED in (machine / "logs/launches.txt").read_text()
 

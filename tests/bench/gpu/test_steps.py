@@ -155,6 +155,38 @@ def test_a_budget_of_its_own_that_is_spent_ends_a_step(
     assert slices.statuses() == {"run": "timeout", "tune": "ok"}
 
 
+def test_a_step_is_not_begun_where_nothing_would_come_of_it(slices: Slices) -> None:
+    """A run writes rows when a block is over: what is cut off before is lost."""
+    first = script("first", "")
+    block = script("block", "", budget="{}s", seconds=600.0, limit_s=1000.0, first_s=150.0)
+    slices.run(first, block, seconds=160)
+    assert slices.statuses() == {"first": "ok"}
+    slices.run(first, block, seconds=400)
+    assert slices.statuses() == {"first": "ok", "block": "ok"}
+    # And no block is begun that would not be over in time: 400 - 15 - 150.
+    budget = slices.outcomes["block"].command[-1]
+    assert budget.endswith("s") and 220 < int(budget[:-1]) <= 235
+
+
+def test_the_heaviest_block_alone_is_all_of_a_step(slices: Slices) -> None:
+    code = "import sys; print(sys.argv[2:], 'the time budget is spent'); sys.exit(3)"
+    one = script("block", code, budget="{}s", limit_s=500.0, heaviest=True)
+    wrong = script("wrong", "raise SystemExit(5)", budget="{}s", limit_s=500.0, heaviest=True)
+    assert slices.run(one, wrong) == 5
+    assert slices.statuses() == {"block": "ok", "wrong": "failed"}
+    assert slices.outcomes["block"].command[-2:] == ["--time-budget", "1s"]
+
+
+def test_a_step_that_is_done_when_its_budget_is_spent_is_not_called_again(
+    slices: Slices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_LEAST_S", 0.1)
+    monkeypatch.setattr(steps, "_MARGIN_S", 0.0)
+    one = script("run", "import time; time.sleep(0.3)", budget="{}s", first_s=999.0)
+    slices.run(one, seconds=30)
+    assert slices.statuses() == {"run": "ok"}
+
+
 TURNS = (
     "import os, sys\n"
     "path = sys.argv[1] + '/rows.jsonl'\n"
@@ -164,7 +196,7 @@ TURNS = (
 
 
 def test_a_step_in_turns_goes_on_after_whatever_broke_one(slices: Slices) -> None:
-    one = script("turns", TURNS, budget="{}", turn_s=50.0, rows="rows.jsonl")
+    one = script("turns", TURNS, budget="{}", first_s=25.0, turn_s=50.0, rows="rows.jsonl")
     assert slices.run(one) == 0
     found = read_outcomes(slices.output)
     assert [outcome.status for outcome in found] == ["cut", "cut", "ok"]
@@ -376,6 +408,11 @@ def test_a_file_that_is_kept_is_copied_from_the_checkout(
     slices: Slices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    another = tmp_path / "results/another/c-2.json"  # machine's
+    another.parent.mkdir(parents=True)
+    another.write_text("{}")
+    os.utime(another, (1e9, 1e9))
     code = "import os; os.makedirs('results/m'); open('results/m/c-1.json', 'w').write('{}')"
     assert slices.run(script("calibrate", code, keep="results/*/c-*.json")) == 0
-    assert (slices.output / "calibration/c-1.json").read_text() == "{}"
+    kept = {path.name for path in (slices.output / "calibration").iterdir()}
+    assert kept == {"c-1.json"}

@@ -10,6 +10,8 @@ import pytest
 
 from resblock_bench.bench.gpu import steps
 from resblock_bench.bench.gpu.outcomes import opened
+from resblock_bench.bench.gpu.parts import PROGRAM, parts
+from resblock_bench.bench.machine import visible_gpus
 from resblock_bench.bench.records import Environment
 
 ROOT = Path(__file__).parents[3]
@@ -88,3 +90,23 @@ def test_make_runs_them_with_and_without_an_environment() -> None:
         shown = " ".join(done.stdout.replace("\\\n", "").split())
         assert f"{python} -m resblock_bench.bench gpu-results --parts 1" in shown
         assert "pip" not in done.stdout
+
+
+def test_this_program_takes_the_commands_of_steps(
+    run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused here, and for want of a GPU. Of each part the first of a verb."""
+    monkeypatch.setattr(visible_gpus, "_asked_of_cuda", lambda variable: [])
+    asked = {}
+    for part in parts("cuda"):
+        for step in part.steps:
+            if step.words[: len(PROGRAM)] == PROGRAM:
+                words = step.words[len(PROGRAM) :]
+                asked.setdefault((part.number, words[0]), words)
+    verbs = [verb for _, verb in asked]
+    assert [verbs.count(verb) for verb in ("run", "tune", "calibrate")] == [4, 1, 1]
+    for (_, verb), words in asked.items():
+        if verb in ("run", "tune", "calibrate"):
+            code, _, err = run_cli(*(word.replace("{output}", str(tmp_path)) for word in words))
+            assert code == 2, (words, err)
+            assert "no GPU can be used" in err or "PyTorch sees none" in err, (words, err)
