@@ -82,9 +82,10 @@ def backward(
 
 def needs_autograd(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether anything may be differentiated through a call that no compiler traces."""
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled()
-        and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
+    if forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return True  # torch.jit.trace compares what it finds with gradients and without
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
 
 
