@@ -91,7 +91,7 @@ def _group_norm(
     y, mean, rstd = aten.native_group_norm(
         h, weight, bias, N, C, h.numel() // (N * C), spec.num_groups, spec.eps
     )
-    return dense(y, memory_format(h)), mean, rstd
+    return _in_layout(y, memory_format(h)), mean, rstd
 
 
 def _group_norm_backward(
@@ -107,7 +107,12 @@ def _group_norm_backward(
     dh, dweight, dbias = aten.native_group_norm_backward(
         dz, h, mean, rstd, weight, N, C, h.numel() // (N * C), rstd.shape[1], mask
     )
-    return dense(dh, memory_format(h)), dweight, dbias
+    return _in_layout(dh, memory_format(h)), dweight, dbias
+
+
+def _in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
+    """What ATen made of a dense tensor; it makes contiguous ones from contiguous ones."""
+    return y if layout == torch.contiguous_format else dense(y, layout)
 
 
 def _modulated(
@@ -202,7 +207,7 @@ def _backward_about_x_hat(
         zeros, ones = rstd.new_zeros((1, groups)), rstd.new_ones((1, groups))
         parts.append(_group_norm_backward(part_dz, part, zeros, ones, part_gain, [True] * 3))
     dh, s2, s1 = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    return dense(dh.view(h.shape), layout), s1.view(N, C), s2.view(N, C)
+    return _in_layout(dh.view(h.shape), layout), s1.view(N, C), s2.view(N, C)
 
 
 def _calls(
@@ -237,7 +242,7 @@ def _drawn(seed: Tensor, like: Tensor, p: float) -> Tensor:
     # Into the mask's own dtype: a comparison to booleans, and these to numbers, is not vectorized.
     mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     torch.ge(uniform, threshold, out=mask).mul_(1 / (1 - p))
-    return dense(mask, memory_format(like))
+    return _in_layout(mask, memory_format(like))
 
 
 # An operator for what cannot follow a read of the seed on the host: fake tensors, torch.compile.
