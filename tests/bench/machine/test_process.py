@@ -186,6 +186,7 @@ def interrupted(function):
         return function(*arguments, **options)
     return call
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` takes away
 process._PRELOAD = {LIGHT!r}
 server = Server()
 processes = Processes(server)
