@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
@@ -168,6 +169,15 @@ def test_second_derivative_around_torch_func_says_so() -> None:
 def test_forward_mode_says_what_to_use(forward_mode: Callable[[Function], Any]) -> None:
     with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*vjp or jacrev"):
         forward_mode(lambda v: ours(v, w, b))
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_a_tangent_is_refused_and_not_lost(grad_mode: Callable[[], Any]) -> None:
+    with grad_mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], x[1])
+        for _ in range(2):  # a call of a new kind, and one like an earlier one
+            with pytest.raises(NotImplementedError, match="jvp"):
+                ours(dual, w, b)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
