@@ -171,6 +171,7 @@ def test_forward_mode_says_what_to_use(forward_mode: Callable[[Function], Any]) 
         forward_mode(lambda v: ours(v, w, b))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
 def test_a_tangent_is_refused_and_not_lost(grad_mode: Callable[[], Any]) -> None:
     with grad_mode(), forward_ad.dual_level():
