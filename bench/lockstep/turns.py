@@ -71,7 +71,6 @@ class Turns:
             source=after[first].source,
             images=images,
             threads=first.task.environment.threads,
-            device=first.task.device,
         )
 
     def _each(self, ask: Callable[[Party], object]) -> None:

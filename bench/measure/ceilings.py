@@ -56,12 +56,7 @@ def measure_ceilings(device: Device) -> Ceilings:
             before = probe.read()
             newer = _measured(device)
             gone = conditions(
-                before,
-                probe.read(),
-                source=probe.source,
-                images=0,
-                threads=torch.get_num_threads(),
-                device=device.kind,
+                before, probe.read(), source=probe.source, images=0, threads=torch.get_num_threads()
             )
             newer = replace(newer, disturbances=gone.disturbances)
             found = newer if found is None else best(found, newer)

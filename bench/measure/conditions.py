@@ -4,8 +4,7 @@ Both readings belong to the same process and a warm device: the first is taken r
 warm-up, since the clocks of an idle GPU are low for a good reason.
 """
 
-import os
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from resblock_bench.bench.records import Conditions
 
@@ -20,10 +19,6 @@ CLOCK_SPREAD = 0.05
 LOST_CPUS = 0.25
 LOST_SHARE = 0.02
 
-# What launches a GPU's kernels: the thread of the forward and that of the backward. While two CPUs
-# are left for them, others take nothing from a GPU, whatever the rest of a large machine does.
-HOST_CPUS = 2
-
 # CPU times come in ticks of 10 ms, and five of them could be rounding.
 LOST_LEAST_S = 0.05
 
@@ -36,19 +31,13 @@ class _Lost(NamedTuple):
 
 
 def conditions(
-    before: Reading,
-    after: Reading,
-    *,
-    source: str,
-    images: int,
-    threads: int,
-    device: Literal["cpu", "cuda"] = "cpu",
+    before: Reading, after: Reading, *, source: str, images: int, threads: int
 ) -> Conditions:
     """Counters after minus before, gauges of both, and the disturbances that they show.
 
     `foreign_cpus` = (busy − own) / elapsed, `energy_j_per_image` = energy / `images`. `threads` is
-    the number that the measured program computes with on a CPU. A counter that went backwards
-    counts as unknown and leaves a note.
+    the number that the measured program computes with. A counter that went backwards counts as
+    unknown and leaves a note.
     """
     notes = list(dict.fromkeys([*before.notes, *after.notes]))
 
@@ -77,7 +66,6 @@ def conditions(
         notes.append("no time passed between the readings: CPU loads are unknown")
     foreign = _lost(None if busy is None or own is None else busy - own, elapsed)
     stolen = _lost(stolen_s, elapsed)
-    spare = max(0, (os.cpu_count() or 1) - HOST_CPUS) if device == "cuda" else 0
 
     sm_clock = _both(before.sm_clock_mhz, after.sm_clock_mhz)
     processes = _both(before.foreign_processes, after.foreign_processes)
@@ -98,7 +86,7 @@ def conditions(
             *_throttles(throttled or {}, elapsed),
             *_clocks(sm_clock),
             *_processes(processes),
-            *_load("other programs took", foreign, threads, spare),
+            *_load("other programs took", foreign, threads),
             *_load("the hypervisor took", stolen, threads),
         ],
         notes=notes,
@@ -139,9 +127,9 @@ def _processes(counts: tuple[float, float] | None) -> list[str]:
     return [f"{most} other process{'es' if most > 1 else ''} computed on the GPU"] if most else []
 
 
-def _load(who: str, lost: _Lost | None, threads: int, spare: int = 0) -> list[str]:
+def _load(who: str, lost: _Lost | None, threads: int) -> list[str]:
     if lost is None or lost.seconds < LOST_LEAST_S:
         return []
-    if lost.cpus <= max(LOST_CPUS, LOST_SHARE * threads, spare):
+    if lost.cpus <= max(LOST_CPUS, LOST_SHARE * threads):
         return []
     return [f"{who} {lost.cpus:.2f} CPUs beside {threads} thread{'s' if threads > 1 else ''}"]

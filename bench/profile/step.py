@@ -143,14 +143,7 @@ def _watched(workload: Workload, device: Device, channel: Channel) -> tuple["Rec
         before = probe.read()
         recorded = recorded_step(workload, device, turn)
         threads = torch.get_num_threads()
-        gone = conditions(
-            before,
-            probe.read(),
-            source=probe.source,
-            images=0,
-            threads=threads,
-            device=device.kind,
-        )
+        gone = conditions(before, probe.read(), source=probe.source, images=0, threads=threads)
     finally:
         probe.close()
     return recorded, [f"disturbed: {one}" for one in gone.disturbances]

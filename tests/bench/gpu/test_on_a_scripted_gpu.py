@@ -27,7 +27,7 @@ from resblock_bench.bench.measure.cell import CellJob, Task
 from resblock_bench.bench.measure.conditions import conditions
 from resblock_bench.bench.measure.correctness import compute_truth
 from resblock_bench.bench.measure.survey import SurveyJob, _look, _Reply
-from resblock_bench.bench.measure.telemetry import Reading, open_probe
+from resblock_bench.bench.measure.telemetry import open_probe
 from resblock_bench.bench.measure.workload import DTYPES, Workload
 from resblock_bench.bench.records import Row
 from resblock_bench.bench.tune import cases
@@ -221,25 +221,6 @@ def test_a_gpu_is_found_where_nvml_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     with installed("NVML gone"), pytest.raises(UsageError, match="no GPU can be used: GPU is lost"):
         visible_gpus.chosen_gpus(())
     visible_gpus._asked_of_cuda.cache_clear()
-
-
-def test_other_programs_disturb_a_gpu_where_they_leave_it_no_two_cpus(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A container sees what the whole of a large machine does."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-
-    def disturbances(foreign: float, device: str, stolen: float = 0.0) -> list[str]:
-        none = Reading(t_s=0.0, busy_cpu_s=0.0, own_cpu_s=0.0, stolen_cpu_s=0.0)
-        last = Reading(t_s=1.0, busy_cpu_s=foreign, own_cpu_s=0.0, stolen_cpu_s=stolen)
-        found = conditions(none, last, source="", images=1, threads=16, device=device)
-        assert found.foreign_cpus == foreign
-        return found.disturbances
-
-    assert disturbances(13.9, "cuda") == []
-    assert len(disturbances(14.1, "cuda")) == 1
-    assert len(disturbances(0.5, "cuda", stolen=0.5)) == 1
-    assert len(disturbances(0.5, "cpu")) == 1
 
 
 @pytest.mark.parametrize(
