@@ -1,12 +1,11 @@
 """Every process whose Python path has this folder, and that of tests, has a GPU by script.
 
 SCRIPTED_GPU names its fault. Kernels cannot run: a launch of `tune` or `launches` gives what eager
-PyTorch does. SCRIPTED_LINES names a folder that gets the lines of bench/ that a process has run.
+PyTorch does.
 """
 
 import os
 
-from support.lines_run import note
 from support.scripted_gpu import installed
 
 from resblock_bench.bench.tune import cases
@@ -14,5 +13,3 @@ from resblock_bench.bench.tune import cases
 _gpu = installed(os.environ.get("SCRIPTED_GPU", ""))
 _gpu.__enter__()
 cases.launched = lambda case, how: cases.reference(case)
-if "SCRIPTED_LINES" in os.environ:
-    note(os.environ["SCRIPTED_LINES"])
