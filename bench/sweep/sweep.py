@@ -1,5 +1,6 @@
 """Carries a sweep out: opens or resumes the folder, measures, shows, draws, says how it ended."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -131,7 +132,9 @@ def _opened(request: SweepRequest, console: Console) -> Iterator[tuple[Run, Engi
             assert request.plan is not None
             engine = stack.enter_context(closing(_open_engine(request, request.plan)))
             found = engine.survey()
-            folder = request.output or default_output(found.machine, Path.cwd())
+            usual = default_output(found.machine, Path.cwd())
+            # Relative, since a page names it in its commands and may be passed on.
+            folder = request.output or Path(os.path.relpath(usual))
             run = stack.enter_context(create_run(folder, request.plan, found))
         yield run, engine
 
